@@ -1,0 +1,68 @@
+# The project's verbs. Everything is installed into .venv; nothing else on the machine is touched.
+#
+#   make demo    real video in, new video out: prints the path of the report page
+#   make test    the tests               make bench   the benchmarks
+#   make lint    ruff, mypy, file sizes
+#
+# Without an NVIDIA driver the CPU build of PyTorch is installed. Where plain pip would give the CUDA build
+# all the same, name PyTorch's CPU index in TORCH_INDEX.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := runs/demo
+CLIPS := runs/demo-clips
+TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
+TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(RUN)/report/index.html
+	@$(BIN)/vglann report $(RUN)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest --benchmark-only
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@long=$$(git ls-files '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 400'); \
+	 if [ -n "$$long" ]; then echo "over 400 lines:"; echo "$$long"; exit 1; fi
+
+clean:
+	rm -rf $(VENV) runs/demo runs/demo-clips
+
+# ---- the demo, one file after the other; a second call makes only what is missing
+
+$(CLIPS)/index.json: | $(VENV)/installed-demo
+	media=$$($(BIN)/vglann clips fetch S | cut -d: -f1) && $(BIN)/vglann clips pack "$$media" --out $(CLIPS)
+
+$(RUN)/options.json: | $(CLIPS)/index.json
+	$(BIN)/vglann train $(CLIPS) --preset demo --out $(RUN)
+
+$(RUN)/mapping/imle/mapping.json: $(RUN)/options.json
+	$(BIN)/vglann train --resume $(RUN)
+	$(BIN)/vglann map $(RUN)
+
+$(RUN)/report/index.html: $(RUN)/mapping/imle/mapping.json
+	$(BIN)/vglann reconstruct $(RUN)
+	$(BIN)/vglann sample $(RUN) -n 16
+	$(BIN)/vglann interpolate $(RUN)
+	$(BIN)/vglann report $(RUN)
+
+# ---- installation
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH_ARGS) '$(TORCH)'
+	touch $@
+
+$(VENV)/installed-%: pyproject.toml | $(VENV)/torch
+	$(PIP) install -q -e '.[$*]'
+	touch $@

@@ -1,0 +1,18 @@
+"""Chooses what is collected: `pytest` runs tests/, `pytest --benchmark-only` runs bench/.
+
+A path named on the command line is always taken as it is.
+"""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the folder that was not asked for."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return None
+    other = "tests" if config.getoption("benchmark_only", False) else "bench"
+    return True if collection_path == ROOT / other else None

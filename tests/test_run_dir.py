@@ -1,0 +1,123 @@
+"""Run folders: what is written is whole, and what is read is checked."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+from vglann_fast import atomic
+from vglann_fast.atomic import atomic_dir, atomic_file
+from vglann_fast.errors import VglannError
+from vglann_fast.run_dir import RunDir, read_json, write_json
+
+
+def test_open_finds_what_create_wrote(tmp_path):
+    options = {"preset": "demo", "seed": 0, "clips": "c", "frames": 32, "size": 64, "train": {"epochs": 3}}
+    made = RunDir.new(tmp_path / "run", options).begin()
+    opened = RunDir.open(tmp_path / "run")
+    assert opened.options == made.options
+    assert opened.options["train"] == {"epochs": 3}
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    with pytest.raises(VglannError, match="--resume"):
+        RunDir.new(tmp_path / "run", {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        '{"format": "other"}',
+        '{"format": "vglann-run", "version": 99}',
+        '{"format": "vglann-run", "version": 1}',
+    ],
+)
+def test_open_refuses_what_is_no_run(tmp_path, content):
+    (tmp_path / "options.json").write_text(content)
+    with pytest.raises(VglannError, match=r"options\.json"):
+        RunDir.open(tmp_path)
+    with pytest.raises(VglannError, match="is not a run"):
+        RunDir.open(tmp_path / "nowhere")
+
+
+def test_metrics_are_read_by_stage_and_a_torn_line_is_left_out(tmp_path):
+    run = RunDir.new(tmp_path / "run", {}).begin()
+    for step in (1, 2, 3):
+        run.log({"stage": "glo", "step": step, "loss": 0.5})
+    run.log({"stage": "imle", "step": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "glo", "st')
+    assert [row["step"] for row in run.metrics("glo")] == [1, 2, 3]
+    run.drop_metrics("glo", after_step=2)
+    assert [row["step"] for row in run.metrics("glo")] == [1, 2]
+    assert len(run.metrics("imle")) == 1
+
+
+def test_checkpoints_keep_tensors_in_any_layout_and_only_the_newest(tmp_path):
+    run = RunDir.new(tmp_path / "run", {}).begin()
+    weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    for step in (1, 2, 3):
+        run.save_checkpoint(step, {"part": {"weight": weight * step}}, {"ids": ["ü"]}, keep=2)
+    names = sorted(folder.name for folder in (run.path / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000003"]
+    state, parts = run.load_checkpoint()
+    assert state["ids"] == ["ü"]
+    assert torch.equal(parts["part"]["weight"], weight * 3)
+
+
+@pytest.mark.parametrize("name", ["../../options", "part.bin"])
+def test_a_checkpoint_cannot_name_files_outside_itself(tmp_path, name):
+    run = RunDir.new(tmp_path / "run", {}).begin()
+    folder = run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {})
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"] = {name: "0"}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(VglannError, match="bad file name"):
+        run.load_checkpoint()
+
+
+def test_atomic_file_replaces_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "deep" / "file"
+    write_json(target, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(target) == {"a": 1}
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_atomic_dir_replaces_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    for content in ("old", "new"):
+        with atomic_dir(target) as temporary:
+            (temporary / "file").write_text(content)
+    with pytest.raises(RuntimeError), atomic_dir(target) as temporary:
+        (temporary / "file").write_text("half")
+        raise RuntimeError
+    assert (target / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only")])
+def test_a_full_or_read_only_disk_is_one_line(tmp_path, monkeypatch, number, message):
+    def fail(path):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(atomic, "fsync_path", fail)
+    with pytest.raises(VglannError, match=message):
+        write_json(tmp_path / "file", {})
+    run = RunDir(tmp_path, {})
+    with pytest.raises(VglannError, match=message):
+        run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {})
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_read_json_names_the_file(tmp_path):
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(VglannError, match=r"bad\.json is not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(VglannError, match=r"none\.json is missing"):
+        read_json(tmp_path / "none.json")

@@ -1,0 +1,46 @@
+"""Progress of a long job: a bar on a terminal, otherwise a plain line now and then."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LINE_SECONDS = 5.0  # between plain lines
+
+
+class Progress:
+    """Counts `total` units on standard error; use as a context manager."""
+
+    def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        self._name, self._total, self._unit, self._done = name, total, unit, done
+        self._first, self._started, self._line_at = done, time.monotonic(), 0.0
+        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One more unit is done."""
+        self._done += 1
+        self._bar.update()
+
+    def show(self, **figures: float) -> None:
+        """Show the latest figures; as a plain line at most every few seconds, and at the end."""
+        text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if now - self._line_at < LINE_SECONDS and self._done < self._total:
+            return
+        self._line_at = now
+        rate = (self._done - self._first) / max(now - self._started, 1e-9)
+        line = f"{self._name}: {self._unit} {self._done}/{self._total}, {text}, {rate:.3g} {self._unit}s/s"
+        print(line, file=sys.stderr, flush=True)
