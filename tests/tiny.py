@@ -1,0 +1,84 @@
+"""Small things that several tests need: a clip folder made in a moment, and options that train on it."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.config import PRESETS, TrainOptions, options_to_json
+from vglann_fast.run_dir import RunDir
+
+FRAMES, SIZE = 16, 32
+
+
+def moving_squares(count: int, frames: int = FRAMES, size: int = SIZE, seed: int = 0) -> np.ndarray:
+    """uint8 (count, 3, frames, size, size): a bright square crosses a coloured gradient, differently in each."""
+    random = np.random.default_rng(seed)
+    gradient = np.linspace(0, 120, size)
+    clips = np.empty((count, 3, frames, size, size), np.uint8)
+    side = size // 4
+    for clip in clips:
+        clip[:] = (
+            random.random((3, 1, 1, 1)) * gradient[:, None] + random.random((3, 1, 1, 1)) * gradient
+        ).astype(np.uint8)
+        start, step = random.integers(0, size - side, 2), random.integers(-2, 3, 2)
+        colour = random.integers(128, 256, 3).astype(np.uint8)[:, None, None]
+        for t in range(frames):
+            y, x = (start + t * step) % (size - side)
+            clip[:, t, y : y + side, x : x + side] = colour
+    return clips
+
+
+def write_clip_folder(folder: Path, clips: np.ndarray, split: str = "train") -> Path:
+    """A clip folder with these clips, without going through video files."""
+    folder.mkdir(parents=True)
+    np.save(folder / "clips-00000.npy", clips)
+    rows = [
+        {
+            "id": hashlib.sha256(clip.tobytes()).hexdigest()[:16],
+            "source": 0,
+            "shot": i,
+            "first_frame": 0,
+            "crop": [0, 0, clips.shape[-1], clips.shape[-1]],
+            "split": split,
+        }
+        for i, clip in enumerate(clips)
+    ]
+    digest = hashlib.sha256((folder / "clips-00000.npy").read_bytes()).hexdigest()
+    index = {
+        "format": "vglann-clips",
+        "version": 1,
+        "frames": clips.shape[2],
+        "size": clips.shape[-1],
+        "stride": 1,
+        "options": {},
+        "sources": [{"name": "moving squares", "sha256": "0" * 64}],
+        "shards": [{"file": "clips-00000.npy", "clips": len(clips), "sha256": digest}],
+        "clips": rows,
+        "counts": {},
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tiny_options(preset: str = "demo", **changes: object) -> TrainOptions:
+    """Options of a preset with a generator of a few thousand parameters."""
+    small = {"width": 4, "latent_dim": 8, "batch_size": 3, "epochs": 5, "levels": 2}
+    return replace(PRESETS[preset].train, **{**small, **changes})
+
+
+def new_run(path: Path, clips: Path, options: TrainOptions, preset: str = "demo", seed: int = 0) -> RunDir:
+    """A run folder as `vglann train` makes it."""
+    opened = ClipSet.open(clips, "train")
+    record = {
+        "preset": preset,
+        "seed": seed,
+        "clips": str(clips),
+        "train": options_to_json(options),
+        "frames": opened.frames,
+        "size": opened.size,
+    }
+    return RunDir.new(path, record).begin()
