@@ -111,7 +111,7 @@ def test_save_and_load(fitted, tmp_path):
 
 
 def test_normalised_mapping_stays_on_the_sphere():
-    mapping = IMLE(8, replace(PRESETS["modern"].map, noise_dim=4, hidden=8))
+    mapping = IMLE(8, replace(PRESETS["modern"].map, noise_dim=4, hidden=32))
     samples = mapping.sample(50, torch.Generator().manual_seed(0))
     assert torch.allclose(samples.norm(dim=1), torch.ones(50))
 

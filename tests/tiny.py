@@ -58,7 +58,7 @@ def write_clip_folder(folder: Path, clips: np.ndarray, split: str = "train") -> 
         "sources": [{"name": "moving squares", "sha256": "0" * 64}],
         "shards": [{"file": "clips-00000.npy", "clips": len(clips), "sha256": digest}],
         "clips": rows,
-        "counts": {},
+        "counts": {"rejected": 0, "shots": len(clips), "static": 0, "repeated": 0},
     }
     (folder / "index.json").write_text(json.dumps(index))
     return folder

@@ -108,7 +108,10 @@ class MapOptions:
     epochs: int = _option(50, "rounds of drawing a pool of noise, matching it to the latents and regressing")
     batch_size: int = _option(128, "latents per step, and noise vectors per block of the pool")
     pool_factor: int = _option(10, "noise vectors drawn per latent in each epoch")
-    lr: float = _option(1e-3, "learning rate of the mapping network, halved every 50 epochs")
+    lr: float = _option(1e-3, "learning rate of the mapping network at the start")
+    schedule: Literal["cosine", "halving"] = _option(
+        "cosine", "learning rate: cosine to zero, or halved after every 50 epochs"
+    )
     weight_decay: float = _option(1e-5, "L2 regularisation added to the gradient")
     normalise: bool = _option(
         True, "put the mapped noise on the unit sphere, where the latents are, before matching"
@@ -150,12 +153,14 @@ _PAPER = Preset(
         latent_init="normal",
         batchnorm="train",
     ),
-    map=MapOptions(pool_factor=2, normalise=False, adam_state="per-epoch", batchnorm="train"),
+    map=MapOptions(pool_factor=2, schedule="halving", normalise=False, adam_state="per-epoch", batchnorm="train"),
 )
 _MODERN = Preset(train=TrainOptions(), map=MapOptions())
 _DEMO = Preset(
-    train=replace(_MODERN.train, width=32, batch_size=10, epochs=150),
-    map=replace(_MODERN.map, epochs=200, batch_size=32, pool_factor=100),
+    train=replace(
+        _MODERN.train, width=32, batch_size=5, epochs=150, lr_generator=0.002, latent_init="pca"
+    ),
+    map=replace(_MODERN.map, epochs=400, batch_size=32, pool_factor=100, lr=3e-3),
 )
 PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "modern": _MODERN, "demo": _DEMO}
 

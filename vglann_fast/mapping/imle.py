@@ -7,6 +7,7 @@ Li and Malik, "Implicit Maximum Likelihood Estimation", 2018; on latents of a ge
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,13 @@ from vglann_fast.mapping.base import Log
 BETAS = (0.5, 0.999)
 HALVING_EPOCHS = 50
 MAPPING_FORMAT = ("vglann-mapping", 1)
+
+
+def learning_rate_factor(options: MapOptions, epoch: int) -> float:
+    """What the starting rate is multiplied by in `epoch`, counted from 0."""
+    if options.schedule == "halving":
+        return 0.5 ** (epoch // HALVING_EPOCHS)
+    return 0.5 * (1.0 + math.cos(math.pi * epoch / options.epochs))
 
 
 class MappingNetwork(nn.Module):
@@ -114,7 +122,7 @@ class IMLE:
         if options.adam_state == "per-epoch":
             self._optimizer = self._new_optimizer()
         for group in self._optimizer.param_groups:
-            group["lr"] = options.lr * 0.5 ** (epoch // HALVING_EPOCHS)
+            group["lr"] = options.lr * learning_rate_factor(options, epoch)
         self.network.train()
         with torch.no_grad():
             mapped = torch.cat([self(block) for block in blocks])

@@ -1,0 +1,222 @@
+"""The command line: the whole route at tiny size, and a user's mistakes answered in one line."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import moving_squares, write_clip_folder
+
+from vglann_fast.cli import main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3"]
+
+
+@pytest.fixture(scope="module")
+def route(tmp_path_factory):
+    """A run that went through train, map, reconstruct, sample, interpolate and report."""
+    folder = tmp_path_factory.mktemp("route")
+    clips = write_clip_folder(folder / "clips", moving_squares(6))
+    run = folder / "run"
+    for command in (
+        ["train", str(clips), "--preset", "demo", "--out", str(run), "--epochs", "3", *TINY],
+        ["map", str(run), "--epochs", "3"],
+        ["reconstruct", str(run)],
+        ["sample", str(run), "-n", "5", "--seed", "1"],
+        ["interpolate", str(run), "--steps", "3"],
+        ["report", str(run)],
+    ):
+        assert main(command) == 0, command
+    return run
+
+
+def test_the_route_leaves_what_it_promises(route):
+    assert json.loads((route / "options.json").read_text())["train"]["width"] == 4
+    samples = route / "media" / "samples"
+    assert np.load(samples / "video.npy").shape == (5, 3, 16, 32, 32)
+    assert np.load(samples / "mask.npy").shape == (5, 1, 16, 32, 32)
+    assert np.load(samples / "latents.npy").shape == (5, 8)
+    record = json.loads((samples / "samples.json").read_text())
+    assert record["seed"] == 1
+    assert len(set(record["nearest"]["id"])) >= 1
+    assert np.load(route / "media" / "nearest" / "video.npy").shape == (5, 3, 16, 32, 32)
+    assert np.load(route / "media" / "interpolation" / "video.npy").shape == (3, 3, 16, 32, 32)
+    reconstruction = json.loads((route / "media" / "reconstruction" / "reconstruction.json").read_text())
+    assert reconstruction["clips"] == 6
+    assert reconstruction["psnr"] == pytest.approx(np.mean(reconstruction["per_clip"]["psnr"]))
+    assert {row["stage"] for row in map(json.loads, (route / "metrics.jsonl").read_text().splitlines())} == {
+        "glo",
+        "imle",
+    }
+    page = (route / "report" / "index.html").read_text()
+    assert f"{reconstruction['psnr']:.1f}" in page
+    for name in ("video.mp4", "video.gif", "sheet.png"):
+        assert (samples / name).stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_samples(route, capsys):
+    before = np.load(route / "media" / "samples" / "video.npy")
+    assert main(["sample", str(route), "-n", "5", "--seed", "1"]) == 0
+    assert np.array_equal(before, np.load(route / "media" / "samples" / "video.npy"))
+    assert capsys.readouterr().out.strip() == str(route / "media" / "samples")
+
+
+def test_kernels_flag_reaches_the_ops(route, capsys):
+    from vglann_kernels import use_impl
+
+    try:
+        assert main(["sample", str(route), "-n", "2", "--kernels", "triton", "--device", "cpu"]) == 2
+        assert "triton" in capsys.readouterr().err
+        assert main(["sample", str(route), "-n", "2", "--kernels", "reference,nearest=faiss"]) == 0
+    finally:
+        use_impl(None)
+
+
+MISTAKES = {
+    "no verb": ([], "verb"),
+    "unknown verb": (["fly"], "fly"),
+    "unknown option": (["train", "x", "--out", "y", "--speed", "9"], "--speed"),
+    "not a number": (["train", "x", "--out", "y", "--epochs", "many"], "epochs"),
+    "out of range": (["train", "x", "--out", "y", "--batch-size", "1"], "--batch-size: expected at least 2"),
+    "negative rate": (["train", "x", "--out", "y", "--lr-latents", "-1"], "--lr-latents"),
+    "unknown choice": (["train", "x", "--out", "y", "--loss", "gan"], "loss"),
+    "unknown preset": (["train", "x", "--out", "y", "--preset", "best"], "preset"),
+    "nothing to train on": (["train"], "needs CLIPS and --out RUN"),
+    "no clip folder": (["train", "{tmp}/none", "--out", "{tmp}/run"], "no clip folder"),
+    "resume and more": (["train", "--resume", "{tmp}", "--epochs", "3"], "give it alone"),
+    "resume of nothing": (["train", "--resume", "{tmp}"], "is not a run"),
+    "no run": (["map", "{tmp}"], "is not a run"),
+    "no mapping": (["sample", "{run}", "--kind", "imle"], "vglann map"),
+    "unknown kind": (["map", "{run}", "--kind", "gan"], "--kind"),
+    "no samples": (["sample", "{run}", "-n", "0"], "-n: expected at least 1"),
+    "one step": (["interpolate", "{run}", "--steps", "1"], "--steps"),
+    "run is there": (["train", "{clips}", "--out", "{run}"], "--resume"),
+    "no such device": (["reconstruct", "{run}", "--device", "tpu9"], "--device tpu9"),
+    "unknown kernel": (["reconstruct", "{run}", "--kernels", "reference,warp=triton"], "--kernels"),
+    "unknown set": (["clips", "fetch", "XL"], "set"),
+    "no source": (["clips", "pack", "{tmp}/none.mp4", "--out", "{tmp}/clips"], "none.mp4"),
+    "no clips to show": (["clips", "show", "{tmp}"], "no clip folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """A trained run without a mapping, and its clips."""
+    folder = tmp_path_factory.mktemp("untouched")
+    clips = write_clip_folder(folder / "clips", moving_squares(3))
+    assert main(["train", str(clips), "--out", str(folder / "run"), "--epochs", "1", *TINY]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, untouched, tmp_path, capsys):
+    arguments, message = MISTAKES[name]
+    places = {"tmp": tmp_path, "run": untouched / "run", "clips": untouched / "clips"}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("vglann: error: ")
+    assert message in error[-1]
+    assert sum(line.startswith("vglann: error") for line in error) == 1
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_in_the_latents_is_named(untouched, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from vglann_fast.run_dir import sha256
+
+    run = tmp_path / "run"
+    shutil.copytree(untouched / "run", run)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    tensors = load_file(checkpoint / "latents.safetensors")
+    tensors["rows"][1, 2] = float("nan")
+    save_file(tensors, checkpoint / "latents.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["sha256"]["latents.safetensors"] = sha256(checkpoint / "latents.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert main(["map", str(run)]) == 2
+    assert "NaN" in capsys.readouterr().err
+    assert not (run / "mapping").exists()
+
+
+def test_dry_run_prints_the_options_and_makes_nothing(tmp_path, capsys):
+    command = [
+        "train",
+        "clips",
+        "--preset",
+        "paper",
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "7",
+        "--dry-run",
+    ]
+    assert main(command) == 0
+    options = json.loads(capsys.readouterr().out)
+    assert options["train"]["epochs"] == 7
+    assert options["train"]["blur"] == "seed"
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys, runpy; sys.argv = ['vglann', '--help']\n"
+        "try: runpy.run_module('vglann_fast', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'triton', 'faiss', 'av', 'cv2', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - started)
+    assert "heavy: []" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -m vglann_fast train c --out r --dry-run | head -n 0"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip().startswith("vglann ")]
+
+
+def test_every_command_in_the_readme_runs(route, tmp_path, monkeypatch):
+    """At tiny size, in the order of the README; downloads and long trainings only as far as --dry-run."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(route.parent / "clips", tmp_path / "clips")
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words[:2] == ["clips", "fetch"] or words[:2] == ["clips", "pack"]:
+            from vglann_fast.cli import _parser
+
+            _parser()[0].parse_args(
+                words
+            )  # tests have no network and no videos; the parts are tested elsewhere
+        elif words[0] == "train" and "--resume" not in words and "paper" in words:
+            assert main([*words, "--dry-run"]) == 0, command
+        elif words[0] == "train" and "--resume" not in words:
+            assert main([*words, "--epochs", "1", *TINY]) == 0, command
+        elif words[0] == "map":
+            assert main([*words, "--epochs", "2"]) == 0, command
+        else:
+            assert main(words) == 0, command

@@ -1,0 +1,356 @@
+"""The report of a run: one HTML page that needs nothing but itself.
+
+Videos, styles and the script are inside the page; its content security policy forbids it to load anything
+else. Sections whose artefacts a run does not have say which command makes them.
+"""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vglann_fast import __version__
+from vglann_fast.atomic import atomic_file
+from vglann_fast.errors import VglannError
+from vglann_fast.report.artefacts import Artefacts, Media, number, numbers, read_artefacts, seconds_spent
+from vglann_fast.report.filmstrip import Filmstrip, filmstrip
+from vglann_fast.report.plots import Series, chart
+
+MOST_CARDS = 24  # clips shown per section; keeps the page within what a mail or a browser takes
+_MOST_DEPTH = 8
+_MOST_TEXT = 1000
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of a card: its column's name, what it shows in words, and its frames."""
+
+    label: str
+    alt: str
+    strip: Filmstrip
+
+
+@dataclass(frozen=True)
+class Card:
+    """One clip: the views to compare, its streams in small, and facts (text, explanation) beneath."""
+
+    main: list[View]
+    streams: list[View]
+    facts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards of one section, all with the same columns, and how many clips the section's arrays hold."""
+
+    cards: list[Card] = field(default_factory=list)
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title, the names of its series and the last value of the first one."""
+
+    title: str
+    labels: list[str]
+    last: str
+    svg: str
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `run`/report/index.html from whatever the run holds, and return its path.
+
+    Missing or damaged artefacts are named in the page. Raises `VglannError` when `run` is not a folder, the
+    disk is full, or jinja2 or OpenCV is missing.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise VglannError(f"{run} is not a run folder; make one with `vglann train`")
+    html = render(run.resolve().name, read_artefacts(run))
+    page = run / "report" / "index.html"
+    with atomic_file(page) as temporary:
+        # A folder's name or a JSON string may hold what is no Unicode text.
+        temporary.write_text(html, encoding="utf-8", errors="replace")
+    return page
+
+
+def render(name: str, run: Artefacts) -> str:
+    """The page of a run called `name`, as text."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise VglannError("the report needs jinja2: pip install 'vglann-fast[video,report]'") from error
+    loader = jinja2.PackageLoader("vglann_fast.report")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = (loader.get_source(environment, file)[0] for file in ("page.css", "page.js"))
+    script = script.replace("\r\n", "\n")  # as a browser reads it before it compares the digest
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return environment.get_template("page.html").render(
+        version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        script_sha256=digest,
+        svg=Markup,
+        name=name,
+        facts=_header_facts(run),
+        figures=_headline_figures(run),
+        reconstructions=_reconstructions(run.reconstruction),
+        samples=_samples(run.samples, run.nearest),
+        sample_note=_sample_note(run.samples.record),
+        interpolation=_interpolation(run.interpolation),
+        interpolation_ends=_ends(run.interpolation.record),
+        training=_training_charts(run),
+        mappings=_mappings(run),
+        settings=setting_rows(run.options),
+        environment=setting_rows(run.environment),
+        problems=run.problems,
+    )
+
+
+def _header_facts(run: Artefacts) -> list[str]:
+    """What kind of run this is, in a few words each, as far as its options tell."""
+    options, train = run.options, run.options.get("train")
+    train = train if isinstance(train, dict) else {}
+    facts = [f"{key} {options[key]}" for key in ("preset", "seed") if key in options]
+    facts += [f"{key} {train[key]}" for key in ("loss", "variant", "width") if key in train]
+    for media in (run.reconstruction, run.samples):
+        if media.video is not None:
+            frames, height, width = media.video.shape[2:]
+            facts.append(f"{frames} frames of {width}×{height}")
+            break
+    started = run.environment.get("started")
+    return facts + ([f"started {str(started)[:10]}"] if started else [])  # the day of an ISO date
+
+
+def _headline_figures(run: Artefacts) -> list[tuple[str, str, str]]:
+    """(what, value, unit) of the numbers at the top of the page; only those that are known."""
+    record, rows = run.reconstruction.record, [r for r in run.metrics if r.get("stage") == "glo"]
+    psnr, flat = number(record.get("psnr")), number(record.get("psnr_mean_colour"))
+    last_frame, clips = number(record.get("psnr_last_frame")), number(record.get("clips"))
+    steps, seconds = numbers(rows, "step", "step")[0], seconds_spent(rows)
+    figures = []
+    if psnr is not None:
+        figures.append(("Reconstruction PSNR", f"{psnr:.2f}", "dB"))
+    if psnr is not None and flat is not None:
+        figures.append(("Over the mean colour", f"{psnr - flat:+.2f}", "dB"))
+    if last_frame is not None:
+        figures.append(("PSNR of the last frame", f"{last_frame:.2f}", "dB"))
+    if clips is not None:
+        figures.append(("Clips", f"{clips:,.0f}", ""))
+    if steps:
+        figures.append(("Training steps", f"{max(steps):,.0f}", ""))
+    if seconds is not None:
+        figures.append(("Training time", *duration(seconds)))
+    return figures
+
+
+def duration(seconds: float) -> tuple[str, str]:
+    """A duration as (value, unit): ("48", "s"), ("3:12", "min"), ("4:05", "h")."""
+    whole = round(seconds)
+    if whole < 60:
+        return str(whole), "s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}", "min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}", "h"
+
+
+def _view(label: str, of: str, video: np.ndarray, quality: int) -> View:
+    return View(label, f"{label} of {of}", filmstrip(video, quality))
+
+
+def _streams(media: Media, i: int, of: str) -> list[View]:
+    """Foreground, mask and background of clip i, as far as they are there."""
+    views = []
+    for label, array in (
+        ("Foreground", media.foreground),
+        ("Mask", media.mask),
+        ("Background", media.background),
+    ):
+        if array is not None:
+            video = array[i][:, None] if array.ndim == 4 else array[i]  # a still is a video of one frame
+            views.append(_view(label, of, video, 82))
+    return views
+
+
+def _reconstructions(media: Media) -> Gallery:
+    """A card per clip: original | reconstruction, and the streams."""
+    if media.video is None:
+        return Gallery()
+    shown = media.record.get("shown")
+    per_clip = media.record.get("per_clip")
+    psnr, flat = _by_id(per_clip, "psnr"), _by_id(per_clip, "psnr_mean_colour")
+    cards = []
+    for i in range(min(len(media.video), MOST_CARDS)):
+        clip = _text_at(shown, i)
+        of = f"clip {clip or i + 1}"
+        pair = [] if media.original is None else [_view("Original", of, media.original[i], 88)]
+        facts = [(clip, "clip id")] if clip else []
+        if (value := psnr.get(clip)) is not None:
+            facts.append((f"{value:.2f} dB", "PSNR of the reconstruction"))
+            if (base := flat.get(clip)) is not None:
+                facts.append((f"{value - base:+.2f} dB", "above the clip’s mean colour"))
+        pair.append(_view("Reconstruction", of, media.video[i], 88))
+        cards.append(Card(pair, _streams(media, i, of), facts))
+    return Gallery(cards, len(media.video))
+
+
+def _samples(media: Media, nearest: np.ndarray | None) -> Gallery:
+    """A card per sample: sample | nearest training clip, and the streams."""
+    if media.video is None:
+        return Gallery()
+    found = media.record.get("nearest")
+    found = found if isinstance(found, dict) else {}
+    cards = []
+    for i in range(min(len(media.video), MOST_CARDS)):
+        of = f"sample {i + 1}"
+        clip = _text_at(found.get("id"), i)
+        facts = [(f"{of}, nearest {clip}" if clip else of, "place in video.npy and id of the nearest clip")]
+        if (distance := _number_at(found.get("latent_distance"), i)) is not None:
+            facts.append((f"distance {distance:.3f}", "between the latents of the sample and of that clip"))
+        if (psnr := _number_at(found.get("pixel_psnr"), i)) is not None:
+            facts.append((f"{psnr:.2f} dB", "PSNR between the sample and that clip: high means a copy"))
+        pair = [_view("Sample", of, media.video[i], 88)]
+        if nearest is not None:
+            clip_view = filmstrip(nearest[i], 88)
+            pair.append(View("Nearest clip", f"Training clip nearest to sample {i + 1}", clip_view))
+        cards.append(Card(pair, _streams(media, i, of), facts))
+    return Gallery(cards, len(media.video))
+
+
+def _sample_note(record: dict[str, Any]) -> str:
+    """How the samples were drawn."""
+    known = [(key, record.get(key)) for key in ("mapping", "seed")]
+    return ", ".join(f"{key} {value}" for key, value in known if value is not None)
+
+
+def _ends(record: dict[str, Any]) -> str:
+    """Between which clips the interpolation goes."""
+    between = record.get("between")
+    return " and ".join(str(clip) for clip in between) if isinstance(between, list) else ""
+
+
+def _interpolation(media: Media) -> Gallery:
+    """One view per step along the path, no streams."""
+    if media.video is None:
+        return Gallery()
+    count = min(len(media.video), MOST_CARDS)
+    cards = [
+        Card([View(f"Step {i + 1}", f"Interpolation step {i + 1}", filmstrip(media.video[i], 88))], [], [])
+        for i in range(count)
+    ]
+    return Gallery(cards, len(media.video))
+
+
+def _clip_chart(record: dict[str, Any]) -> Chart | None:
+    """PSNR of every clip, worst first, against that of its mean colour."""
+    psnr, flat = (_by_id(record.get("per_clip"), key) for key in ("psnr", "psnr_mean_colour"))
+    order = sorted(psnr, key=lambda clip: psnr[clip])
+    if len(order) < 2:
+        return None
+    ranks = {clip: float(i + 1) for i, clip in enumerate(order)}
+    known = [clip for clip in order if clip in flat]
+    series = [Series("reconstruction", list(ranks.values()), [psnr[clip] for clip in order])]
+    if known:
+        series.append(Series("mean colour", [ranks[c] for c in known], [flat[c] for c in known]))
+    few = len(order) <= 200
+    svg = _drawn(series, x_label="clips, worst first", y_label="PSNR, dB", line=not few)
+    last = f"{psnr[order[-1]]:.2f} dB"
+    return Chart("PSNR by clip", [one.label for one in series], last, svg) if svg else None
+
+
+def _training_charts(run: Artefacts) -> list[Chart]:
+    rows = [row for row in run.metrics if row.get("stage") == "glo"]
+    charts = [
+        _curve(rows, "step", "loss", "Loss", "loss", log=True),
+        _curve(rows, "step", "psnr", "PSNR of the training batches", "PSNR, dB"),
+        _clip_chart(run.reconstruction.record),
+    ]
+    return [one for one in charts if one is not None]
+
+
+def _mappings(run: Artefacts) -> list[tuple[str, list[Chart], list[tuple[int, str, str | None]]]]:
+    """Per fitted mapping: its kind, curves over the epochs, and what else its record says."""
+    found = []
+    for kind, record in run.mappings.items():
+        epochs = record.get("epochs")
+        if not isinstance(epochs, list):  # not in the record: take the log's
+            epochs = [row for row in run.metrics if row.get("stage") == kind]
+        rows = [row for row in epochs if isinstance(row, dict)]
+        charts = [
+            _curve(rows, "epoch", "loss", "Regression loss", "loss", log=True),
+            _curve(rows, "epoch", "match_distance", "Distance from a latent to its match", "mean distance"),
+            _curve(rows, "epoch", "hubness", "Hubness: distinct matches per latent", "share", cover=(0, 1)),
+        ]
+        rest = {key: value for key, value in record.items() if not (key == "epochs" and rows)}
+        found.append((kind, [one for one in charts if one is not None], setting_rows(rest)))
+    return found
+
+
+def _curve(
+    rows: list[dict[str, Any]], x: str, y: str, title: str, y_label: str, **options: Any
+) -> Chart | None:
+    """The chart of row[y] against row[x], or None without any such rows; options as `chart` has them."""
+    xs, ys = numbers(rows, x, y)
+    if not xs:
+        return None
+    series = Series(y.replace("_", " "), xs, ys)
+    svg = _drawn([series], x_label=x, y_label=y_label, **options)
+    return Chart(title, [series.label], f"{ys[-1]:.4g}", svg) if svg else None
+
+
+def _drawn(series: Sequence[Series], **options: Any) -> str | None:
+    try:
+        return chart(series, **options)
+    except ValueError:  # nothing in it can be drawn, e.g. a log scale of zeros
+        return None
+
+
+def setting_rows(value: dict[str, Any], depth: int = 0) -> list[tuple[int, str, str | None]]:
+    """Nested settings as lines (depth, name, value); the value of a group's own line is None. Groups come last."""
+    rows: list[tuple[int, str, str | None]] = []
+    groups = {k: v for k, v in value.items() if isinstance(v, dict) and v and depth < _MOST_DEPTH}
+    for key, item in value.items():
+        if isinstance(item, list) and not any(isinstance(part, dict | list) for part in item):
+            rows.append((depth, str(key), ", ".join(_shown(part) for part in item) or "none"))
+        elif key not in groups:
+            rows.append((depth, str(key), _shown(item)))
+    for key, item in groups.items():
+        rows.append((depth, str(key), None))
+        rows += setting_rows(item, depth + 1)
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = str(value)
+    return text if len(text) <= _MOST_TEXT else text[:_MOST_TEXT] + " …"
+
+
+def _by_id(per_clip: Any, key: str) -> dict[str, float]:
+    """id -> finite number, from {"id": [...], key: [...]}; empty for anything else."""
+    if not isinstance(per_clip, dict):
+        return {}
+    ids, values = per_clip.get("id"), per_clip.get(key)
+    if not isinstance(ids, list) or not isinstance(values, list):
+        return {}
+    pairs = zip(ids, map(number, values), strict=False)
+    return {str(clip): value for clip, value in pairs if value is not None}
+
+
+def _text_at(values: Any, i: int) -> str:
+    return str(values[i]) if isinstance(values, list) and i < len(values) else ""
+
+
+def _number_at(values: Any, i: int) -> float | None:
+    return number(values[i]) if isinstance(values, list) and i < len(values) else None

@@ -1,0 +1,146 @@
+"""Latents -> videos: new ones from a mapping, and walks between the latents of training clips."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vglann_kernels import mask_composite, nearest_rows
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.generator import recompute_batchnorm
+from vglann_fast.glo.losses import psnr, to_uint8
+from vglann_fast.glo.train import Trained, check_same_clips, latent_batches, load_trained
+from vglann_fast.mapping.fit import load_mapping
+from vglann_fast.run_dir import RunDir
+from vglann_fast.samples.write import write_videos
+
+STATISTICS_SAMPLES = 256  # latents drawn for BatchNorm statistics, apart from those that are shown
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Generated videos as uint8 arrays; streams as the network made them, before they are mixed."""
+
+    video: np.ndarray  # (n, 3, T, H, W)
+    foreground: np.ndarray  # (n, 3, T, H, W)
+    mask: np.ndarray  # (n, 1, T, H, W), 255 where only the foreground shows
+    background: np.ndarray  # (n, 3, H, W)
+
+
+@torch.no_grad()
+def render(trained: Trained, latents: Tensor) -> Rendered:
+    """Generate a video from each of `latents` [n, d], in batches of the run's batch size."""
+    limits = trained.options.target_limits
+    batches = []
+    for z in torch.tensor_split(latents, -(-len(latents) // trained.options.batch_size)):
+        head, background = trained.generator.logits(z)
+        video, _ = mask_composite(head, background)
+        streams = (
+            to_uint8(video, limits),
+            to_uint8(torch.tanh(head[:, :3]), limits),
+            to_uint8(torch.sigmoid(head[:, 3:]), (0.0, 1.0)),
+            to_uint8(torch.tanh(background), limits),
+        )
+        batches.append([stream.cpu().numpy() for stream in streams])
+    return Rendered(*(np.concatenate(stream) for stream in zip(*batches, strict=True)))
+
+
+def sample(
+    run_path: str | Path,
+    *,
+    n: int = 64,
+    seed: int = 0,
+    kind: str = "imle",
+    device: torch.device | str = "cpu",
+) -> Path:
+    """New videos from noise -> media/samples, and the training clip nearest to each -> media/nearest.
+
+    Nearest by angle between latents; samples.json also holds the PSNR between the sample and that clip. Returns
+    the folder of the samples. Raises `VglannError` when the run has no such mapping or its clips are gone.
+    """
+    if n < 1:
+        raise VglannError(f"-n: expected at least 1, got {n}")
+    run = RunDir.open(run_path)
+    trained, clips = load_trained(run, device), open_clips(run)
+    check_same_clips(trained.ids, clips.ids)
+    mapping = load_mapping(run, kind, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    latents = mapping.sample(n, generator)
+    if trained.options.batchnorm == "eval":
+        extra = mapping.sample(STATISTICS_SAMPLES, torch.Generator(device).manual_seed(seed + 1))
+        recompute_batchnorm(trained.generator, latent_batches(extra, trained.options.batch_size))
+    made = render(trained, latents)
+
+    rows, squared = nearest_rows(F.normalize(latents, dim=1), F.normalize(trained.latents, dim=1))
+    nearest = clips.read(rows.cpu().numpy())
+    likeness = psnr(torch.from_numpy(made.video), torch.from_numpy(nearest))
+    record = {
+        "seed": seed,
+        "mapping": kind,
+        "n": n,
+        "step": trained.step,
+        "nearest": {
+            "id": [clips.ids[row] for row in rows.tolist()],
+            "latent_distance": squared.sqrt().tolist(),
+            "pixel_psnr": likeness.tolist(),
+        },
+    }
+    write_videos(run.path / "media" / "nearest", nearest)
+    return write_videos(
+        run.path / "media" / "samples",
+        made.video,
+        foreground=made.foreground,
+        mask=made.mask,
+        background=made.background,
+        latents=latents.float().cpu().numpy(),
+        records={"samples": record},
+    )
+
+
+def interpolate(
+    run_path: str | Path, *, steps: int = 8, seed: int = 0, device: torch.device | str = "cpu"
+) -> Path:
+    """Videos along the great circle between the latents of two training clips -> media/interpolation.
+
+    The clips are drawn with `seed`; `steps` counts both ends. Returns the folder.
+    """
+    if steps < 2:
+        raise VglannError(f"--steps: expected at least 2, got {steps}")
+    run = RunDir.open(run_path)
+    trained = load_trained(run, device)
+    rows = np.random.default_rng(seed).choice(len(trained.latents), 2, replace=False)
+    start, end = trained.latents[torch.from_numpy(rows)]
+    latents = great_circle(start, end, steps)
+    made = render(trained, latents)
+    return write_videos(
+        run.path / "media" / "interpolation",
+        made.video,
+        foreground=made.foreground,
+        mask=made.mask,
+        background=made.background,
+        records={"interpolation": {"seed": seed, "between": [trained.ids[row] for row in rows.tolist()]}},
+    )
+
+
+def great_circle(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """`steps` unit vectors [steps, d] at equal angles from `start` [d] to `end` [d]; their norms do not matter.
+
+    Shoemake, "Animating Rotation with Quaternion Curves", 1985. Undefined for opposite vectors.
+    """
+    start, end = F.normalize(start, dim=0), F.normalize(end, dim=0)
+    across = end - (end @ start) * start  # of length sin(angle)
+    angle = torch.atan2(across.norm(), end @ start)
+    t = angle * torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None]
+    return torch.cos(t) * start + torch.sin(t) * F.normalize(across, dim=0)
+
+
+def open_clips(run: RunDir) -> ClipSet:
+    """The training clips of a run. Raises `VglannError` that says where they were when they are gone."""
+    folder = Path(run.options["clips"])
+    if not folder.is_dir():
+        raise VglannError(f"the clips of {run.path} are not in {folder} any more; put them back")
+    return ClipSet.open(folder, "train", verify=False)
