@@ -1,0 +1,255 @@
+"""One video file (or folder of frames) -> small RGB frames, in a process that may be killed.
+
+Foreign video is hostile: files hang, crash the decoder or declare frames of gigabytes. So every file is
+decoded in a child process (`decode_child.py`) with a memory limit, and the parent kills it when its time is up.
+A file that cannot be used comes back as a reason, in words; it never takes the program with it.
+
+Frames are cropped and area-resized one by one as they are decoded; full-size frames are never kept. What
+comes back lies in two temporary files, mapped, not read:
+
+    tiles       uint8 (frames, tiles, size, size, 3)  RGB, the square crops clips are made of
+    thumbnails  uint8 (frames, 27, 48, 3)             RGB, the whole frame squeezed, to find the shots in
+
+Frames are taken as stored, one after the other: timestamps are not looked at, so a variable frame rate stays.
+The display matrix (rotation, mirroring) and the pixel aspect ratio are applied: a tile is square on the
+screen. Colours are converted by the matrix and range the file declares (BT.601 limited where it declares
+none), 10 and more bits are scaled to 8, HDR is not tone-mapped, and transparency is laid over white, as a
+browser shows it.
+
+The child reads one JSON job a line on stdin and answers one JSON line each on stdout.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vglann_fast.errors import VglannError
+
+THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 27, 48
+# A child is replaced after this many files, so that a decoder that leaks cannot eat the machine.
+_FILES_PER_CHILD = 200
+# The child finds modules where this process does, however its sys.path came about.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
+    "from vglann_fast.clips.decode_child import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one file may cost. Over `seconds` or `memory_mb` or `max_pixels` the file is rejected.
+
+    Of a file with more than `max_frames` frames the rest is left out; the default is an hour at 30 frames a
+    second. `memory_mb` is in MiB and counts what decoding adds to an idle child.
+    Raises `VglannError` for a value that is not above 0.
+    """
+
+    seconds: float = 1800.0
+    memory_mb: int = 2048
+    max_frames: int = 108_000
+    max_pixels: int = 8192 * 4320
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not 0 < value < 2**31 or (field.name != "seconds" and value != int(value)):
+                raise VglannError(f"{field.name} must be above 0 and below 2**31, not {value}")
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """A source to decode: a video file, or a folder of images named in frame order.
+
+    Frames `first_frame`..`last_frame` are kept, both included; None means to the end. `tiles` is the number
+    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels.
+    """
+
+    path: Path
+    frame_files: tuple[str, ...] = ()
+    first_frame: int = 0
+    last_frame: int | None = None
+    tiles: int = 1
+    size: int = 64
+
+
+@dataclass(frozen=True)
+class DecodedVideo:
+    """A decoded source; see the top of this file for the arrays.
+
+    boxes: per tile [x, y, width, height] in pixels of the upright frame. truncated: it has frames beyond
+    `max_frames`, which were left out.
+    """
+
+    sha256: str
+    truncated: bool
+    boxes: list[list[int]]
+    tiles: np.ndarray
+    thumbnails: np.ndarray
+    files: tuple[Path, Path]
+
+    def discard(self) -> None:
+        """Remove the temporary files; the arrays must not be used after."""
+        for file in self.files:
+            file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """`reason` is one line, without a path. `sha256` is empty if the file could not even be read."""
+
+    reason: str
+    sha256: str = ""
+
+
+def tile_boxes(width: int, height: int, tiles: int, pixel_aspect: float = 1.0) -> list[list[int]]:
+    """Square boxes of an upright width x height frame, each [x, y, width, height], row by row.
+
+    tiles = 1 is the one centre square. tiles = R > 1 is R rows of squares 1/R of the frame height, in as many
+    disjoint columns as fit, the grid centred: 1280x720 with R = 2 gives six squares of 360. `pixel_aspect` is
+    pixel width over height; boxes are square on the screen. A frame narrower than one square is tiled by its
+    width.
+    """
+    tall = min(height // tiles, int(width * pixel_aspect))
+    wide = min(round(tall / pixel_aspect), width)
+    if tall < 1 or wide < 1:
+        return []
+    columns = 1 if tiles == 1 else width // wide
+    left, top = (width - columns * wide) // 2, (height - tiles * tall) // 2
+    return [[left + c * wide, top + r * tall, wide, tall] for r in range(tiles) for c in range(columns)]
+
+
+def decode_all(
+    jobs: Iterable[DecodeJob], folder: Path, limits: DecodeLimits, workers: int
+) -> Generator[DecodedVideo | Rejected, None, None]:
+    """Decode the jobs in `workers` child processes; yield a result per job, in the order of the jobs.
+
+    Temporary files go to `folder`; the caller calls `DecodedVideo.discard`. At most workers + 1 results wait,
+    so that slow use of them does not fill the disk. The children are dead when the generator is closed.
+    Raises OSError when `folder` cannot be written (disk full).
+    """
+    local = threading.local()
+    children: list[_Child] = []
+
+    def decode(number: int, job: DecodeJob) -> DecodedVideo | Rejected:
+        if not hasattr(local, "child"):
+            local.child = _Child(limits)
+            children.append(local.child)
+        return local.child.decode(job, folder / f"{number}")
+
+    pool = ThreadPoolExecutor(workers)
+    waiting: list[Future[DecodedVideo | Rejected]] = []
+    try:
+        for number, job in enumerate(jobs):
+            waiting.append(pool.submit(decode, number, job))
+            if len(waiting) > workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        for child in children:
+            child.close()
+        pool.shutdown(wait=True)
+
+
+class _Child:
+    """A decoding process, started at the first file, and again after it was killed or has died."""
+
+    def __init__(self, limits: DecodeLimits) -> None:
+        self._limits = limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._files = 0
+        self._closed = False
+        # close() comes from the consumer's thread while decode() runs in its own.
+        self._lock = threading.RLock()
+
+    def decode(self, job: DecodeJob, stem: Path) -> DecodedVideo | Rejected:
+        files = (stem.with_suffix(".tiles"), stem.with_suffix(".thumbnails"))
+        request = {
+            **dataclasses.asdict(job),
+            "path": str(job.path.absolute()),
+            "outputs": [str(file.absolute()) for file in files],
+            "max_frames": self._limits.max_frames,
+            "max_pixels": self._limits.max_pixels,
+        }
+        reply = self._ask(request)
+        if "errno" in reply:
+            raise OSError(reply["errno"], os.strerror(reply["errno"]), str(stem.parent))
+        if "reason" in reply:
+            for file in files:
+                file.unlink(missing_ok=True)
+            return Rejected(reply["reason"], reply.get("sha256", ""))
+        frames = reply.pop("frames")
+        tiles = np.memmap(files[0], np.uint8, "r", shape=(frames, len(reply["boxes"]), job.size, job.size, 3))
+        small = np.memmap(files[1], np.uint8, "r", shape=(frames, THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, 3))
+        return DecodedVideo(**reply, tiles=tiles, thumbnails=small, files=files)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._kill()
+
+    def _ask(self, request: dict) -> dict:
+        if self._process is None or self._files >= _FILES_PER_CHILD:
+            self._start()
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            return {"reason": "decoding was stopped"}
+        self._files += 1
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the child died; the empty reply below says so
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN | select.POLLHUP)
+        if not poll.poll(min(self._limits.seconds * 1000, 2**31 - 1)):
+            self._kill()
+            return {"reason": f"decoding took more than {self._limits.seconds:g} s"}
+        line = process.stdout.readline()
+        if not line.endswith(b"\n"):
+            code = process.wait()
+            self._kill()
+            return {"reason": f"the decoder crashed ({_exit_words(code)})"}
+        return json.loads(line)
+
+    def _start(self) -> None:
+        with self._lock:
+            self._kill()
+            if self._closed:
+                return
+            memory, seconds = int(self._limits.memory_mb), math.ceil(self._limits.seconds) + 10
+            arguments = [str(memory), str(seconds), json.dumps(sys.path)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            self._files = 0
+
+    def _kill(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except BrokenPipeError:
+                        pass  # what was still to be flushed to the dead child
+
+
+def _exit_words(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

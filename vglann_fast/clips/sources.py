@@ -1,0 +1,151 @@
+"""Which videos a pack is made of: files, folders of videos, folders of frames, and their windows.
+
+A `sources.json` beside video files says which frames of a file may be used (credits and titles are not video
+one wants to learn), and where the file is from:
+
+    {"format": "vglann-sources", "version": 1,
+     "sources": [{"file": "film.mp4", "first_frame": 240, "last_frame": 11600, "credit": "...", ...}]}
+
+`first_frame` and `last_frame` are both included and optional; files not listed are used whole. `fetch.py`
+writes such a file; anyone may write one by hand.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vglann_fast.errors import VglannError
+
+SOURCES_FILE = "sources.json"
+# fmt: off
+VIDEO_EXTENSIONS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".wmv", ".flv",
+    ".ogv", ".3gp", ".y4m", ".gif",
+)
+# fmt: on
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video file, or a folder of frames (`frame_files`: the names in frame order)."""
+
+    path: Path
+    frame_files: tuple[str, ...] = ()
+    first_frame: int = 0
+    last_frame: int | None = None
+    credit: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the file or folder, without the way to it."""
+        return self.path.absolute().name
+
+
+def find_sources(paths: str | Path | Iterable[str | Path]) -> list[Source]:
+    """All videos under the given files and folders, in the order given, folders in natural order of names.
+
+    A file is taken whatever its extension. A folder is searched for files with a video extension, in its
+    subfolders too (symbolic links are followed, each real folder once); a folder that has images and no videos
+    directly inside is one video, a frame per image. Hidden files are left out.
+    Raises `VglannError` if a path does not exist or nothing is found.
+    """
+    sources: list[Source] = []
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        if path.is_dir():
+            found = _in_folder(path)
+            if not found:
+                known = " ".join(VIDEO_EXTENSIONS)
+                raise VglannError(f"{path}: no videos in this folder (known: {known})")
+            sources += found
+        elif path.exists():
+            sources.append(_windowed(path, _windows(path.parent)))
+        else:
+            raise VglannError(f"{path}: no such file or folder")
+    if not sources:
+        raise VglannError("no video files or folders given")
+    return sources
+
+
+def content_sha256(path: Path, frame_files: tuple[str, ...] = ()) -> str:
+    """sha256 of a video file; of a folder of frames, of the frames' sha256 in order. Names do not enter.
+
+    Raises OSError if a file cannot be read, ValueError with the reason if it is not a file or empty.
+    """
+    digests = []
+    for file in [path / name for name in frame_files] or [path]:
+        if not file.is_file():  # to read a pipe would block for ever
+            raise ValueError("is not a regular file" if file.exists() else "does not exist")
+        if file.stat().st_size == 0:
+            raise ValueError("is an empty file")
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256"))
+    if not frame_files:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts frame2 before frame10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _in_folder(top: Path) -> list[Source]:
+    sources: list[Source] = []
+    waiting, seen = [top], set()
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue  # a loop of symbolic links
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: natural_key(entry.name))
+        except OSError as error:
+            raise VglannError(f"{folder}: cannot be listed ({error.strerror})") from error
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        folders = {entry.name: Path(entry) for entry in entries if os.path.isdir(entry)}
+        waiting += reversed(folders.values())
+        names = [entry.name for entry in entries if entry.name not in folders]
+        videos = [name for name in names if Path(name).suffix.lower() in VIDEO_EXTENSIONS]
+        images = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
+        if videos:
+            windows = _windows(folder)
+            sources += [_windowed(folder / name, windows) for name in videos]
+        elif len(images) > 1:  # a single one is a poster
+            sources.append(Source(folder.absolute(), tuple(images)))
+    return sources
+
+
+def _windowed(path: Path, windows: dict[str, dict]) -> Source:
+    return Source(path, **windows.get(path.name, {}))
+
+
+def _windows(folder: Path) -> dict[str, dict]:
+    """File name -> the first_frame, last_frame and credit of `Source`, from the folder's sources.json."""
+    file = folder / SOURCES_FILE
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format"] != "vglann-sources" or content["version"] != 1:
+            raise ValueError("not version 1 of vglann-sources")
+        windows = {}
+        for entry in content["sources"]:
+            first, last = entry.get("first_frame") or 0, entry.get("last_frame")
+            if type(first) is not int or first < 0 or type(last) not in (int, type(None)):
+                raise ValueError(f"bad frames of {entry['file']!r}")
+            if last is not None and last < first:
+                raise ValueError(f"no frames of {entry['file']!r}")
+            windows[entry["file"]] = {
+                "first_frame": first,
+                "last_frame": last,
+                "credit": str(entry.get("credit", "")),
+            }
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise VglannError(f"{file}: not a valid list of sources ({error}); mend or remove it") from error
+    return windows
