@@ -1,0 +1,189 @@
+"""The switch: which implementation of each op runs, and why.
+
+A choice is written `DEFAULT[,OP=NAME...]`, for example `auto`, `reference` or `reference,nearest=triton`.
+It can be given at three levels, the nearest one wins:
+
+1. the keyword `impl="triton"` of a call (a single name, no commas);
+2. the process default, `use_impl("reference")`;
+3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
+
+Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
+take the reference under `auto`. Only `auto` may fall back: a name asked for explicitly that cannot run raises
+and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
+
+Under `torch.compile` the choice is made once, when the graph is traced.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+OPS = ("composite", "laplacian", "composite_laplacian", "nearest", "latent_adam")
+DEFAULTS = ("auto", "triton", "reference")  # names that every op understands
+VARIABLE = "VGLANN_KERNELS"
+
+log = logging.getLogger("vglann_kernels")
+
+WhyNot = Callable[[Any], str | None]  # device -> None when it can run there, else the reason
+
+_registered: dict[str, dict[str, WhyNot]] = {op: {} for op in OPS}
+_process_default: str | None = None
+_reported: set["Choice"] = set()
+
+
+class ImplUnavailable(RuntimeError):
+    """An implementation was asked for by name and cannot run here; the message says why and what would."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one op: `impl` is the implementation's name, `reason` one readable clause."""
+
+    op: str
+    impl: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.impl} ({self.reason})"
+
+
+def register(op: str, name: str, why_not: WhyNot = lambda device: None) -> None:
+    """Called by an op's module for each implementation it has. `why_not(device)` is None when it can run."""
+    _registered[op][name] = why_not
+
+
+def implementations(op: str) -> dict[str, WhyNot]:
+    """The implementations of `op` by name. Loads the op (and so torch)."""
+    if op not in _registered:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    import_module(f"{__package__}.{op}.op")
+    return _registered[op]
+
+
+def parse(spec: str) -> dict[str, str]:
+    """`"reference,nearest=triton"` -> {"": "reference", "nearest": "triton"}; "" holds the default.
+
+    Raises ValueError on an unknown op or name, and on anything given twice.
+    """
+    names: dict[str, str] = {}
+    for item in spec.split(","):
+        op, _, name = item.strip().rpartition("=")
+        if op in names:
+            raise ValueError(f"kernels {spec!r}: {op or 'the default'} is given twice")
+        if op == "" and name not in DEFAULTS:
+            raise ValueError(f"kernels {spec!r}: expected one of {', '.join(DEFAULTS)}, got {name!r}")
+        if op and name != "auto" and name not in implementations(op):
+            known = ", ".join(["auto", *implementations(op)])
+            raise ValueError(f"kernels {spec!r}: {op} has no implementation {name!r}; it has {known}")
+        names[op] = name
+    return names
+
+
+def use_impl(spec: str | None) -> list[Choice]:
+    """Set the process default and return what it means on the best device of this machine, op by op.
+
+    `spec` as in the head of this file; None goes back to `VGLANN_KERNELS`. Raises ValueError on a name that
+    does not exist and `ImplUnavailable` on one that cannot run here; the default is then left as it was.
+    """
+    global _process_default
+    before, _process_default = _process_default, spec
+    try:
+        if spec is not None:
+            parse(spec)
+        chosen = choices()
+    except (ValueError, ImplUnavailable):
+        _process_default = before
+        raise
+    for choice in chosen:
+        _report(choice)
+    return chosen
+
+
+@contextmanager
+def using_impl(spec: str | None) -> Iterator[list[Choice]]:
+    """`use_impl` for the length of a `with` block; the former default comes back afterwards."""
+    global _process_default
+    before = _process_default
+    try:
+        yield use_impl(spec)
+    finally:
+        _process_default = before
+
+
+def choices(device: Any = None) -> list[Choice]:
+    """The choice for every op on `device` (default: the current CUDA device, else the CPU)."""
+    return [resolve(op, device=device) for op in OPS]
+
+
+def requested(op: str, impl: str | None = None) -> tuple[str, str]:
+    """(name, where it was said) for one op: keyword, process default, environment, or `auto`."""
+    if impl is not None:
+        return impl, "impl="
+    if _process_default is not None:
+        spec, source = _process_default, "use_impl"
+    else:
+        spec, source = os.environ.get(VARIABLE, ""), VARIABLE
+    if not spec:
+        return "auto", "default"
+    names = parse(spec)
+    if op in names:
+        return names[op], source
+    return names.get("", "auto"), source
+
+
+def resolve(op: str, impl: str | None = None, device: Any = None, unsupported: str | None = None) -> Choice:
+    """Which implementation runs `op` on `device`, and why.
+
+    `unsupported` is the op's own reason why its Triton kernel does not take these arguments (None: it does).
+    Raises ValueError for a name the op does not have or arguments that an explicit `triton` does not take,
+    and `ImplUnavailable` for a name that cannot run on the device.
+    """
+    import torch
+
+    known = implementations(op)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    name, source = requested(op, impl)
+    if name == "auto":
+        return _automatic(op, device, unsupported, known)
+    if name not in known:
+        raise ValueError(f"{op}: no implementation {name!r} ({source}); it has {', '.join(['auto', *known])}")
+    why_not = known[name](device)
+    if why_not:
+        raise ImplUnavailable(f"{op}: {name} ({source}) cannot run: {why_not}; 'reference' runs everywhere")
+    if name == "triton" and unsupported:
+        raise ValueError(f"{op}: triton ({source}): {unsupported}; 'reference' takes it")
+    return Choice(op, name, f"asked for by {source}")
+
+
+def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, WhyNot]) -> Choice:
+    if device.type == "cpu":
+        return Choice(op, "reference", "CPU tensors")
+    if "triton" not in known:
+        return Choice(op, "reference", "this op has no Triton kernel")
+    why_not = known["triton"](device) or unsupported
+    if why_not:
+        return Choice(op, "reference", why_not)
+    return Choice(op, "triton", f"runs on {device}")
+
+
+def chosen(op: str, impl: str | None, device: Any, unsupported: str | None = None) -> str:
+    """`resolve(...).impl`, for the ops: reports each new choice once, to the logger `vglann_kernels`.
+
+    Under `torch.compile` the ops call this as a constant, so nothing is logged from inside a graph.
+    """
+    choice = resolve(op, impl, device, unsupported)
+    _report(choice)
+    return choice.impl
+
+
+def _report(choice: Choice) -> None:
+    if choice in _reported:
+        return
+    _reported.add(choice)
+    log.info("%s", choice)

@@ -1,0 +1,96 @@
+"""What `laplacian_pyramid_loss` computes, in plain PyTorch."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import compute_dtype
+
+Taps = list[float]
+
+
+def blur_taps(blur: str, sigma: float, size: int = 5) -> list[tuple[Taps, Taps]]:
+    """The blur as separable terms (column taps, row taps): K = sum of outer products, all entries sum to 1.
+
+    binomial   [1 4 6 4 1] / 16 in both directions (Burt and Adelson 1983); size 5 only
+    gaussian   exp(-x^2 / (2 sigma^2)) normalised, in both directions
+    seed       K_ij proportional to g_i + g_j with g_i = exp(-x_i^2 / sigma^2): a sum where the usual kernel
+               has a product, so two terms (g, box) and (box, g). `sigma` is in pixels throughout.
+    """
+    offsets = [i - size // 2 for i in range(size)]
+    if blur == "binomial":
+        taps = [math.comb(4, i) / 16 for i in range(5)]
+        return [(taps, taps)]
+    width = 2 * sigma * sigma if blur == "gaussian" else sigma * sigma
+    g = [math.exp(-x * x / width) for x in offsets]
+    g = [v / sum(g) for v in g]
+    if blur == "gaussian":
+        return [(g, g)]
+    box = [0.5 / size] * size  # half of the box: the two terms together sum to 1
+    return [(g, box), (box, g)]
+
+
+def band_matrix(n: int, taps: Taps, like: Tensor) -> Tensor:
+    """[n,n]: `band_matrix @ column` is the column filtered with `taps`, edge values replicated outside."""
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    rows = torch.arange(n)
+    for i, tap in enumerate(taps):
+        columns = (rows + i - len(taps) // 2).clamp(0, n - 1)
+        matrix.index_put_((rows, columns), torch.tensor(tap, dtype=torch.float64), accumulate=True)
+    return matrix.to(like)
+
+
+def blurred(planes: Tensor, terms: list[tuple[Taps, Taps]]) -> Tensor:
+    """planes [P,H,W] -> [P,H,W], each plane filtered with the sum of the separable terms."""
+    height, width = planes.shape[-2:]
+    out = torch.zeros_like(planes)
+    for column_taps, row_taps in terms:
+        rows_done = planes @ band_matrix(width, row_taps, planes).T  # [P,H,W]
+        out = out + band_matrix(height, column_taps, planes) @ rows_done
+    return out
+
+
+def pyramid(planes: Tensor, levels: int, terms: list[tuple[Taps, Taps]]) -> list[Tensor]:
+    """planes [P,H,W] -> `levels` bands and the residual: level l is [P, H >> l, W >> l]."""
+    bands = []
+    for _ in range(levels):
+        low = blurred(planes, terms)
+        bands.append(planes - low)
+        planes = F.avg_pool2d(low[:, None], 2)[:, 0]  # [P,H//2,W//2], an odd last row or column is dropped
+    return [*bands, planes]
+
+
+def laplacian_pyramid_loss(
+    video: Tensor,
+    target: Tensor,
+    *,
+    levels: int,
+    blur: str,
+    sigma: float,
+    level_weights: Sequence[float],
+    target_range: tuple[float, float],
+    reduction: str,
+) -> Tensor:
+    """Sum over levels of weight * mean |band of (video - target)| per plane; planes are the last two
+    dimensions.
+
+    The pyramid is linear, so the pyramid of the difference is the difference of the pyramids. Arguments,
+    dtypes and the reductions are described at `vglann_kernels.laplacian_pyramid_loss`; all are required here.
+    """
+    dtype = compute_dtype(video)
+    with torch.autocast(video.device.type, enabled=False):  # the products below must stay in float32
+        y = target.to(dtype)
+        if target.dtype == torch.uint8:
+            low, high = target_range
+            y = low + (high - low) / 255 * y
+        difference = (video.to(dtype) - y).flatten(0, -3) if video.ndim > 2 else (video.to(dtype) - y)[None]
+        bands = pyramid(difference, levels, blur_taps(blur, sigma))
+        per_plane = torch.stack(
+            [w * band.abs().mean(dim=(1, 2)) for w, band in zip(level_weights, bands, strict=True)]
+        ).sum(0)  # [P]
+    if reduction == "none":
+        return per_plane.reshape(video.shape[:-2])
+    return per_plane.mean() if reduction == "mean" else per_plane.sum()

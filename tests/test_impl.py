@@ -1,0 +1,145 @@
+"""The switch: which implementation runs, who decides, and what is refused."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import vglann_kernels
+from vglann_kernels import ImplUnavailable, choices, mask_composite, nearest_rows, resolve, use_impl, using_impl
+from vglann_kernels import impl as switch
+
+
+@pytest.fixture(autouse=True)
+def no_default(monkeypatch):
+    monkeypatch.delenv("VGLANN_KERNELS", raising=False)
+    monkeypatch.setattr(switch, "_process_default", None)
+    monkeypatch.setattr(switch, "_reported", set())
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, vglann_kernels; assert not {'torch', 'triton', 'faiss'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_can_be_imported():
+    for name in vglann_kernels.__all__:
+        assert getattr(vglann_kernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vglann_kernels.nothing
+
+
+def test_cpu_tensors_take_the_reference():
+    for choice in choices("cpu"):
+        assert (choice.impl, choice.reason) == ("reference", "CPU tensors")
+
+
+def test_the_keyword_beats_the_process_default_beats_the_environment(monkeypatch):
+    monkeypatch.setenv("VGLANN_KERNELS", "nearest=faiss")
+    assert resolve("nearest", device="cpu").impl == "faiss"
+    assert resolve("composite", device="cpu").impl == "reference"
+    use_impl("reference")
+    assert resolve("nearest", device="cpu").impl == "reference"
+    assert resolve("nearest", "faiss", "cpu").impl == "faiss"
+    use_impl(None)
+    assert resolve("nearest", device="cpu").impl == "faiss"
+
+
+def test_one_op_can_differ_from_the_default():
+    chosen = {choice.op: choice.impl for choice in use_impl("reference,nearest=faiss")}
+    assert chosen.pop("nearest") == "faiss"
+    assert set(chosen.values()) == {"reference"}
+
+
+def test_the_chosen_path_is_the_one_that_runs(monkeypatch):
+    ran = []
+    module = sys.modules["vglann_kernels.composite.reference"]
+    monkeypatch.setattr(module, "mask_composite", lambda *inputs: ran.append("reference"))
+    mask_composite(torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 3, 2, 2))
+    assert ran == ["reference"]
+    x = torch.zeros(3, 2)
+    assert nearest_rows(x, x, impl="faiss", return_stats=True)[2]["impl"] == "faiss"
+
+
+def test_an_explicit_name_that_cannot_run_raises_and_says_what_would(monkeypatch):
+    head, background = torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 3, 2, 2)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ImplUnavailable, match="TRITON_INTERPRET=1.*'reference' runs everywhere"):
+        mask_composite(head, background, impl="triton")
+    monkeypatch.setenv("VGLANN_KERNELS", "triton")
+    with pytest.raises(ImplUnavailable, match="VGLANN_KERNELS"):
+        mask_composite(head, background)
+
+
+def test_a_default_that_cannot_run_leaves_the_former_one(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    use_impl("reference")
+    with pytest.raises(ImplUnavailable):
+        use_impl("triton")
+    assert resolve("composite", device="cpu").reason == "asked for by use_impl"
+
+
+def test_using_impl_restores_the_default_after_an_error():
+    use_impl("auto")
+    with pytest.raises(KeyError), using_impl("reference"):
+        assert resolve("composite", device="cpu").reason == "asked for by use_impl"
+        raise KeyError
+    assert resolve("composite", device="cpu").reason == "CPU tensors"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fast", "expected one of auto, triton, reference, got 'fast'"),
+        ("faiss", "expected one of auto, triton, reference, got 'faiss'"),
+        ("composite=faiss", "composite has no implementation 'faiss'; it has auto, reference, triton"),
+        ("fusion=triton", "expected one of composite, .* got 'fusion'"),
+        ("auto,reference", "the default is given twice"),
+        ("nearest=faiss,nearest=reference", "nearest is given twice"),
+        ("", "got ''"),
+    ],
+)
+def test_a_bad_choice_is_refused_by_name(spec, message):
+    with pytest.raises(ValueError, match=message):
+        use_impl(spec)
+
+
+def test_auto_falls_back_with_a_reason_and_triton_does_not(monkeypatch):
+    monkeypatch.setitem(switch._registered["composite"], "triton", lambda device: "the card is too old")
+    assert str(resolve("composite", device="cuda")) == "composite: reference (the card is too old)"
+    with pytest.raises(ImplUnavailable, match="the card is too old"):
+        resolve("composite", "triton", "cuda")
+    monkeypatch.setitem(switch._registered["composite"], "triton", lambda device: None)
+    assert resolve("composite", device="cuda").impl == "triton"
+    assert resolve("composite", device="cuda", unsupported="planes of 3").reason == "planes of 3"
+    with pytest.raises(ValueError, match="planes of 3"):
+        resolve("composite", "triton", "cuda", unsupported="planes of 3")
+
+
+def test_each_choice_is_reported_once(caplog):
+    x = torch.zeros(3, 2)
+    with caplog.at_level(logging.INFO, logger="vglann_kernels"):
+        nearest_rows(x, x)
+        nearest_rows(x, x)
+    assert [record.message for record in caplog.records] == ["nearest: reference (CPU tensors)"]
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch):
+    from vglann_kernels import launch
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    launch._import_error.cache_clear()
+    try:
+        assert "triton does not import" in launch.why_no_triton(torch.device("cpu"))
+    finally:
+        launch._import_error.cache_clear()
+
+
+def test_old_cards_are_a_reason(monkeypatch):
+    from vglann_kernels import launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5, under 8.0" in launch.why_no_triton(torch.device("cuda"))
