@@ -41,7 +41,9 @@ def test_half_precision_is_computed_in_float32():
 
 def test_saturated_logits_and_nan():
     head, background = logits((1, 1, 1, 3))
-    head[0, :, 0, 0] = torch.tensor([[1e4, 0, 0], [-1e4, 0, 0], [float("inf"), 0, 0], [1e4, -1e4, float("nan")]])
+    head[0, :, 0, 0] = torch.tensor(
+        [[1e4, 0, 0], [-1e4, 0, 0], [float("inf"), 0, 0], [1e4, -1e4, float("nan")]]
+    )
     video = mask_composite(head, background)[0][0, :, 0, 0]
     assert video[:, 0].tolist() == [1, -1, 1]
     torch.testing.assert_close(video[:, 1], background[0, :, 0, 1].tanh())
@@ -58,7 +60,11 @@ def test_an_empty_batch():
     [
         (lambda h, b: (h[0], b), ValueError, r"head: expected shape \(B, 4, T, H, W\), got \(4, 3, 5, 4\)"),
         (lambda h, b: (h[:, :3], b), ValueError, r"head: expected shape \(B, 4, T, H, W\), got \(2, 3"),
-        (lambda h, b: (h, b[:1]), ValueError, r"background: expected shape \(2, 3, 5, 4\), got \(1, 3, 5, 4\)"),
+        (
+            lambda h, b: (h, b[:1]),
+            ValueError,
+            r"background: expected shape \(2, 3, 5, 4\), got \(1, 3, 5, 4\)",
+        ),
         (lambda h, b: (h, b.float()), TypeError, "background: expected float64, got float32"),
         (lambda h, b: (h.int(), b), TypeError, "head: expected float32 or .*, got int32"),
         (lambda h, b: (h.numpy(), b), TypeError, "head: expected a tensor, got ndarray"),

@@ -7,7 +7,15 @@ import sys
 import pytest
 import torch
 import vglann_kernels
-from vglann_kernels import ImplUnavailable, choices, mask_composite, nearest_rows, resolve, use_impl, using_impl
+from vglann_kernels import (
+    ImplUnavailable,
+    choices,
+    mask_composite,
+    nearest_rows,
+    resolve,
+    use_impl,
+    using_impl,
+)
 from vglann_kernels import impl as switch
 
 
@@ -65,7 +73,7 @@ def test_the_chosen_path_is_the_one_that_runs(monkeypatch):
 def test_an_explicit_name_that_cannot_run_raises_and_says_what_would(monkeypatch):
     head, background = torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 3, 2, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ImplUnavailable, match="TRITON_INTERPRET=1.*'reference' runs everywhere"):
+    with pytest.raises(ImplUnavailable, match=r"TRITON_INTERPRET=1.*'reference' runs everywhere"):
         mask_composite(head, background, impl="triton")
     monkeypatch.setenv("VGLANN_KERNELS", "triton")
     with pytest.raises(ImplUnavailable, match="VGLANN_KERNELS"):

@@ -70,7 +70,10 @@ def test_recorded_losses_and_gradients(name):
     bands = reference.pyramid(x.detach().flatten(0, 1), 3, reference.blur_taps("seed", 2.0))
     for level, band in enumerate(bands):
         torch.testing.assert_close(
-            band.float().view(recorded[f"pyr_input.{level}"].shape), recorded[f"pyr_input.{level}"], rtol=1e-5, atol=1e-6
+            band.float().view(recorded[f"pyr_input.{level}"].shape),
+            recorded[f"pyr_input.{level}"],
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
@@ -147,5 +150,5 @@ def test_bad_tensors_are_named():
         laplacian_pyramid_loss(x, y[..., :11])
     with pytest.raises(ValueError, match="video: expected at least 2 dimensions"):
         laplacian_pyramid_loss(x[0, 0, 0], y[0, 0, 0])
-    with pytest.raises(TypeError, match="target: expected uint8 or .*, got int64"):
+    with pytest.raises(TypeError, match=r"target: expected uint8 or .*, got int64"):
         laplacian_pyramid_loss(x, y.long())

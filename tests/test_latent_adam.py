@@ -17,10 +17,10 @@ def batches(steps, rows=30, width=7, batch=6, dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 3e-7)])
 @pytest.mark.parametrize("mode", ["dense", "catchup"])
-def test_dense_and_catchup_follow_torch_adam(mode, dtype, tolerance, beta1=0.5):
+def test_dense_and_catchup_follow_torch_adam(mode, dtype, tolerance):
     table = torch.randn(30, 7, dtype=torch.float64).to(dtype) / 10
     theirs = torch.nn.Parameter(table.clone())
-    rates = {"betas": (beta1, 0.999), "eps": 1e-8}
+    rates = {"betas": BETAS, "eps": 1e-8}
     optimiser = torch.optim.Adam([theirs], lr=0.01, **rates)
     state, lr = latent_adam_state(table, mode), torch.tensor(0.01, dtype=dtype)
     for step, (index, grad) in enumerate(batches(300, dtype=dtype)):
@@ -70,7 +70,9 @@ def test_a_row_visited_t_times_equals_torch_adam_on_that_row_alone():
 
 def test_retractions():
     for retraction, norms in (("sphere", torch.ones(4)), ("ball", torch.tensor([0.3, 0.9, 1.0, 1.0]))):
-        table = torch.nn.functional.normalize(torch.randn(4, 5, dtype=torch.float64)) * torch.tensor([[0.3], [0.9], [1], [4]])
+        table = torch.nn.functional.normalize(torch.randn(4, 5, dtype=torch.float64)) * torch.tensor(
+            [[0.3], [0.9], [1], [4]]
+        )
         state, none = latent_adam_state(table, "row"), torch.zeros(4, 5, dtype=torch.float64)
         lr = torch.tensor(0.01, dtype=torch.float64)
         latent_adam_step(table, state, torch.arange(4), none, lr=lr, retraction=retraction)
@@ -141,7 +143,11 @@ def good(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"index": torch.tensor([1, 5])}, ValueError, r"index: expected values in \[0, 5\), got values from 1 to 5"),
+        (
+            {"index": torch.tensor([1, 5])},
+            ValueError,
+            r"index: expected values in \[0, 5\), got values from 1 to 5",
+        ),
         ({"index": torch.tensor([-1, 2])}, ValueError, "got values from -1 to 2"),
         ({"index": torch.tensor([1, 2]).int()}, TypeError, "index: expected int64, got int32"),
         ({"grad": torch.zeros(3, 3)}, ValueError, r"grad: expected shape \(2, 3\), got \(3, 3\)"),

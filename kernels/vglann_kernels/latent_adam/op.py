@@ -67,7 +67,9 @@ def _step(
     from . import kernel
 
     counters, rates = (row_step, step, arrived), ((betas[0], betas[1]), eps)
-    kernel.step(latents, (exp_avg, exp_avg_sq), counters, index, grad, lr, *rates, state_mode, retraction, skip)
+    kernel.step(
+        latents, (exp_avg, exp_avg_sq), counters, index, grad, lr, *rates, state_mode, retraction, skip
+    )
 
 
 @torch.library.custom_op("vglann_kernels::latent_flush", mutates_args=TABLES - {"step", "arrived"})

@@ -173,81 +173,53 @@ def _stepped_scan_kernel(
 
 
 @triton.jit
-def _values(
-    maxima,
-    group,
-    groups,
-    query,
-    padded,
-    c_multiplier,
-    c_length,
-    c_lost,
-    c_half,
-    multiplier,
-    length,
-    lost,
-    always,
-):
-    """(score, bound) [GROUPS,QUERIES] of groups for queries, in a unit that all groups share."""
-    inside = group < groups
+def _values(maxima, c, q, group, groups, query, padded):
+    """(score, bound) [GROUPS,QUERIES] of groups for queries, in a unit that all groups share.
+
+    c and q hold `Packed.numbers`, [4,groups] and [4,padded].
+    """
     at = group[:, None].to(tl.int64) * padded + query[None, :]
+    inside = group < groups
     score = tl.load(maxima + at, mask=inside[:, None], other=0.0)
-    score *= tl.load(c_multiplier + group, mask=inside, other=0.0)[:, None]
-    bound = tl.load(c_length + group, mask=inside, other=0.0)[:, None] * length[None, :]
-    bound += tl.load(c_lost + group, mask=inside, other=0.0)[:, None] * lost[None, :]
-    bound += tl.load(c_half + group, mask=inside, other=0.0)[:, None] * multiplier[None, :] + always[None, :]
+    score *= tl.load(c + group, mask=inside, other=0.0)[:, None]
+    bound = (
+        tl.load(c + groups + group, mask=inside, other=0.0)[:, None] * tl.load(q + padded + query)[None, :]
+    )
+    bound += (
+        tl.load(c + 2 * groups + group, mask=inside, other=0.0)[:, None]
+        * tl.load(q + 2 * padded + query)[None, :]
+    )
+    bound += tl.load(c + 3 * groups + group, mask=inside, other=0.0)[:, None] * tl.load(q + query)[None, :]
+    bound += tl.load(q + 3 * padded + query)[None, :]
     return score, bound * 1.001 + tl.abs(score) * 2.4e-07  # the rounding of these lines
 
 
 @triton.jit(do_not_specialize=["groups", "padded"])
 def _select_kernel(
-    maxima, c_multiplier, c_length, c_lost, c_half, q_multiplier, q_length, q_lost, q_always, slots, count,
-    groups, padded, MOST: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """slots[query, :MOST] = the first groups that may hold the best row; count[query] = how many there
-    are."""
+    maxima,
+    c,
+    q,
+    slots,
+    count,
+    groups,
+    padded,
+    MOST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """slots[query, :MOST] = the first groups that may hold the best row; count[query] = how many there are."""
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    multiplier = tl.load(q_multiplier + query)
-    length = tl.load(q_length + query)
-    lost = tl.load(q_lost + query)
-    always = tl.load(q_always + query)
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        score, bound = _values(
-            maxima,
-            group,
-            groups,
-            query,
-            padded,
-            c_multiplier,
-            c_length,
-            c_lost,
-            c_half,
-            multiplier,
-            length,
-            lost,
-        )
+        score, bound = _values(maxima, c, q, group, groups, query, padded)
         at_least = score - bound
         known = (group < groups)[:, None] & (at_least == at_least)  # a bound of inf * 0 is unknown
         best = tl.maximum(best, tl.max(tl.where(known, at_least, float("-inf")), axis=0))
     found = tl.zeros([QUERIES], tl.int32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        score, bound = _values(
-            maxima,
-            group,
-            groups,
-            query,
-            padded,
-            c_multiplier,
-            c_length,
-            c_lost,
-            c_half,
-            multiplier,
-            length,
-            lost,
-        )
+        score, bound = _values(maxima, c, q, group, groups, query, padded)
         beaten = score + bound < best[None, :]  # false where it is unknown
         stays = ((group < groups)[:, None] & (beaten == 0)).to(tl.int32)
         place = found[None, :] + tl.cumsum(stays, axis=0) - 1
@@ -360,7 +332,7 @@ def select(maxima: Tensor, q: Packed, c: Packed, most: int) -> tuple[Tensor, Ten
     slots = torch.empty(padded, most, dtype=torch.int32, device=maxima.device)
     count = torch.empty(padded, dtype=torch.int32, device=maxima.device)
     _select_kernel[(padded // SELECT["QUERIES"],)](
-        maxima, *c.numbers, *q.numbers, slots, count, groups, padded, MOST=most, num_warps=4, **SELECT
+        maxima, c.numbers, q.numbers, slots, count, groups, padded, MOST=most, num_warps=4, **SELECT
     )
     return slots, count
 
@@ -402,7 +374,7 @@ def configurations(capability: tuple[int, int]) -> list[tuple[str, object, tuple
         made.append(
             (f"pack {name}", _pack_kernel, packed, {"K": 112, "PARTS": parts, "QUERIES": queries}, 4, 3)
         )
-    numbers = (*["*fp32"] * 9, "*i32", "*i32", 77, 77)
+    numbers = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
     made.append(("select", _select_kernel, numbers, {"MOST": 16, **SELECT}, 4, 3))
     tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
     made.append(("decide", _decide_kernel, tables, {"MOST": 16}, 4, 3))

@@ -1,0 +1,256 @@
+"""The whole training step, from the author's to the fastest, one change at a time.
+
+    python bench/bench_glo_step.py --clips CLIPS [--batch 15] [--width 64] [--steps 5] [--device cpu]
+    pytest bench/bench_glo_step.py --benchmark-only
+
+The first prints the waterfall, each row in a process of its own on the same clips and with the same loss (preset
+`paper`); a row that cannot run says why. The second compares the author's step with ours, in turns in one process,
+at the size given by VGLANN_BENCH_CLIPS, VGLANN_BENCH_BATCH and VGLANN_BENCH_WIDTH, small by default.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vglann_kernels import ImplUnavailable, use_impl
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.config import PRESETS
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.data import clip_order
+from vglann_fast.glo.losses import psnr, to_uint8
+from vglann_fast.glo.memory import peak_memory
+from vglann_fast.glo.train import Training
+from vglann_fast.interop.glann_video import load_generator
+from vglann_fast.run_dir import RunDir
+
+# This file is a script and a pytest module: neither finds its neighbours by itself.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
+from author_step import AuthorGenerator, AuthorStep  # noqa: E402
+from tiny import moving_squares, write_clip_folder  # noqa: E402
+
+# Row -> (options of the training, kernels). The author's row is not one of ours.
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "author": ({}, ""),
+    "fp32": ({"precision": "fp32"}, "reference"),
+    "tf32": ({"precision": "tf32"}, "reference"),
+    "bf16": ({"precision": "bf16"}, "reference"),
+    "bf16 compile": ({"precision": "bf16", "compile": True}, "reference"),
+    "bf16 kernels": ({"precision": "bf16"}, "triton"),
+    "bf16 compile kernels": ({"precision": "bf16", "compile": True}, "triton"),
+    "bf16 kernels graph": ({"precision": "bf16", "cuda_graph": "on", "data": "resident"}, "triton"),
+}
+WARM_UP = 2
+Step = Callable[[int], Tensor]
+
+
+def open_clips(folder: str | None, batch: int) -> ClipSet:
+    """The training clips of `folder`, or some moving squares."""
+    if folder is None:
+        where = Path(tempfile.mkdtemp()) / "clips"
+        folder = str(write_clip_folder(where, moving_squares(2 * batch, frames=32, size=64)))
+    return ClipSet.open(folder, "train")
+
+
+def author_and_ours(
+    clips: ClipSet, batch: int, width: int, device: torch.device, changes: dict[str, Any]
+) -> tuple[Step, Step, Training]:
+    """Both steps from the same weights and latents, over the same clips in the same order."""
+    given = {"width": width, "batch_size": batch, "data": "resident", "cuda_graph": "off", "epochs": 1000}
+    options = replace(PRESETS["paper"].train, reuse_norms=False, **{**given, **changes})
+    run = RunDir(Path(tempfile.mkdtemp()), {})
+    training = Training(clips, options, run, device=device)
+    torch.manual_seed(0)
+    theirs = AuthorGenerator(options.latent_dim, width).to(device)
+    same = load_generator({name: value.cpu() for name, value in theirs.state_dict().items()})
+    training.generator.load_state_dict(same.state_dict())
+    table = torch.from_numpy(clips.read()).to(device)
+    step = AuthorStep(theirs, training.latents.rows, table)
+    per_epoch = training.steps_per_epoch
+
+    def author(number: int) -> Tensor:
+        epoch, position = divmod(number, per_epoch)
+        rows = clip_order(0, epoch, len(clips))[position * batch : (position + 1) * batch]
+        return step(torch.from_numpy(rows).to(device))
+
+    def ours(number: int) -> Tensor:
+        assert training.step == number
+        return training.train_step(with_video=False)[0]
+
+    return author, ours, training
+
+
+def seconds_of(step: Callable[[], Tensor], device: torch.device) -> tuple[float, float]:
+    """(seconds of one step, its loss); the device is idle before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    loss = step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, loss.item()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-add rate of a large matrix product in this run, in FLOP/s."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    times = [seconds_of(lambda: (a @ a)[0, 0], device)[0] for _ in range(5)]
+    return 2 * n**3 / min(times)
+
+
+def generator_flops(width: int, batch: int) -> float:
+    """Of forward and backward of `batch` videos: 4.51 GFLOP forward each at width 64, thrice that with backward."""
+    share = width / 64
+    return (
+        3 * batch * (3.97e9 * share**2 + 0.54e9 * share)
+    )  # the head grows with the width, the rest with its square
+
+
+def launches(step: Step, number: int, device: torch.device) -> int | None:
+    """Kernels and graphs launched by one step on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        seconds_of(lambda: step(number), device)
+    return sum(
+        event.count
+        for event in found.key_averages()
+        if "LaunchKernel" in event.key or "GraphLaunch" in event.key
+    )
+
+
+def measure_row(
+    name: str, clips: ClipSet, batch: int, width: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """One row of the waterfall. A row that cannot run has "why_not" alone."""
+    changes, kernels = ROWS[name]
+    try:
+        if kernels:
+            use_impl(kernels)
+        author, ours, training = author_and_ours(clips, batch, width, device, changes)
+    except (VglannError, ImplUnavailable) as error:
+        return {"row": name, "why_not": " ".join(str(error).split())}
+    step = author if name == "author" else ours
+    losses, times = [], []
+    for number in range(WARM_UP + steps):
+        seconds, loss = seconds_of(lambda number=number: step(number), device)
+        losses.append(loss)
+        times.append(seconds)
+    count = launches(step, WARM_UP + steps, device)
+    seconds = median(times[WARM_UP:])
+    half = training.precision == "bf16"
+    rate = matmul_rate(device, torch.bfloat16 if half and device.type == "cuda" else torch.float32)
+    return {
+        "row": name,
+        "ms": 1e3 * seconds,
+        "videos_per_second": batch / seconds,
+        "launches": count,
+        "peak_gb": peak_memory(device) / 1e9,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "matmul_share": generator_flops(width, batch) / seconds / rate,
+        "psnr": None if name == "author" else _psnr(training),
+    }
+
+
+@torch.no_grad()
+def _psnr(training: Training) -> float:
+    rows = np.arange(training.batch_size)
+    at = torch.from_numpy(rows).to(training.device)
+    training.generator.train()
+    video = training.generator(training.latents.rows[at]).float()
+    real = torch.from_numpy(training.clips.read(rows)).to(training.device)
+    return psnr(to_uint8(video, training.options.target_limits), real).mean().item()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The waterfall in Markdown; the last column is against the author's step."""
+    lines = [
+        "| step | ms | videos/s | launches | peak GB | loss, first and last | PSNR | of matmul rate | times |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = rows[0].get("ms")
+    for row in rows:
+        if "why_not" in row:
+            lines.append(f"| {row['row']} | {row['why_not']} | | | | | | | |")
+            continue
+        quality = "" if row["psnr"] is None else f"{row['psnr']:.2f}"
+        lines.append(
+            f"| {row['row']} | {row['ms']:.1f} | {row['videos_per_second']:.1f} | {row['launches'] or ''} | "
+            f"{row['peak_gb']:.2f} | {row['first_loss']:.4f} {row['last_loss']:.4f} | {quality} | "
+            f"{row['matmul_share']:.1%} | {base / row['ms']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def test_step_against_the_author(benchmark):
+    """In turns, so that a busy machine is busy for both; the loss is compared first."""
+    batch = int(os.environ.get("VGLANN_BENCH_BATCH", "4"))
+    width = int(os.environ.get("VGLANN_BENCH_WIDTH", "16"))
+    clips = open_clips(os.environ.get("VGLANN_BENCH_CLIPS"), batch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    author, fp32, _ = author_and_ours(clips, batch, width, device, {"precision": "fp32"})
+    _, bf16, _ = author_and_ours(clips, batch, width, device, {"precision": "bf16"})
+    steps = {"author": author, "fp32": fp32, "bf16": bf16}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARM_UP + 5):
+        losses = {}
+        for name, step in steps.items():
+            seconds, losses[name] = seconds_of(lambda step=step, number=number: step(number), device)
+            times[name].append(seconds)
+        if number < 2:  # later, rounding grows: Adam divides by small second moments
+            assert abs(losses["fp32"] / losses["author"] - 1) < (1e-5, 1e-3)[number]
+            assert abs(losses["bf16"] / losses["author"] - 1) < 0.01
+    medians = {name: 1e3 * median(values[WARM_UP:]) for name, values in times.items()}
+    benchmark.extra_info |= {
+        "batch": batch,
+        "width": width,
+        "device": str(device),
+        "ms": medians,
+        "times_faster": {name: medians["author"] / ms for name, ms in medians.items()},
+    }
+    benchmark.pedantic(lambda: fp32(WARM_UP + 5), rounds=1)
+
+
+def main() -> None:
+    """Print the waterfall."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clips", help="clip folder; default: made up")
+    parser.add_argument("--batch", type=int, default=15)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5, help="measured, after 2 that are not")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--one", choices=ROWS, help="measure this row here and print it as JSON")
+    a = parser.parse_args()
+    if a.one:
+        clips = open_clips(a.clips, a.batch)
+        print(json.dumps(measure_row(a.one, clips, a.batch, a.width, a.steps, torch.device(a.device))))
+        return
+    rows = []
+    for name in a.rows:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+        rows.append(json.loads(last[0]) if last else {"row": name, "why_not": f"exit code {done.returncode}"})
+        print(rows[-1], file=sys.stderr)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The kernels of row-sparse Adam in the interpreter, and a twin training; run by test_kernels_interpreted.py."""
+
+import pytest
+import torch
+from counted import Traffic, poisoned
+from vglann_kernels import (
+    composite_laplacian_loss,
+    latent_adam_state,
+    latent_adam_step,
+    latent_flush,
+    latent_gather,
+    verify,
+)
+
+
+def test_against_float64():
+    for line in verify.latent_adam(verify.Shapes(batch=5, device="cpu")):
+        assert line.ok, str(line)
+
+
+def test_catchup_follows_torch_adam():
+    torch.manual_seed(0)
+    table, lr = torch.randn(12, 5) / 10, torch.tensor(0.01)
+    theirs = torch.nn.Parameter(table.clone())
+    optimiser = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
+    state = latent_adam_state(table, "catchup")
+    for step in range(120):
+        index, grad = torch.randint(0, 12, (3,)), torch.randn(3, 5)
+        z = latent_gather(table, state, index, lr=lr, impl="triton")
+        torch.testing.assert_close(z, theirs.detach()[index], rtol=0, atol=5e-7)
+        theirs.grad = torch.zeros_like(theirs).index_add_(0, index, grad)
+        optimiser.step()
+        latent_adam_step(table, state, index, grad, lr=lr, impl="triton")
+        if step == 60:
+            latent_flush(table, state, lr=lr, impl="triton")
+            lr, optimiser.param_groups[0]["lr"] = lr / 2, 0.005
+    latent_flush(table, state, lr=lr, impl="triton")
+    torch.testing.assert_close(table, theirs.detach(), rtol=0, atol=5e-7)
+    assert state.arrived == 0
+    assert state.step == 120
+
+
+@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+def test_skip_and_duplicates_and_untouched_rows(mode):
+    torch.manual_seed(0)
+    table, index = torch.randn(9, 3), torch.tensor([4, 4, 2, 4])
+    state, before, lr = latent_adam_state(table, mode), table.clone(), torch.tensor(0.1)
+    latent_adam_step(table, state, index, torch.ones(4, 3), lr=lr, skip=torch.tensor(True), impl="triton")
+    assert torch.equal(table, before)
+    assert not any(x.any() for x in state.tensors().values())
+    expected, theirs = before.clone(), latent_adam_state(before, mode)
+    grad = torch.randn(4, 3).bfloat16()
+    latent_adam_step(table, state, index, grad, lr=lr, skip=torch.tensor(False), impl="triton")
+    latent_adam_step(expected, theirs, index, grad, lr=lr, impl="reference")
+    torch.testing.assert_close(table, expected)
+    assert torch.equal(table[[0, 1, 3, 5, 6, 7, 8]], before[[0, 1, 3, 5, 6, 7, 8]])
+    assert torch.equal(state.row_step, theirs.row_step)
+
+
+def test_a_bad_index_that_nobody_checked_is_masked():
+    table = torch.randn(4, 3)
+    state, before, bad = latent_adam_state(table, "row"), table.clone(), torch.tensor([1, 2**40, -3])
+    op = torch.ops.vglann_kernels
+    tables = (table, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
+    read = op.latent_gather(*tables, bad, None, (0.5, 0.999), 1e-8, False)
+    assert read.isnan().all(dim=1).tolist() == [False, True, True]
+    op.latent_adam_step(
+        *tables,
+        state.arrived,
+        bad,
+        torch.ones(3, 3),
+        torch.tensor(0.1),
+        (0.5, 0.999),
+        1e-8,
+        "row",
+        None,
+        None,
+    )
+    assert (table != before).any(dim=1).tolist() == [False, True, False, False]
+
+
+def test_a_step_touches_the_batch_and_no_more():
+    table = torch.randn(1000, 100)
+    state, index = latent_adam_state(table, "row"), torch.arange(8) * 100
+    with poisoned(), Traffic() as moved:
+        latent_adam_step(table, state, index, torch.randn(8, 100), lr=torch.tensor(0.1), impl="triton")
+    assert moved.unique <= 1.05 * 8 * (100 * 4 * 7 + 8 * 3)
+
+
+def test_opcheck():
+    table = torch.randn(6, 3)
+    state, index = latent_adam_state(table, "catchup"), torch.tensor([1, 4])
+    tables = (table, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
+    rates, op = ((0.5, 0.999), 1e-8), torch.ops.vglann_kernels
+    lr = torch.tensor(0.1)
+    torch.library.opcheck(op.latent_gather.default, (*tables, index, lr, *rates, True))
+    step = (*tables, state.arrived, index, torch.ones(2, 3), lr, *rates, "catchup", None, None)
+    torch.library.opcheck(op.latent_adam_step.default, step)
+    torch.library.opcheck(op.latent_flush.default, (*tables, lr, *rates))
+
+
+def test_twin_training():
+    """30 steps of a tiny generator, all ops by kernel and all by reference: the same losses, latents, weights."""
+    torch.manual_seed(0)
+    clips = torch.randint(0, 256, (4, 3, 1, 32, 32), dtype=torch.uint8)
+    start, weights = torch.nn.functional.normalize(torch.randn(4, 6)), torch.randn(6, 7 * 64) / 3
+    batches = [torch.randint(0, 4, (2,)) for _ in range(30)]
+    runs = {}
+    for impl in ("triton", "reference"):
+        table, w = start.clone(), weights.clone().requires_grad_()
+        state, losses = latent_adam_state(table, "row"), []
+        for index in batches:
+            z = latent_gather(table, state, index, impl=impl).requires_grad_()
+            small = (z @ w).view(2, 7, 1, 8, 8)
+            large = small.repeat_interleave(4, dim=3).repeat_interleave(4, dim=4)
+            loss = composite_laplacian_loss(
+                large[:, :4], large[:, 4:, 0], clips, index, mask_weight=0.1, impl=impl
+            )
+            loss.backward()
+            latent_adam_step(
+                table, state, index, z.grad, lr=torch.tensor(0.01), retraction="sphere", impl=impl
+            )
+            with torch.no_grad():
+                w -= w.grad
+            w.grad = None
+            losses.append(loss.item())
+        runs[impl] = torch.tensor(losses), table, w.detach()
+    for ours, theirs in zip(runs["triton"], runs["reference"], strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+    assert runs["triton"][0][-1] < runs["triton"][0][0]
