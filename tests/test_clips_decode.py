@@ -3,13 +3,14 @@
 import fractions
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 av = pytest.importorskip("av")
 cv2 = pytest.importorskip("cv2")
+
+from video_files import BLUE, GREEN, GREY, RED, gif_bytes, quadrants, write_video  # noqa: E402
 
 from vglann_fast.clips import decode as decode_module  # noqa: E402
 from vglann_fast.clips.decode import (  # noqa: E402
@@ -21,34 +22,6 @@ from vglann_fast.clips.decode import (  # noqa: E402
     tile_boxes,
 )
 from vglann_fast.errors import VglannError  # noqa: E402
-
-RED, GREEN, BLUE, GREY = (200, 30, 40), (30, 190, 50), (40, 50, 210), (120, 120, 120)
-
-
-def quadrants(height: int = 96, width: int = 128) -> np.ndarray:
-    """Red top left, green top right, blue bottom left, grey bottom right."""
-    image = np.empty((height, width, 3), np.uint8)
-    image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
-    image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, GREY
-    return image
-
-
-def write_video(path, images, codec="ffv1", pixel_format="yuv444p", times=None, setup=None, options=None):
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=24)
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = pixel_format
-        if setup is not None:
-            setup(stream)
-        for number, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, "rgb24")
-            frame.colorspace = stream.codec_context.colorspace
-            frame = frame.reformat(format=pixel_format, dst_colorspace=stream.codec_context.colorspace)
-            if times is not None:
-                frame.pts, frame.time_base = times[number], fractions.Fraction(1, 24)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return Path(path)
 
 
 def decode(tmp_path, *jobs, workers=1, **limits):
@@ -135,22 +108,6 @@ def test_variable_frame_rate_gives_the_stored_frames(tmp_path):
     (result,) = decode(tmp_path, write_video(tmp_path / "vfr.mkv", images, times=times))
     levels = result.tiles[:, 0].mean(axis=(1, 2, 3))
     assert_near(levels, [20 * i for i in range(10)], 2)
-
-
-def gif_bytes(frames, side, screen=None, transparent=0):
-    """An animated GIF of palette indices (< 128), 0 transparent, written without compression."""
-    screen = screen or side
-    palette = bytes(GREY) + bytes(RED) + bytes(BLUE) + bytes(3 * 125)
-    data = b"GIF89a" + screen.to_bytes(2, "little") * 2 + b"\xf6\x00\x00" + palette
-    for frame in frames:
-        # Codes of min size 7 are 8 bits wide until the table is full: a clear code every 100 pixels.
-        codes = b"".join(b"\x80" + frame[i : i + 100] for i in range(0, len(frame), 100)) + b"\x81"
-        blocks = b"".join(
-            bytes([len(codes[i : i + 255])]) + codes[i : i + 255] for i in range(0, len(codes), 255)
-        )
-        data += b"\x21\xf9\x04\x09\x05\x00" + bytes([transparent]) + b"\x00"
-        data += b"\x2c" + bytes(4) + side.to_bytes(2, "little") * 2 + b"\x00\x07" + blocks + b"\x00"
-    return data + b"\x3b"
 
 
 def test_gif_transparency_is_white(tmp_path):

@@ -17,9 +17,10 @@ av = pytest.importorskip("av")
 cv2 = pytest.importorskip("cv2")
 
 from vglann_fast.clips import pack as pack_module  # noqa: E402
+from vglann_fast.clips.cut import clip_id, shot_split  # noqa: E402
 from vglann_fast.clips.dataset import ClipSet  # noqa: E402
 from vglann_fast.clips.decode import DecodeLimits  # noqa: E402
-from vglann_fast.clips.pack import clip_id, pack, shot_split  # noqa: E402
+from vglann_fast.clips.pack import pack  # noqa: E402
 from vglann_fast.clips.sheet import show  # noqa: E402
 from vglann_fast.errors import VglannError  # noqa: E402
 

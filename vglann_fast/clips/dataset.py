@@ -13,7 +13,7 @@ import numpy as np
 from vglann_fast.errors import VglannError
 
 FORMAT, VERSION, INDEX_FILE = "vglann-clips", 1, "index.json"
-COUNTS = ("rejected", "shots", "static", "repeated")
+COUNTS = ("rejected", "shots", "static", "repeated", "unstable")
 _SHARD_NAME = re.compile(r"clips-\d{5,}\.npy")
 _CLIP_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -108,7 +108,9 @@ def _check_index(index: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(index[name], kind):
             raise ValueError(f"{name} is not a {kind.__name__}")
-    if set(index["counts"]) != set(COUNTS):
+    if set(index["counts"]) | {"unstable"} != set(
+        COUNTS
+    ):  # folders made before there was --stabilize lack it
         raise ValueError("counts")
     for shard in index["shards"]:
         if not _SHARD_NAME.fullmatch(shard["file"]):  # also keeps a path from leading out of the folder

@@ -5,10 +5,16 @@ decoded in a child process (`decode_child.py`) with a memory limit, and the pare
 A file that cannot be used comes back as a reason, in words; it never takes the program with it.
 
 Frames are cropped and area-resized one by one as they are decoded; full-size frames are never kept. What
-comes back lies in two temporary files, mapped, not read:
+comes back lies in temporary files, mapped, not read:
 
     tiles       uint8 (frames, tiles, size, size, 3)  RGB, the square crops clips are made of
-    thumbnails  uint8 (frames, 27, 48, 3)             RGB, the whole frame squeezed, to find the shots in
+    thumbnails  uint8 (frames, 27, 48, 3)             RGB, the whole frame squeezed, to find the shots in;
+                                                       none of a strip, which is one shot
+
+and, where clips are to be stabilised, in place of the tiles, which can only be cut afterwards,
+
+    tiles       uint8 (frames, 1, h, w, 3)            RGB, the whole frame, its tiles twice as large as clips
+    motions     float64 (frames, 12)                  of the camera, see `stabilize.py`
 
 Frames are taken as stored, one after the other: timestamps are not looked at, so a variable frame rate stays.
 The display matrix (rotation, mirroring) and the pixel aspect ratio are applied: a tile is square on the
@@ -69,10 +75,11 @@ class DecodeLimits:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """A source to decode: a video file, or a folder of images named in frame order.
+    """A source to decode: a video file, a folder of images named in frame order, or a strip (`strips.py`).
 
     Frames `first_frame`..`last_frame` are kept, both included; None means to the end. `tiles` is the number
-    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels.
+    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels. `stabilize` asks for what stabilised
+    clips are made from.
     """
 
     path: Path
@@ -81,22 +88,26 @@ class DecodeJob:
     last_frame: int | None = None
     tiles: int = 1
     size: int = 64
+    strip: bool = False
+    stabilize: bool = False
 
 
 @dataclass(frozen=True)
 class DecodedVideo:
     """A decoded source; see the top of this file for the arrays.
 
-    boxes: per tile [x, y, width, height] in pixels of the upright frame. truncated: it has frames beyond
-    `max_frames`, which were left out.
+    boxes: per tile [x, y, width, height] in pixels of the upright frame, which has `frame_size`, (width,
+    height). truncated: it has frames beyond `max_frames`, which were left out. motions: None where not asked for.
     """
 
     sha256: str
     truncated: bool
     boxes: list[list[int]]
+    frame_size: tuple[int, int]
     tiles: np.ndarray
     thumbnails: np.ndarray
-    files: tuple[Path, Path]
+    motions: np.ndarray | None
+    files: tuple[Path, ...]
 
     def discard(self) -> None:
         """Remove the temporary files; the arrays must not be used after."""
@@ -176,7 +187,7 @@ class _Child:
         self._lock = threading.RLock()
 
     def decode(self, job: DecodeJob, stem: Path) -> DecodedVideo | Rejected:
-        files = (stem.with_suffix(".tiles"), stem.with_suffix(".thumbnails"))
+        files = tuple(stem.with_suffix(suffix) for suffix in (".tiles", ".thumbnails", ".motions"))
         request = {
             **dataclasses.asdict(job),
             "path": str(job.path.absolute()),
@@ -191,10 +202,14 @@ class _Child:
             for file in files:
                 file.unlink(missing_ok=True)
             return Rejected(reply["reason"], reply.get("sha256", ""))
-        frames = reply.pop("frames")
-        tiles = np.memmap(files[0], np.uint8, "r", shape=(frames, len(reply["boxes"]), job.size, job.size, 3))
-        small = np.memmap(files[1], np.uint8, "r", shape=(frames, THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, 3))
-        return DecodedVideo(**reply, tiles=tiles, thumbnails=small, files=files)
+        frames, tile_shape = reply.pop("frames"), reply.pop("tile_shape")
+        tiles = np.memmap(files[0], np.uint8, "r", shape=(frames, *tile_shape, 3))
+        small = np.empty((0, THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, 3), np.uint8)
+        if not job.strip:
+            small = np.memmap(files[1], np.uint8, "r", shape=(frames, *small.shape[1:]))
+        motions = np.memmap(files[2], np.float64, "r", shape=(frames, 12)) if job.stabilize else None
+        reply["frame_size"] = tuple(reply["frame_size"])
+        return DecodedVideo(**reply, tiles=tiles, thumbnails=small, motions=motions, files=files)
 
     def close(self) -> None:
         with self._lock:

@@ -21,6 +21,8 @@ from av.video.reformatter import VideoReformatter
 
 from vglann_fast.clips.decode import THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, tile_boxes
 from vglann_fast.clips.sources import content_sha256
+from vglann_fast.clips.stabilize import Tracker
+from vglann_fast.clips.strips import NotAStrip, read_strip
 
 
 class _Unusable(Exception):
@@ -96,8 +98,11 @@ def _decode(job: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     truncated = False
     shape: tuple[int, ...] = ()
     boxes: list[list[int]] = []
-    with _Output(job["outputs"][0]) as tiles, _Output(job["outputs"][1]) as thumbnails:
-        for frame, pixel_aspect in _frames(files, job["max_pixels"]):
+    tile_shape: list[int] = []
+    tracker = Tracker() if job["stabilize"] else None
+    tile_file, thumbnail_file, motion_file = map(_Output, job["outputs"])
+    with tile_file as tiles, thumbnail_file as thumbnails, motion_file as motions:
+        for frame, pixel_aspect in _frames(files, job):
             if last is not None and seen > last:
                 break
             if kept == job["max_frames"]:
@@ -109,17 +114,30 @@ def _decode(job: dict[str, Any], files: list[Path]) -> dict[str, Any]:
             image = frame.rgb()
             if not boxes:
                 shape, boxes = image.shape, _boxes(image, pixel_aspect, job)
+                tile_shape = [1, *_whole(shape, boxes, job)] if tracker else [len(boxes), *[job["size"]] * 2]
             if image.shape != shape:
                 raise _Unusable(f"the frame size changes at frame {seen - 1}")
-            for box in boxes:
-                tiles.write(_resized(image, box, job["size"]))
-            small = cv2.resize(image, (THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT), interpolation=cv2.INTER_AREA)
-            thumbnails.write(small)
+            if tracker is not None:
+                motions.write(tracker(image))
+                tiles.write(_resized(image, [0, 0, shape[1], shape[0]], tile_shape[1:]))
+            else:
+                for box in boxes:
+                    tiles.write(_resized(image, box, tile_shape[1:]))
+            if not job["strip"]:  # is one shot: nothing to look for
+                small = cv2.resize(image, (THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT), interpolation=cv2.INTER_AREA)
+                thumbnails.write(small)
             kept += 1
     if kept < 2:
         where = f" from frame {first}" if first else ""
         raise _Unusable(f"has {'only 1 frame' if kept else 'no frames'}{where}")
-    return {"frames": kept, "truncated": truncated, "boxes": boxes}
+    found = {"frames": kept, "truncated": truncated, "boxes": boxes, "tile_shape": tile_shape}
+    return {**found, "frame_size": [shape[1], shape[0]]}
+
+
+def _whole(shape: tuple[int, ...], boxes: list[list[int]], job: dict[str, Any]) -> list[int]:
+    """(height, width) of the whole frame, small enough that tiles are twice as large as clips."""
+    scale = min(1.0, 2 * job["size"] / min(boxes[0][2:]))
+    return [round(shape[0] * scale), round(shape[1] * scale)]
 
 
 def _boxes(image: np.ndarray, pixel_aspect: float, job: dict[str, Any]) -> list[list[int]]:
@@ -131,11 +149,13 @@ def _boxes(image: np.ndarray, pixel_aspect: float, job: dict[str, Any]) -> list[
     return boxes
 
 
-def _resized(image: np.ndarray, box: list[int], size: int) -> np.ndarray:
+def _resized(image: np.ndarray, box: list[int], shape: list[int]) -> np.ndarray:
+    """The box of an image, resized to (height, width) `shape`: by areas, or linearly where it grows."""
     x, y, width, height = box
     crop = np.ascontiguousarray(image[y : y + height, x : x + width])
-    shrink = min(width, height) >= size
-    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    shrink = min(width, height) >= min(shape)
+    size = (shape[1], shape[0])
+    return cv2.resize(crop, size, interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
 
 
 class _Output:
@@ -180,8 +200,28 @@ class _Frame:
         return upright(_over_white(image) if alpha else image, display_matrix(self._frame))
 
 
-def _frames(files: list[Path], max_pixels: int) -> Iterator[tuple[_Frame, float]]:
-    """The frames of a video file, or the first frame of each of several image files."""
+class _StripFrame:
+    """A frame of a strip, which is converted already."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        self._image = image
+
+    def rgb(self) -> np.ndarray:
+        """uint8 (H, W, 3)."""
+        return self._image
+
+
+def _frames(files: list[Path], job: dict[str, Any]) -> Iterator[tuple[_Frame | _StripFrame, float]]:
+    """The frames of a video file or a strip, or the first frame of each of several image files."""
+    max_pixels = job["max_pixels"]
+    if job["strip"]:
+        try:
+            strip = read_strip(files[0], max_pixels)
+        except NotAStrip as error:
+            raise _Unusable(str(error)) from error
+        for image in strip:
+            yield _StripFrame(image), 1.0
+        return
     reformatter = VideoReformatter()
     if len(files) == 1:
         yield from _file_frames(files[0], max_pixels, reformatter)

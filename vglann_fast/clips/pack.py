@@ -15,7 +15,7 @@ The clip folder, format "vglann-clips", version 1:
                             frame of the source file, "crop": [x, y, width, height] in the upright frame,
                             "split": "train" or "test"}], in shard order: clip i is row i of the shards
                             laid end to end
-        counts              {"rejected", "shots", "static", "repeated"}, see `PackReport`
+        counts              {"rejected", "shots", "static", "repeated", "unstable"}, see `PackReport`
     clips-00000.npy ...  uint8 (n, 3, T, size, size), RGB, C order, NumPy format 1.0
     rejected.jsonl       {"source": file name, "reason"}, one line for each source that could not be used
 
@@ -28,7 +28,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from io import BufferedRandom
@@ -39,54 +39,26 @@ import numpy as np
 from tqdm import tqdm
 
 from vglann_fast.atomic import atomic_dir
+from vglann_fast.clips.cut import PackOptions, cut
 from vglann_fast.clips.dataset import COUNTS, FORMAT, INDEX_FILE, VERSION, read_index
-from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, Rejected, decode_all
+from vglann_fast.clips.decode import DecodeJob, DecodeLimits, Rejected, decode_all
 from vglann_fast.clips.shots import find_shots
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
 
-SIZES = (32, 64, 128)
 MAX_REJECTED_SHARE = 0.05
 REJECTED_FILE = "rejected.jsonl"
+STABILIZE_SECONDS = 6 * DecodeLimits.seconds  # for a file: finding keypoints takes longer than decoding
 _SHARD_CLIPS, _SHARD_BYTES = 1024, 2**29
 
 
 @dataclass(frozen=True)
-class PackOptions:
-    """What decides the content of a clip folder; `pack` explains each."""
-
-    frames: int = 32
-    size: int = 64
-    stride: int = 1
-    start_every: int | None = None
-    tiles: int = 1
-    min_motion: float = 0.3
-    test_share: float = 0.1
-    seed: int = 0
-    max_frames: int = DecodeLimits.max_frames
-    max_pixels: int = DecodeLimits.max_pixels
-
-    def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise VglannError(f"size must be one of {', '.join(map(str, SIZES))}, not {self.size}")
-        for name, least in (("frames", 2), ("stride", 1), ("start_every", 1), ("tiles", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not (value is None and name == "start_every") and (type(value) is not int or value < least):
-                raise VglannError(f"{name} must be a whole number of at least {least}, not {value}")
-        if not 0 <= self.min_motion < 255:
-            raise VglannError(f"min_motion must be from 0 to 255 (in 1/255), not {self.min_motion}")
-        if not 0 <= self.test_share < 1:
-            raise VglannError(f"test_share must be at least 0 and below 1, not {self.test_share}")
-
-    @property
-    def span(self) -> int:
-        """Source frames from the first to the last of a clip, both included."""
-        return (self.frames - 1) * self.stride + 1
-
-
-@dataclass(frozen=True)
 class PackReport:
-    """Counts of one `pack`. `static`: clips dropped for lack of motion; `repeated`: clips already there."""
+    """Counts of one `pack`.
+
+    static: clips dropped for lack of motion. repeated: clips already there. unstable: clips that could not be
+    stabilised, listed in rejected.jsonl.
+    """
 
     folder: str
     clips: int
@@ -99,6 +71,7 @@ class PackReport:
     repeated: int
     seconds: float
     reused: bool
+    unstable: int = 0
 
     def __str__(self) -> str:
         if self.reused:
@@ -106,6 +79,8 @@ class PackReport:
         dropped = f"{self.static} static clips dropped, {self.rejected} files rejected"
         if self.repeated:
             dropped += f", {self.repeated} repeated clips dropped"
+        if self.unstable:
+            dropped += f", {self.unstable} clips could not be stabilised"
         return (
             f"{self.folder}: {self.clips} clips ({self.train} train, {self.test} test) of {self.shots} shots "
             f"in {self.sources} videos; {dropped}; {self.seconds:.1f} s"
@@ -124,6 +99,7 @@ def pack(
     min_motion: float = 0.3,
     test_share: float = 0.1,
     seed: int = 0,
+    stabilize: bool = False,
     workers: int | None = None,
     limits: DecodeLimits | None = None,
     overwrite: bool = False,
@@ -138,6 +114,8 @@ def pack(
     min_motion: clips whose mean |frame - frame before| is smaller, in 1/255, are dropped as static.
     test_share: expected share of shots whose clips are test clips. A shot is test or train by a hash of its
         source, its number and `seed`, so it stays what it is when other sources come or go.
+    stabilize: take the camera's motion out of each clip, see `stabilize.py`. Static clips are those in which
+        nothing moves then. A clip for which that fails is dropped, and listed in rejected.jsonl.
     workers: decoding processes; None is one a CPU, at most 8.
     overwrite: replace a clip folder that is there already.
 
@@ -146,7 +124,7 @@ def pack(
     rejected, no clip, or a full disk; then nothing is left behind.
     """
     began = time.monotonic()
-    limits = limits or DecodeLimits()
+    limits = limits or DecodeLimits(seconds=STABILIZE_SECONDS if stabilize else DecodeLimits.seconds)
     options = PackOptions(
         frames,
         size,
@@ -156,6 +134,7 @@ def pack(
         min_motion,
         test_share,
         seed,
+        stabilize,
         limits.max_frames,
         limits.max_pixels,
     )
@@ -178,26 +157,20 @@ def pack(
     return _report(out, index, began, reused=False)
 
 
-def clip_id(sha256: str, first_frame: int, crop: list[int], stride: int, frames: int, size: int) -> str:
-    """The id of a clip, 16 hex digits; the formula is at the top of this file."""
-    x, y, width, height = crop
-    key = f"{sha256} {first_frame} {x},{y},{width},{height} {stride} {frames} {size}"
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def shot_split(sha256: str, shot: int, seed: int, test_share: float) -> str:
-    """The split of a shot's clips: test if the sha256 of "SHA256/shot/seed", as a number in 0..1, is below
-    test_share, else train.
-    """
-    digest = hashlib.sha256(f"{sha256}/{shot}/{seed}".encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") < test_share * 2**64 else "train"
-
-
 def _write(
     folder: Path, sources: list[Source], options: PackOptions, limits: DecodeLimits, workers: int
 ) -> dict[str, Any]:
     jobs = [
-        DecodeJob(s.path, s.frame_files, s.first_frame, s.last_frame, options.tiles, options.size)
+        DecodeJob(
+            s.path,
+            s.frame_files,
+            s.first_frame,
+            s.last_frame,
+            options.tiles,
+            options.size,
+            strip=s.strip,
+            stabilize=options.stabilize,
+        )
         for s in sources
     ]
     scratch = folder / "scratch"
@@ -205,7 +178,8 @@ def _write(
     shards = _Shards(folder, options)
     entries: list[dict[str, Any]] = []
     clips: list[dict[str, Any]] = []
-    rejected: list[dict[str, str]] = []
+    rejected: list[dict[str, Any]] = []
+    unstable: list[dict[str, Any]] = []
     counts = dict.fromkeys(COUNTS, 0)
     ids: set[str] = set()
     with closing(decode_all(jobs, scratch, limits, workers)) as decoded, closing(shards):
@@ -216,11 +190,15 @@ def _write(
             if isinstance(video, Rejected):
                 rejected.append({"source": source.name, "reason": video.reason})
                 continue
-            shots = find_shots(video.thumbnails)
+            # A strip is one shot, and repeats its last frame where a clip runs past it.
+            shots = [(0, len(video.tiles))] if source.strip else find_shots(video.thumbnails)
             counts["shots"] += len(shots)
             entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
-            for clip, pixels in _clips(video, shots, source.first_frame, options):
-                if _motion(pixels) < options.min_motion:
+            for clip, pixels in cut(video, shots, source.first_frame, options, repeat_last=source.strip):
+                if pixels is None:
+                    reason = "a clip could not be stabilised"
+                    unstable.append({"source": source.name, "reason": reason, "clip": clip})
+                elif _motion(pixels) < options.min_motion:
                     counts["static"] += 1
                 elif clip["id"] in ids:
                     counts["repeated"] += 1  # the same file twice, under two names
@@ -231,8 +209,8 @@ def _write(
                     entry["clips"] += 1
             video.discard()
     scratch.rmdir()
-    counts["rejected"] = len(rejected)
-    _check_enough(clips, rejected, counts["static"], len(sources), options)
+    counts.update(rejected=len(rejected), unstable=len(unstable))
+    _check_enough(len(clips), rejected, counts, len(sources), options)
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -247,7 +225,7 @@ def _write(
     }
     # One clip a line: readable, and quick to search in.
     (folder / INDEX_FILE).write_text(json.dumps(index, separators=(",", ":")).replace('{"id"', '\n{"id"'))
-    (folder / REJECTED_FILE).write_text("".join(json.dumps(line) + "\n" for line in rejected))
+    (folder / REJECTED_FILE).write_text("".join(json.dumps(line) + "\n" for line in rejected + unstable))
     return index
 
 
@@ -255,27 +233,6 @@ def _source_entry(source: Source, sha256: str) -> dict[str, Any]:
     entry = {"name": source.name, "sha256": sha256, "first_frame": source.first_frame}
     entry |= {"last_frame": source.last_frame, "frames": 0, "truncated": False, "shots": 0, "clips": 0}
     return entry | ({"credit": source.credit} if source.credit else {})
-
-
-def _clips(
-    video: DecodedVideo, shots: list[tuple[int, int]], first_frame: int, options: PackOptions
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """The clips of a video with their pixels (3, T, size, size): by shot, then start, then tile."""
-    every = options.start_every or options.frames * options.stride
-    for number, (begin, end) in enumerate(shots):
-        split = shot_split(video.sha256, number, options.seed, options.test_share)
-        for start in range(begin, end - options.span + 1, every):
-            window = np.asarray(video.tiles[start : start + options.span : options.stride])
-            for tile, box in enumerate(video.boxes):
-                at = first_frame + start
-                name = clip_id(video.sha256, at, box, options.stride, options.frames, options.size)
-                clip = {"id": name, "shot": number, "first_frame": at, "crop": box, "split": split}
-                yield clip, window[:, tile].transpose(3, 0, 1, 2)
-
-
-def _motion(pixels: np.ndarray) -> float:
-    """Mean |frame - frame before| of a clip (3, T, H, W), in 1/255."""
-    return float(np.abs(np.diff(pixels.astype(np.int16), axis=1)).mean())
 
 
 class _Shards:
@@ -318,21 +275,24 @@ def _npy_header(clips: int, clip_shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{header!s:<117}\n".encode()
 
 
+def _motion(pixels: np.ndarray) -> float:
+    """Mean |frame - frame before| of a clip (3, T, H, W), in 1/255."""
+    return float(np.abs(np.diff(pixels.astype(np.int16), axis=1)).mean())
+
+
 def _check_enough(
-    clips: list[dict[str, Any]],
-    rejected: list[dict[str, str]],
-    static: int,
-    sources: int,
-    options: PackOptions,
+    clips: int, rejected: list[dict[str, Any]], counts: dict[str, int], sources: int, options: PackOptions
 ) -> None:
     if len(rejected) > MAX_REJECTED_SHARE * sources:
         named = "; ".join(f"{line['source']!r} {line['reason']}" for line in rejected[:3])
         more = ", ..." if len(rejected) > 3 else ""
         raise VglannError(f"{len(rejected)} of {sources} videos cannot be used, remove them: {named}{more}")
     if not clips:
-        why = f"{static} were static" if static else f"no shot has {options.span} frames"
+        dropped = {"were static": counts["static"], "could not be stabilised": counts["unstable"]}
+        why = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
         raise VglannError(
-            f"no clip in {sources} videos: {why}; give other videos, fewer frames or less min_motion"
+            f"no clip in {sources} videos: {why or f'no shot has {options.span} frames'}; give other videos, "
+            "fewer frames or less min_motion"
         )
 
 
@@ -343,7 +303,7 @@ def _is_empty(out: Path) -> bool:
 def _check_same(out: Path, index: dict[str, Any], options: PackOptions, sources: list[Source]) -> None:
     """Raise `VglannError` unless the clip folder was made with these options and sources."""
     remedy = "choose another --out or set --overwrite"
-    old, new = index["options"], asdict(options)
+    old, new = asdict(PackOptions()) | index["options"], asdict(options)
     differing = sorted(name for name in new if old.get(name) != new[name])
     if differing:
         raise VglannError(f"{out}: was packed with other options ({', '.join(differing)}); {remedy}")

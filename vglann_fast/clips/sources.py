@@ -1,10 +1,13 @@
-"""Which videos a pack is made of: files, folders of videos, folders of frames, and their windows.
+"""Which videos a pack is made of: files, folders of videos, of frames, of strips, and their windows.
 
 A `sources.json` beside video files says which frames of a file may be used (credits and titles are not video
 one wants to learn), and where the file is from:
 
     {"format": "vglann-sources", "version": 1,
      "sources": [{"file": "film.mp4", "first_frame": 240, "last_frame": 11600, "credit": "...", ...}]}
+
+A text file NAME.txt given in place of a folder lists strips (`strips.py`), one path a line, relative to the
+list; it is how the paper's data set comes. A folder whose first image is a strip is a folder of strips.
 
 `first_frame` and `last_frame` are both included and optional; files not listed are used whole. `fetch.py`
 writes such a file; anyone may write one by hand.
@@ -15,9 +18,10 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vglann_fast.clips.strips import is_strip
 from vglann_fast.errors import VglannError
 
 SOURCES_FILE = "sources.json"
@@ -28,17 +32,19 @@ VIDEO_EXTENSIONS = (
 )
 # fmt: on
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+LIST_EXTENSION = ".txt"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A video file, or a folder of frames (`frame_files`: the names in frame order)."""
+    """A video file, a folder of frames (`frame_files`: the names in frame order), or a strip."""
 
     path: Path
     frame_files: tuple[str, ...] = ()
     first_frame: int = 0
     last_frame: int | None = None
     credit: str = ""
+    strip: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +57,8 @@ def find_sources(paths: str | Path | Iterable[str | Path]) -> list[Source]:
 
     A file is taken whatever its extension. A folder is searched for files with a video extension, in its
     subfolders too (symbolic links are followed, each real folder once); a folder that has images and no videos
-    directly inside is one video, a frame per image. Hidden files are left out.
+    directly inside is one video, a frame per image, or, if the first of them is a strip, a video per image.
+    Hidden files are left out. A text file is a list of strips.
     Raises `VglannError` if a path does not exist or nothing is found.
     """
     sources: list[Source] = []
@@ -62,8 +69,11 @@ def find_sources(paths: str | Path | Iterable[str | Path]) -> list[Source]:
                 known = " ".join(VIDEO_EXTENSIONS)
                 raise VglannError(f"{path}: no videos in this folder (known: {known})")
             sources += found
+        elif path.suffix.lower() == LIST_EXTENSION and path.is_file():
+            sources += _in_list(path)
         elif path.exists():
-            sources.append(_windowed(path, _windows(path.parent)))
+            source = _windowed(path, _windows(path.parent))
+            sources.append(replace(source, strip=is_strip(path)))
         else:
             raise VglannError(f"{path}: no such file or folder")
     if not sources:
@@ -116,9 +126,26 @@ def _in_folder(top: Path) -> list[Source]:
         if videos:
             windows = _windows(folder)
             sources += [_windowed(folder / name, windows) for name in videos]
+        elif images and is_strip(folder / images[0]):
+            sources += [Source(folder / name, strip=True) for name in images]
         elif len(images) > 1:  # a single one is a poster
             sources.append(Source(folder.absolute(), tuple(images)))
     return sources
+
+
+def _in_list(path: Path) -> list[Source]:
+    """The strips a text file names, one path a line, relative to the file's folder; blank lines do not count."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VglannError(f"{path}: cannot be read as a list of files ({error})") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not any((path.parent / name).is_file() for name in names[:100]):
+        first = f"; the first is {names[0][:100]!r}" if names else ""
+        raise VglannError(
+            f"{path}: lists no files that are there, paths count from the list's folder{first}; move the list"
+        )
+    return [Source(path.parent / name, strip=True) for name in names]
 
 
 def _windowed(path: Path, windows: dict[str, dict]) -> Source:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from vglann_kernels import mask_composite, nearest_rows
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.checkpoint import Trained, check_same_clips, latent_batches, load_trained
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.losses import psnr, to_uint8
-from vglann_fast.glo.train import Trained, check_same_clips, latent_batches, load_trained
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run_dir import RunDir
 from vglann_fast.samples.write import write_videos
@@ -59,14 +60,17 @@ def sample(
 ) -> Path:
     """New videos from noise -> media/samples, and the training clip nearest to each -> media/nearest.
 
-    Nearest by angle between latents; samples.json also holds the PSNR between the sample and that clip. Returns
-    the folder of the samples. Raises `VglannError` when the run has no such mapping or its clips are gone.
+    Nearest by angle between latents; samples.json also holds the PSNR between the sample and that clip. A run that
+    was imported has no clips, so only the nearest latents are named. Returns the folder of the samples. Raises
+    `VglannError` when the run has no such mapping or its clips are gone.
     """
     if n < 1:
         raise VglannError(f"-n: expected at least 1, got {n}")
     run = RunDir.open(run_path)
-    trained, clips = load_trained(run, device), open_clips(run)
-    check_same_clips(trained.ids, clips.ids)
+    trained = load_trained(run, device)
+    clips = open_clips(run) if has_clips(run) else None
+    if clips is not None:
+        check_same_clips(trained.ids, clips.ids)
     mapping = load_mapping(run, kind, device)
     generator = torch.Generator(device).manual_seed(seed)
     latents = mapping.sample(n, generator)
@@ -76,20 +80,16 @@ def sample(
     made = render(trained, latents)
 
     rows, squared = nearest_rows(F.normalize(latents, dim=1), F.normalize(trained.latents, dim=1))
-    nearest = clips.read(rows.cpu().numpy())
-    likeness = psnr(torch.from_numpy(made.video), torch.from_numpy(nearest))
-    record = {
-        "seed": seed,
-        "mapping": kind,
-        "n": n,
-        "step": trained.step,
-        "nearest": {
-            "id": [clips.ids[row] for row in rows.tolist()],
-            "latent_distance": squared.sqrt().tolist(),
-            "pixel_psnr": likeness.tolist(),
-        },
+    nearest: dict[str, list[Any]] = {
+        "id": [trained.ids[row] for row in rows.tolist()],
+        "latent_distance": squared.sqrt().tolist(),
     }
-    write_videos(run.path / "media" / "nearest", nearest)
+    if clips is not None:
+        originals = clips.read(rows.cpu().numpy())
+        likeness = psnr(torch.from_numpy(made.video), torch.from_numpy(originals))
+        nearest["pixel_psnr"] = likeness.tolist()
+        write_videos(run.path / "media" / "nearest", originals)
+    record = {"seed": seed, "mapping": kind, "n": n, "step": trained.step, "nearest": nearest}
     return write_videos(
         run.path / "media" / "samples",
         made.video,
@@ -138,8 +138,15 @@ def great_circle(start: Tensor, end: Tensor, steps: int) -> Tensor:
     return torch.cos(t) * start + torch.sin(t) * F.normalize(across, dim=0)
 
 
+def has_clips(run: RunDir) -> bool:
+    """Whether the run was trained here, on clips; an imported one was not."""
+    return run.options["clips"] is not None
+
+
 def open_clips(run: RunDir) -> ClipSet:
-    """The training clips of a run. Raises `VglannError` that says where they were when they are gone."""
+    """The training clips of a run. Raises `VglannError` when it never had any, or says where they were."""
+    if not has_clips(run):
+        raise VglannError(f"{run.path} was imported and has no clips: nothing to compare its videos with")
     folder = Path(run.options["clips"])
     if not folder.is_dir():
         raise VglannError(f"the clips of {run.path} are not in {folder} any more; put them back")
