@@ -85,6 +85,8 @@ def hard_case(name: str, n: int = 60, m: int = 700, d: int = 20) -> tuple[Tensor
             database = torch.cat([database[: m // 2], -database[: m // 2]])
         case "one dimension":
             queries, database = torch.randn(n, 1, generator=g), torch.randn(m, 1, generator=g)
+        case "a query beyond float64":  # all its differences round to the query itself
+            queries[n // 2] *= 1e25
         case "integers":  # many exact ties
             queries, database = (torch.randint(-2, 3, (rows, 4), generator=g).float() for rows in (n, m))
         case _:
@@ -96,5 +98,5 @@ HARD_CASES = (
     "unit rows", "near ties", "nearer ties", "norms 0.1 to 10", "norms 1e-12 to 1e12", "tiny", "huge",
     "near the ends of float32", "offset 1000", "queries far off", "tight clusters", "tightest clusters",
     "all rows equal", "all zero", "one outlier", "one query an outlier", "one row", "no queries",
-    "planted ties", "symmetric ties", "one dimension", "integers",
+    "planted ties", "symmetric ties", "one dimension", "integers", "a query beyond float64",
 )  # fmt: skip

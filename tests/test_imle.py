@@ -65,6 +65,15 @@ def test_epochs_match_the_author(monkeypatch):
         assert relative_l2(value.double(), expected[f"final.{LAYERS[layer]}.{kind}"]) < 1e-6, name
 
 
+def test_blocks_at_once_are_blocks_in_train_mode():
+    noise = normal("blocks", (5, 7, 16)).double()
+    one, all_at_once = seeded_mapping(1.4).network.train(), seeded_mapping(1.4).network.train()
+    expected = torch.stack([one(block) for block in noise])
+    torch.testing.assert_close(all_at_once.forward_blocks(noise), expected, rtol=1e-12, atol=1e-14)
+    for name, value in all_at_once.state_dict().items():
+        torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
 def clustered_latents():
     """Three tight groups on the unit sphere in 8 dimensions."""
     generator = torch.Generator().manual_seed(0)

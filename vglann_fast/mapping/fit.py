@@ -8,6 +8,7 @@ import torch
 from vglann_fast.atomic import atomic_dir
 from vglann_fast.config import MapOptions
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.train import load_trained
 from vglann_fast.mapping.base import Mapping
 from vglann_fast.mapping.imle import IMLE
@@ -18,18 +19,29 @@ KINDS = {"imle": IMLE}
 
 
 def fit_mapping(
-    run_path: str | Path, kind: str, options: MapOptions, *, seed: int = 0, device: torch.device | str = "cpu"
+    run_path: str | Path,
+    kind: str,
+    options: MapOptions,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
 ) -> Path:
     """Fit the mapping `kind` to the latents of a run and store it under mapping/<kind>/; returns that folder.
 
+    With several `ranks` each searches its share of the noise, all take the same steps, and the first one writes.
     An earlier mapping of that kind, and its lines in metrics.jsonl, are replaced. Raises `VglannError` for an
     unknown kind, a folder that is no run, or latents that are not finite.
     """
     run = RunDir.open(run_path)
     latents = load_trained(run, device).latents
     mapping = _mapping_class(kind)(latents.shape[1], options, device, seed=seed)
-    run.drop_metrics(kind, after_step=0)
     generator = torch.Generator(device).manual_seed(seed)
+    destination = run.path / "mapping" / kind
+    if ranks is not None and ranks.rank > 0:
+        mapping.fit(latents, generator)
+        return destination
+    run.drop_metrics(kind, after_step=0)
     with Progress(kind, options.epochs, "epoch") as progress:
 
         def log(row: dict[str, Any]) -> None:
@@ -38,9 +50,9 @@ def fit_mapping(
             progress.show(loss=row["loss"], match_distance=row["match_distance"], hubness=row["hubness"])
 
         mapping.fit(latents, generator, log)
-    with atomic_dir(run.path / "mapping" / kind) as folder:
+    with atomic_dir(destination) as folder:
         mapping.save(folder)
-    return run.path / "mapping" / kind
+    return destination
 
 
 def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> Mapping:

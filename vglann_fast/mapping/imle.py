@@ -8,20 +8,23 @@ Li and Malik, "Implicit Maximum Likelihood Estimation", 2018; on latents of a ge
 
 import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vglann_kernels import nearest_rows
 
 from vglann_fast.config import MapOptions, options_from_json, options_to_json
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log
+from vglann_fast.mapping.match import match
+from vglann_fast.mapping.regression import Regression
 
-BETAS = (0.5, 0.999)
 HALVING_EPOCHS = 50
+MAPPED_AT_ONCE = 1 << 16  # noise vectors of the pool; a CPU takes fewer, which stay in its cache
+MAPPED_AT_ONCE_ON_CPU = 1 << 11
 MAPPING_FORMAT = ("vglann-mapping", 1)
 
 
@@ -47,6 +50,45 @@ class MappingNetwork(nn.Module):
         x = F.relu(self.norm1(self.linear1(noise)))
         x = F.relu(self.norm2(self.linear2(x)))
         return self.out(x)
+
+    @torch.no_grad()
+    def forward_blocks(self, noise: Tensor) -> Tensor:
+        """noise [blocks, B, noise_dim] -> [blocks, B, latent_dim]: `forward` of block after block in train mode,
+        computed at once."""
+        x = F.relu(_normalised_by_block(self.linear1(noise), self.norm1))
+        x = F.relu(_normalised_by_block(self.linear2(x), self.norm2))
+        return self.out(x)
+
+
+def _normalised_by_block(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    """`norm` of each block of x [blocks, B, C] by the block's own statistics, which `norm` remembers in order."""
+    assert norm.momentum is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    blocks, size, _ = x.shape
+    mean = x.mean(dim=1)  # [blocks, C]
+    centred = x - mean[:, None]
+    variance = centred.square().mean(dim=1)
+    age = torch.arange(blocks - 1, -1, -1, device=x.device, dtype=x.dtype)
+    share = norm.momentum * (1 - norm.momentum) ** age  # of each block in what is remembered after the last
+    unbiased = variance * (size / (size - 1))
+    for running, values in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.mul_((1 - norm.momentum) ** blocks).add_(share @ values)
+    norm.num_batches_tracked += blocks
+    scale = norm.weight * (variance + norm.eps).rsqrt()  # [blocks, C]
+    return torch.addcmul(norm.bias, centred, scale[:, None])
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What the latents are regressed from: noise [N, noise_dim], its distance when it was matched [N], the number
+    of that noise vector among all that were drawn [N], and the share of latents matched in this epoch."""
+
+    noise: Tensor
+    distance: Tensor
+    source: Tensor
+    share: float = 1.0
 
 
 class IMLE:
@@ -76,7 +118,8 @@ class IMLE:
             network = MappingNetwork(options.noise_dim, options.hidden, latent_dim)
         self.network = network.to(device, dtype)
         self.epochs: list[dict[str, Any]] = []
-        self._optimizer = self._new_optimizer()
+        self._regression = Regression(self.network, self, options.lr, options.weight_decay)
+        self._matched: Matched | None = None
 
     def __call__(self, noise: Tensor) -> Tensor:
         """noise [B, noise_dim] -> latents [B, d], unit rows if `options.normalise`."""
@@ -120,29 +163,53 @@ class IMLE:
         """
         options = self.options
         if options.adam_state == "per-epoch":
-            self._optimizer = self._new_optimizer()
-        for group in self._optimizer.param_groups:
-            group["lr"] = options.lr * learning_rate_factor(options, epoch)
+            self._regression.restart()
+        self._regression.set_rate(options.lr * learning_rate_factor(options, epoch))
         self.network.train()
-        with torch.no_grad():
-            mapped = torch.cat([self(block) for block in blocks])
-        match, squared = nearest_rows(latents, mapped)
-        noise = torch.cat(blocks)[match]
-        losses = []
-        batch = min(options.batch_size, len(latents))
-        for step in range(len(latents) // batch):
-            rows = order[step * batch : (step + 1) * batch]
-            loss = F.mse_loss(self(noise[rows]), latents[rows])
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._optimizer.step()
-            losses.append(loss.detach())
-        return {
+        pool = torch.stack(blocks)  # [blocks, B, noise_dim]
+        matched = self._match(latents, pool, epoch)
+        loss = self._regression.run(matched.noise, latents, order, min(options.batch_size, len(latents)))
+        row = {
             "epoch": epoch,
-            "loss": torch.stack(losses).mean().item(),
-            "match_distance": squared.sqrt().mean().item(),
-            "hubness": match.unique().numel() / len(latents),
+            "loss": loss.item(),
+            "match_distance": matched.distance.mean().item(),
+            "hubness": matched.source.unique().numel() / len(latents),
         }
+        return row if options.rematch == 1 else {**row, "rematched": matched.share}
+
+    def _match(self, latents: Tensor, pool: Tensor, epoch: int) -> Matched:
+        """The noise of each latent, from `pool` [blocks, B, noise_dim] or kept from an earlier epoch.
+
+        A latent keeps its noise until the network has brought that to `rematch` of its distance:
+        Aghabozorgi, Peng and Li, "Adaptive IMLE for Few-shot Image Synthesis", 2023.
+        """
+        options, kept = self.options, self._matched
+        vectors = pool.flatten(0, 1)
+        if options.rematch == 1 or kept is None or len(kept.noise) != len(latents):
+            index, distance = match(latents, self._map_pool(pool).flatten(0, 1), options.reject_quantile)
+            self._matched = Matched(vectors[index], distance, index + epoch * len(vectors))
+            return self._matched
+        with self._regression.nothing_happened():  # looking is no training
+            now = (self._map_pool(kept.noise[None])[0] - latents).norm(dim=1)
+        due = (now <= options.rematch * kept.distance).nonzero()[:, 0]
+        if len(due):
+            mapped = self._map_pool(pool).flatten(0, 1)
+            index, distance = match(latents[due], mapped, options.reject_quantile, latents)
+            kept = Matched(
+                kept.noise.index_copy(0, due, vectors[index]),
+                kept.distance.index_copy(0, due, distance),
+                kept.source.index_copy(0, due, index + epoch * len(vectors)),
+            )
+        self._matched = replace(kept, share=len(due) / len(latents))
+        return self._matched
+
+    @torch.no_grad()
+    def _map_pool(self, pool: Tensor) -> Tensor:
+        """pool [blocks, B, noise_dim] -> latents [blocks, B, d], each block with BatchNorm statistics of its own."""
+        at_once = MAPPED_AT_ONCE if pool.is_cuda else MAPPED_AT_ONCE_ON_CPU
+        parts = pool.split(max(1, at_once // pool.shape[1]))
+        mapped = torch.cat([self.network.forward_blocks(part) for part in parts])
+        return F.normalize(mapped, dim=2) if self.options.normalise else mapped
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -203,8 +270,3 @@ class IMLE:
         mapping.epochs = record["epochs"]
         mapping.network.eval()
         return mapping
-
-    def _new_optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(
-            self.network.parameters(), self.options.lr, betas=BETAS, weight_decay=self.options.weight_decay
-        )
