@@ -102,6 +102,14 @@ MISTAKES = {
     "unknown kernel": (["reconstruct", "{run}", "--kernels", "reference,warp=triton"], "--kernels"),
     "unknown set": (["clips", "fetch", "XL"], "set"),
     "no source": (["clips", "pack", "{tmp}/none.mp4", "--out", "{tmp}/clips"], "none.mp4"),
+    "no checkpoint": (
+        ["import-seed", "{tmp}/G.pth", "{tmp}/Z.pth", "--out", "{tmp}/run"],
+        "G.pth: no such file",
+    ),
+    "nothing to invert": (["invert", "{run}", "{tmp}/none.mp4"], "none.mp4"),
+    "no steps": (["invert", "{run}", "{held_out}", "--steps", "0"], "--steps"),
+    "mismatch with nothing": (["train", "x", "--out", "y", "--latents-on-mismatch", "keep"], "--resume"),
+    "unknown choice on mismatch": (["train", "--resume", "x", "--latents-on-mismatch", "guess"], "mismatch"),
     "no clips to show": (["clips", "show", "{tmp}"], "no clip folder"),
 }
 
@@ -111,6 +119,7 @@ def untouched(tmp_path_factory):
     """A trained run without a mapping, and its clips."""
     folder = tmp_path_factory.mktemp("untouched")
     clips = write_clip_folder(folder / "clips", moving_squares(3))
+    write_clip_folder(folder / "held_out", moving_squares(1, seed=1), split="test")
     assert main(["train", str(clips), "--out", str(folder / "run"), "--epochs", "1", *TINY]) == 0
     return folder
 
@@ -118,7 +127,7 @@ def untouched(tmp_path_factory):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(name, untouched, tmp_path, capsys):
     arguments, message = MISTAKES[name]
-    places = {"tmp": tmp_path, "run": untouched / "run", "clips": untouched / "clips"}
+    places = {name: untouched / name for name in ("run", "clips", "held_out")} | {"tmp": tmp_path}
     assert main([argument.format(**places) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("vglann: error: ")
@@ -207,9 +216,9 @@ def test_every_command_in_the_readme_runs(route, tmp_path, monkeypatch):
     for command in commands:
         words = shlex.split(command)[1:]
         if words[:2] == ["clips", "fetch"] or words[:2] == ["clips", "pack"]:
-            from vglann_fast.cli import _parser
+            from vglann_fast.arguments import new_parser
 
-            _parser()[0].parse_args(
+            new_parser().parse_args(
                 words
             )  # tests have no network and no videos; the parts are tested elsewhere
         elif words[0] == "train" and "--resume" not in words and "paper" in words:

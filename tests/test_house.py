@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: what imports what, what is heavy, how long a file may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_only_the_command_line_imports_the_checkpoints_of_others():
         if "interop" not in path.parts and path.name != "cli.py":
             assert "interop" not in parts_used(path), path
     for path in python_files(PACKAGE / "interop"):
-        assert parts_used(path) <= {"nets", "glo"} | LEAVES, path
+        assert parts_used(path) <= {"interop", "nets", "glo"} | LEAVES, path
 
 
 def test_leaves_import_no_stage():
@@ -88,7 +89,11 @@ def test_no_pickle():
     for path in python_files(PACKAGE) + python_files(KERNELS):
         names = imported_modules(path)
         assert not names & {"pickle", "shelve", "marshal", "dill", "joblib"}, path
-        assert "torch.load(" not in path.read_text(), path
+        # Checkpoints of others are pickles; they are read, without running what is in them, in one place.
+        text = path.read_text()
+        if path.parent == PACKAGE / "interop":
+            text = re.sub(r"torch\.load\([^()]*weights_only=True\)", "", text)
+        assert "torch.load(" not in text, path
 
 
 @pytest.mark.parametrize(

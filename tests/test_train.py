@@ -14,15 +14,11 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.train import (
-    Interrupted,
-    Training,
-    clip_order,
-    latent_batches,
-    learning_rate_factor,
-    load_trained,
-    train,
-)
+from vglann_fast.glo.checkpoint import latent_batches, load_trained
+from vglann_fast.glo.data import clip_order
+from vglann_fast.glo.interruption import Interrupted
+from vglann_fast.glo.optimizer import learning_rate_factor
+from vglann_fast.glo.train import Training, train
 from vglann_fast.metrics.reconstruction import reconstruction_metrics
 from vglann_fast.run_dir import RunDir
 
@@ -73,6 +69,9 @@ VARIANTS = {
     "paper": {"preset": "paper"},
     "catchup": {"latent_mode": "catchup", "schedule": "halving"},
     "expanded": {"variant": "expanded", "mask_weight": 0.1, "loss": "l1"},
+    "accumulate": {"accumulate": 2, "epochs": 10},
+    "bf16": {"precision": "bf16", "data": "resident"},
+    "checkpointed": {"checkpoint_activations": True, "variant": "expanded"},
 }
 
 
@@ -210,10 +209,10 @@ def test_interrupted_is_raised_after_saving(clips, tmp_path):
     training = training_on(clips, run)
     step = training.train_step
 
-    def step_and_signal():
+    def step_and_signal(**wanted):
         if training.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step()
+        return step(**wanted)
 
     training.train_step = step_and_signal
     with pytest.raises(Interrupted) as caught:

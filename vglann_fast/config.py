@@ -14,10 +14,13 @@ from vglann_fast.errors import VglannError
 Variant = Literal["original", "expanded"]
 LatentNorm = Literal["projected", "detached"]
 PresetName = Literal["paper", "modern", "demo"]
+OnMismatch = Literal["error", "keep", "init"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, *, machine: bool = False) -> Any:
+    """A field with its help text; `machine` marks what a resumed run may choose anew."""
+    return field(default=default, metadata={"help": text, "machine": machine})
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -61,7 +64,9 @@ class TrainOptions:
     )
 
     epochs: int = _option(200, "passes over the clips")
-    batch_size: int = _option(15, "clips per step; clips left over in an epoch wait for the next one")
+    batch_size: int = _option(
+        15, "clips per batch and process; clips left over in an epoch wait for the next one"
+    )
     lr_latents: float = _option(0.01, "learning rate of the latents at the start")
     lr_generator: float = _option(0.001, "learning rate of the generator at the start")
     schedule: Literal["cosine", "halving"] = _option(
@@ -82,10 +87,36 @@ class TrainOptions:
     batchnorm: Literal["eval", "train"] = _option(
         "eval", "BatchNorm when reconstructing and sampling: statistics re-estimated, or of each batch"
     )
+    accumulate: int = _option(
+        1, "batches per update, one after the other; each is a BatchNorm batch of its own"
+    )
+    sync_bn: bool = _option(
+        False, "several processes: take BatchNorm statistics over all of them, not over each alone"
+    )
+
+    precision: Precision = _option(
+        "auto",
+        "of the generator's arithmetic; weights, losses, latents and statistics stay float32. auto: bf16 on a "
+        "GPU of compute capability 8.0 or more, else fp32",
+        machine=True,
+    )
+    data: Literal["auto", "resident", "pinned", "mmap"] = _option(
+        "auto",
+        "where the clips wait: all on the device, copied to it one batch ahead through pinned memory, or read "
+        "from the mapped files when needed. auto: resident if they fit, else pinned; on a CPU mmap",
+        machine=True,
+    )
+    cuda_graph: Literal["auto", "on", "off"] = _option(
+        "auto", "replay the whole step as one CUDA graph; auto: where that was tested", machine=True
+    )
+    compile: bool = _option(False, "run the generator through torch.compile", machine=True)
+    checkpoint_activations: bool = _option(
+        False, "save memory: compute BatchNorm and ReLU of a layer again in the backward pass", machine=True
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("width", "latent_dim", "epochs"):
+        for name in ("width", "latent_dim", "epochs", "accumulate"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs it)", self.batch_size)
         _require(1 <= self.levels <= 5, "levels", "1 to 5", self.levels)
@@ -108,6 +139,16 @@ class MapOptions:
     epochs: int = _option(50, "rounds of drawing a pool of noise, matching it to the latents and regressing")
     batch_size: int = _option(128, "latents per step, and noise vectors per block of the pool")
     pool_factor: int = _option(10, "noise vectors drawn per latent in each epoch")
+    reject_quantile: float = _option(
+        0.0,
+        "RS-IMLE: reject noise nearer to a latent than this quantile of the matched distances, 0 to below 1; "
+        "0 rejects nothing",
+    )
+    rematch: float = _option(
+        1.0,
+        "match a latent anew once its distance has fallen to this share of what it was when matched, above 0 to "
+        "1; 1 matches every latent in every epoch",
+    )
     lr: float = _option(1e-3, "learning rate of the mapping network at the start")
     schedule: Literal["cosine", "halving"] = _option(
         "cosine", "learning rate: cosine to zero, or halved after every 50 epochs"
@@ -128,6 +169,8 @@ class MapOptions:
         for name in ("noise_dim", "hidden", "epochs", "pool_factor"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs it)", self.batch_size)
+        _require(0 <= self.reject_quantile < 1, "reject_quantile", "0 to below 1", self.reject_quantile)
+        _require(0 < self.rematch <= 1, "rematch", "above 0 to 1", self.rematch)
         _require(0 < self.lr < float("inf"), "lr", "a positive number", self.lr)
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
 
@@ -153,13 +196,13 @@ _PAPER = Preset(
         latent_init="normal",
         batchnorm="train",
     ),
-    map=MapOptions(pool_factor=2, schedule="halving", normalise=False, adam_state="per-epoch", batchnorm="train"),
+    map=MapOptions(
+        pool_factor=2, schedule="halving", normalise=False, adam_state="per-epoch", batchnorm="train"
+    ),
 )
 _MODERN = Preset(train=TrainOptions(), map=MapOptions())
 _DEMO = Preset(
-    train=replace(
-        _MODERN.train, width=32, batch_size=5, epochs=150, lr_generator=0.002, latent_init="pca"
-    ),
+    train=replace(_MODERN.train, width=32, batch_size=5, epochs=150, lr_generator=0.002, latent_init="pca"),
     map=replace(_MODERN.map, epochs=400, batch_size=32, pool_factor=100, lr=3e-3),
 )
 PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "modern": _MODERN, "demo": _DEMO}
@@ -173,11 +216,11 @@ def preset(name: str) -> Preset:
 
 
 def options_from_json(cls: type, values: dict[str, Any]) -> Any:
-    """A dataclass of options from a JSON object, unknown or missing names refused with `VglannError`."""
-    known = {f.name for f in fields(cls)}
-    if values.keys() != known:
-        odd = sorted(values.keys() ^ known)
-        raise VglannError(f"options: unknown or missing {', '.join(odd)}; made by another version?")
+    """A dataclass of options from a JSON object. An option that is missing, since the file is of an earlier
+    version, has its default; unknown names are refused with `VglannError`."""
+    odd = sorted(values.keys() - {f.name for f in fields(cls)})
+    if odd:
+        raise VglannError(f"options: unknown {', '.join(odd)}; made by another version?")
     return cls(**values)
 
 

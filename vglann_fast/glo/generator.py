@@ -14,7 +14,8 @@ BatchNorm subtracts it again.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,31 +27,80 @@ from vglann_fast.config import LatentNorm, Variant
 UPSAMPLING = 16  # four layers of stride 2: sizes and frame counts are multiples of this
 
 
+class VideoNorm(nn.BatchNorm3d):
+    """BatchNorm3d and the ReLU that follows it, by way of the 2-D one, for which PyTorch has tuned kernels.
+
+    Joining time and rows of a dense tensor is a view in either memory format. Forward and backward of 4 videos on
+    one CPU core, channels-last: 64 x 16 x 32 x 32 in 49.5 ms against 52.1 ms, 128 x 8 x 16 x 16 in 6.7 ms against
+    10.3 ms. On a GPU not measured.
+    """
+
+    def forward(self, x: Tensor, *, relu: bool = True) -> Tensor:
+        flat = super().forward(x.flatten(2, 3))  # [B, C, T H, W]
+        if (
+            relu
+        ):  # in place: nothing needs the values before it, and no second tensor is kept for the backward pass
+            flat = F.relu(flat, inplace=True)
+        return flat.unflatten(2, x.shape[2:4])
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(f"expected a video with time and rows joined, got {input.dim()} dimensions")
+
+
+def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """A 1x1 convolution as the matrix product it is; PyTorch's 3-D one leaves channels-last on a CPU."""
+    return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def run(layer: Layer, x: Tensor) -> Tensor:
+    """Plain evaluation of a layer; `glo/memory.py` puts another one in its place to save memory."""
+    return layer(x)
+
+
 class VideoStream(nn.Module):
     """3-D stream: [B, 8w, T/16, H/16, W/16] -> mask and colour logits [B, 4, T, H, W]."""
 
+    run: Callable[[Layer, Tensor], Tensor] = staticmethod(run)
+
     def __init__(self, width: int, *, expanded: bool, reuse_norms: bool) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm3d(8 * width)
+        self.norm1 = VideoNorm(8 * width)
         # A BatchNorm that is used twice sees two inputs, so the bias of the first cannot be folded into it.
         self.conv2 = nn.ConvTranspose3d(8 * width, 4 * width, 4, 2, 1, bias=expanded and reuse_norms)
-        self.norm2 = nn.BatchNorm3d(4 * width)
+        self.norm2 = VideoNorm(4 * width)
         self.expand2 = nn.Conv3d(4 * width, 4 * width, 1) if expanded else None
-        self.norm2_expanded = nn.BatchNorm3d(4 * width) if expanded and not reuse_norms else None
+        self.norm2_expanded = VideoNorm(4 * width) if expanded and not reuse_norms else None
         self.conv3 = nn.ConvTranspose3d(4 * width, 2 * width, 4, 2, 1, bias=False)
-        self.norm3 = nn.BatchNorm3d(2 * width)
+        self.norm3 = VideoNorm(2 * width)
         self.conv4 = nn.ConvTranspose3d(2 * width, width, 4, 2, 1, bias=False)
-        self.norm4 = nn.BatchNorm3d(width)
+        self.norm4 = VideoNorm(width)
         self.head = nn.ConvTranspose3d(width, 4, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(x))
-        x = F.relu(self.norm2(self.conv2(x)))
-        if self.expand2 is not None:
-            x = (self.norm2_expanded or self.norm2)(F.relu(self.expand2(x)))
-        x = F.relu(self.norm3(self.conv3(x)))
-        x = F.relu(self.norm4(self.conv4(x)))
+        x = self.run(self._layer1, x)
+        x = self.run(self._layer2, x)
+        x = self.run(self._layer3, x)
+        x = self.run(self._layer4, x)
         return self.head(x)
+
+    def _layer1(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
+    def _layer2(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.conv2(x))
+        if self.expand2 is not None:
+            x = (self.norm2_expanded or self.norm2)(F.relu(pointwise(self.expand2, x)), relu=False)
+        return x
+
+    def _layer3(self, x: Tensor) -> Tensor:
+        return self.norm3(self.conv3(x))
+
+    def _layer4(self, x: Tensor) -> Tensor:
+        return self.norm4(self.conv4(x))
 
 
 class BackgroundStream(nn.Module):
@@ -74,14 +124,14 @@ class BackgroundStream(nn.Module):
         self.head = nn.ConvTranspose2d(wide * width, 3, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(x))
-        x = F.relu(self.norm2(self.conv2(x)))
+        x = F.relu(self.norm1(x), inplace=True)
+        x = F.relu(self.norm2(self.conv2(x)), inplace=True)
         if self.expand2 is not None:
-            x = F.relu(self.expand2(x))
-        x = F.relu(self.norm3(self.conv3(x)))
-        x = F.relu(self.norm4(self.conv4(x)))
+            x = F.relu(pointwise(self.expand2, x))
+        x = F.relu(self.norm3(self.conv3(x)), inplace=True)
+        x = F.relu(self.norm4(self.conv4(x)), inplace=True)
         if self.expand4 is not None:
-            x = (self.norm4_expanded or self.norm4)(F.relu(self.expand4(x)))
+            x = (self.norm4_expanded or self.norm4)(F.relu(pointwise(self.expand4, x)))
         return self.head(x)
 
 
@@ -201,6 +251,22 @@ def batch_norms(generator: nn.Module) -> Iterator[nn.BatchNorm2d | nn.BatchNorm3
     for module in generator.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             yield module
+
+
+@contextmanager
+def frozen_statistics(generator: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in train mode uses the statistics of its batch and leaves the running ones alone."""
+    # Not by track_running_stats: without running tensors a layer saves fewer for its backward pass, and activation
+    # checkpointing, which runs layers again in here, insists on the same ones.
+    norms = list(batch_norms(generator))
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @torch.no_grad()

@@ -5,9 +5,53 @@ Losses of perceptual features are elsewhere; these two need no weights.
 
 import torch
 from torch import Tensor
-from vglann_kernels import laplacian_pyramid_loss
+from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 
 from vglann_fast.config import TrainOptions
+from vglann_fast.glo.data import Batch
+
+
+def glo_loss(
+    head: Tensor, background: Tensor, batch: Batch, options: TrainOptions, *, with_video: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of a batch -> (its loss [], with the mask prior; video [B, 3, T, H, W] detached, or None).
+
+    One fused op where there is one: Laplacian loss against uint8 clips, whose rows it reads from the table. The
+    same numbers otherwise, from one op after the other; that path takes floating-point clips, too.
+
+    Args:
+        head, background: what `TwoStreamGenerator.logits` gives.
+        with_video: the fused op writes the video only when asked.
+    """
+    if options.loss == "laplacian" and batch.clips.dtype == torch.uint8:
+        return _fused_loss(head, background, batch, options, with_video)
+    video, mask_mean = mask_composite(head, background)
+    loss = reconstruction_loss(video, batch.clips[batch.at], options)
+    if options.mask_weight:
+        loss = loss + options.mask_weight * mask_mean.mean()
+    return loss, video.detach() if with_video else None
+
+
+def _fused_loss(
+    head: Tensor, background: Tensor, batch: Batch, options: TrainOptions, with_video: bool
+) -> tuple[Tensor, Tensor | None]:
+    frames = head.shape[2]
+    summed = frames - 1 if options.frame_reduction == "sum-but-last" else None
+    factor = summed or 1  # the op takes the mean over frames; the prior is not to be multiplied
+    result = composite_laplacian_loss(
+        head,
+        background.to(head.dtype),
+        batch.clips,
+        batch.at,
+        frames=summed,
+        mask_weight=options.mask_weight / factor,
+        return_video=with_video,
+        levels=options.levels,
+        blur=options.blur,
+        target_range=options.target_limits,
+    )
+    loss, video = result if isinstance(result, tuple) else (result, None)
+    return (loss if summed is None else factor * loss), video
 
 
 def reconstruction_loss(video: Tensor, clips: Tensor, options: TrainOptions) -> Tensor:

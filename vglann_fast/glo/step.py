@@ -1,25 +1,30 @@
 """One training step of GLO."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vglann_kernels import mask_composite
+from torch.profiler import record_function as stage  # names the parts of a step for `vglann profile`
 
 from vglann_fast.config import TrainOptions
-from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.data import Batch
 from vglann_fast.glo.latents import LatentTable
-from vglann_fast.glo.losses import reconstruction_loss
+from vglann_fast.glo.losses import glo_loss
+from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.precision import Logits
 
 
 @dataclass
 class Guard:
     """Freezes all updates from the first non-finite loss on, without the host having to look at each loss.
 
-    frozen [] bool; step [] int64 and rows [B] int64: where it happened. Read when logging.
+    frozen [] bool; mine [] bool: whether this process's own loss did it; step [] int64 and rows [B] int64: where
+    it happened. Read when logging.
     """
 
     frozen: Tensor
+    mine: Tensor
     step: Tensor
     rows: Tensor
 
@@ -28,52 +33,69 @@ class Guard:
         """A guard that has seen nothing yet."""
         return cls(
             frozen=torch.zeros((), dtype=torch.bool, device=device),
+            mine=torch.zeros((), dtype=torch.bool, device=device),
             step=torch.zeros((), dtype=torch.int64, device=device),
             rows=torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
     @torch.no_grad()
-    def watch(self, loss: Tensor, index: Tensor) -> Tensor:
-        """Count this step; freeze if its loss is not finite. Returns `frozen`."""
+    def watch(self, loss: Tensor, own: Tensor, index: Tensor) -> Tensor:
+        """Count this step; freeze if `loss`, of all processes, is not finite. Returns `frozen`.
+
+        `own` [] is the loss of this process alone: whether the cause is among its rows `index`.
+        """
         first = ~self.frozen & ~torch.isfinite(loss)
         self.rows.copy_(torch.where(first, index, self.rows))
+        self.mine |= first & ~torch.isfinite(own)
         self.frozen |= first
         self.step += ~self.frozen
         return self.frozen
 
 
 def glo_step(
-    generator: TwoStreamGenerator,
+    logits: Logits,
     latents: LatentTable,
-    optimizer: torch.optim.Adam,
+    optimizer: GeneratorAdam,
     guard: Guard,
-    clips: Tensor,
-    index: Tensor,
+    batches: Iterable[Batch],
     options: TrainOptions,
-) -> tuple[Tensor, Tensor]:
+    *,
+    with_video: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Latents -> generator -> loss -> gradients -> updates of generator and latents.
 
     Args:
-        clips: [B, 3, T, H, W] uint8.
-        index: [B] int64, the rows of `latents` that belong to these clips.
-        optimizer: Adam with `fused=True` over the generator's parameters.
+        logits: `TwoStreamGenerator.logits`, or that in another precision or compiled.
+        batches: the clips of this update and the rows of their latents; one batch but for --accumulate. Asked
+            for one by one, each after the backward pass of the one before.
+        with_video: whether the videos of the last batch are wanted.
 
     Returns:
-        (loss [], video [B, 3, T, H, W]), both detached.
+        (mean loss [] over all batches of all processes, video [B, 3, T, H, W] or None), both detached.
     """
-    z = latents.gather(index)
-    head, background = generator.logits(z)
-    video, mask_mean = mask_composite(head, background)
-    loss = reconstruction_loss(video, clips, options)
-    if options.mask_weight:
-        loss = loss + options.mask_weight * mask_mean.mean()
+    optimizer.zero_grad()
+    shares, zs, rows = [], [], []
+    video = None
+    for batch in batches:
+        with stage("generator"):
+            z = latents.gather(batch.rows)  # [B, d]
+            head, background = logits(z)  # [B, 4, T, H, W], [B, 3, H, W]
+        with stage("loss"):
+            loss, video = glo_loss(head, background, batch, options, with_video=with_video)
+        with stage("backward"):
+            shares.append(optimizer.backward(loss))
+        zs.append(z)
+        rows.append(batch.rows)
 
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    assert z.grad is not None
+    with stage("update"), torch.no_grad():
+        index, gradient = _joined(rows), _joined([z.grad for z in zs if z.grad is not None])  # [AB], [AB, d]
+        own = torch.stack(shares).sum()
+        loss, overflow = optimizer.gather(own, gradient)
+        frozen = guard.watch(loss, own, index)
+        optimizer.step(skip=frozen | overflow)
+        latents.step(index, gradient, skip=frozen | overflow)
+    return loss.detach(), video
 
-    frozen = guard.watch(loss, index)
-    optimizer.found_inf = frozen.float()  # type: ignore[attr-defined]  # fused Adam skips its update where this is 1
-    optimizer.step()
-    latents.step(index, z.grad, skip=frozen)
-    return loss.detach(), video.detach()
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vglann_fast.glo.checkpoint import check_same_clips, load_trained
 from vglann_fast.glo.losses import psnr
-from vglann_fast.glo.train import check_same_clips, load_trained
 from vglann_fast.run_dir import RunDir
 from vglann_fast.samples.sample import Rendered, open_clips, render
 from vglann_fast.samples.write import write_videos

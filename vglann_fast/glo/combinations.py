@@ -1,0 +1,68 @@
+"""Which options go together, on this device and with so many processes; the rest is refused in one line."""
+
+import torch
+
+from vglann_fast.config import TrainOptions
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.distributed import Ranks
+
+# (GPU name, precision) whose graph was compared with eager training: what --cuda-graph auto replays. None was yet.
+TESTED: frozenset[tuple[str, str]] = frozenset()
+
+
+def batch_size_for(count: int, options: TrainOptions, ranks: Ranks) -> int:
+    """Clips per batch: `options.batch_size`, or what there is for each process. Raises `VglannError`."""
+    if count < 2:
+        raise VglannError(f"training needs at least 2 clips, the folder has {count} in this split")
+    batch_size = min(options.batch_size, count // ranks.size // options.accumulate)
+    if batch_size < 2:
+        raise VglannError(
+            f"{count} clips are too few for {ranks.size} processes with --accumulate {options.accumulate}: "
+            "each needs 2 clips for every batch of an update"
+        )
+    return batch_size
+
+
+def check_combinations(options: TrainOptions, ranks: Ranks, precision: str) -> None:
+    """Raise `VglannError` for options that nobody has tried together."""
+    untested = {
+        "--compile true with --sync-bn true": options.compile and options.sync_bn,
+        "--compile true with --checkpoint-activations true": options.compile
+        and options.checkpoint_activations,
+        "--precision fp16 with several processes": precision == "fp16" and ranks.size > 1,
+    }
+    for names, given in untested.items():
+        if given:
+            raise VglannError(f"{names}: not tested together, so refused; leave one of them out")
+
+
+def why_no_graph(
+    options: TrainOptions, device: torch.device, *, processes: int, source: str, precision: str
+) -> str | None:
+    """Why the step cannot be captured under these options; None when it can."""
+    if device.type != "cuda":
+        return f"it needs a GPU, the device is {device}"
+    reasons = {
+        f"--accumulate {options.accumulate}": options.accumulate > 1,
+        f"{processes} processes": processes > 1,
+        f"--data {source}": source != "resident",
+        "--compile true": options.compile,
+        "--checkpoint-activations true": options.checkpoint_activations,
+        "--precision fp16": precision == "fp16",
+    }
+    against = [reason for reason, holds in reasons.items() if holds]
+    return f"it was not tested with {' and '.join(against)}" if against else None
+
+
+def use_graph(
+    options: TrainOptions, device: torch.device, *, processes: int, source: str, precision: str
+) -> bool:
+    """Whether to capture the step. Raises `VglannError` where --cuda-graph on asks for what is refused."""
+    if options.cuda_graph == "off":
+        return False
+    reason = why_no_graph(options, device, processes=processes, source=source, precision=precision)
+    if options.cuda_graph == "on":
+        if reason:
+            raise VglannError(f"--cuda-graph on: {reason}; leave it out")
+        return True
+    return reason is None and (torch.cuda.get_device_name(device), precision) in TESTED

@@ -1,0 +1,240 @@
+"""Several processes training together, as `torchrun` starts them: each owns some clips and their latents.
+
+Process r of W owns the clips r, r + W, r + 2W, ... of the clip set, and their rows of the latent table. Gradients
+of latents never leave their process, and no clip is visited twice to make the shares equal. Gradients of the
+generator are summed over all processes, together with the loss, in one all-reduce a step.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.generator import VideoNorm
+
+TIMEOUT = timedelta(minutes=10)  # without a word from another process; writing a checkpoint must fit in
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `size`. `control` carries words between hosts, on the CPU.
+
+    Every method but `owns` is a collective: all processes call it, in the same order. They raise `VglannError` when
+    another process has ended.
+    """
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+
+    def owns(self, count: int) -> Tensor:
+        """The rows of 0..count-1 that belong to this process, ascending, int64."""
+        return torch.arange(self.rank, count, self.size)
+
+    def sum_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
+        """Add up the gradients of `parameters` over all processes, in place; returns the sum of `loss` [].
+
+        One buffer, so a loss that is not finite anywhere is seen everywhere at the same step.
+        """
+        if self.size == 1:
+            return loss
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # Memory order, not logical order: a channels-last gradient is then read as it lies.
+        pieces = [_as_it_lies(gradient) for gradient in gradients]
+        buffer = torch.cat([*pieces, loss.detach().to(pieces[0].dtype).reshape(1)])
+        with another_process_may_have_ended():
+            dist.all_reduce(buffer)
+        split = buffer[:-1].split([piece.numel() for piece in pieces])
+        torch._foreach_copy_(pieces, list(split))
+        return buffer[-1].to(loss.dtype)
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        with another_process_may_have_ended():
+            dist.all_reduce(total, group=self.control)
+        return total.item() / self.size
+
+    def gather_words(self, words: list[str]) -> list[str]:
+        """The lists of all processes, one after the other, in every process."""
+        if self.size == 1:
+            return words
+        lists: list[Any] = [None] * self.size
+        with another_process_may_have_ended():
+            dist.all_gather_object(lists, words, group=self.control)
+        return [word for one in lists for word in one]
+
+    def gather_rows(self, own: Tensor, count: int) -> Tensor:
+        """Rows [count, ...] of the whole table, in every process, from each process's `own` rows; on the CPU."""
+        if self.size == 1:
+            return own
+        padded = torch.zeros(-(-count // self.size), *own.shape[1:], dtype=own.dtype)
+        padded[: len(own)] = own.detach().cpu()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with another_process_may_have_ended():
+            dist.all_gather(parts, padded, group=self.control)
+        whole = torch.empty(count, *own.shape[1:], dtype=own.dtype)
+        for rank, part in enumerate(parts):
+            whole[rank :: self.size] = part[: len(range(rank, count, self.size))]
+        return whole
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite `tensors` by those of process 0."""
+        if self.size > 1:
+            with another_process_may_have_ended():
+                for tensor in tensors:
+                    dist.broadcast(_as_it_lies(tensor), 0)
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.size > 1:
+            with another_process_may_have_ended():
+                dist.barrier(group=self.control)
+
+
+class StopAgreement:
+    """Lets all processes stop after the same step, without waiting for each other at every step.
+
+    Each step asks "was any of us told to stop?" and hears the answer to the question of the step before.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def agreed(self, told: bool) -> bool:
+        """Called once a step by every process: whether all of them stop now. Alone: `told`."""
+        if self._ranks.size == 1:
+            return told
+        answer = self.close()
+        value = torch.tensor(int(told))
+        with another_process_may_have_ended():
+            self._asked = value, dist.all_reduce(value, group=self._ranks.control, async_op=True)
+        return answer
+
+    def close(self) -> bool:
+        """Wait for the last answer; nothing is on its way afterwards."""
+        if self._asked is None:
+            return False
+        value, work = self._asked
+        self._asked = None
+        with another_process_may_have_ended():
+            work.wait()
+        return bool(value)
+
+
+@contextmanager
+def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+    """The processes `torchrun` started, as long as the block lasts; without torchrun, this process alone.
+
+    A process that ends or falls silent makes the others raise `VglannError`: at once where its connections
+    close, after `timeout` where it hangs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        raise VglannError(
+            f"the processes did not find each other: {error}; start them with torchrun"
+        ) from error
+    try:
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        yield Ranks(dist.get_rank(), size, control)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def another_process_may_have_ended() -> Iterator[None]:
+    """Name the cause of a failed collective: that process's own message is above this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise VglannError(
+            "another process of this training has ended or hangs; its own message is the one to read. "
+            f"Continue with --resume ({str(error).splitlines()[0][:120]})"
+        ) from error
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """A dense tensor as a vector in the order of its memory; a view."""
+    tensor = tensor.detach()
+    strides, sizes = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], -sizes[axis]))
+    return tensor.permute(order).view(-1)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """y = sum of x over all processes; the gradient of a sum of all processes' losses by x is a sum, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        y = gradients[0].contiguous().clone()
+        dist.all_reduce(y)
+        return y
+
+
+def sync_batch_norms(generator: nn.Module, ranks: Ranks) -> None:
+    """Let every BatchNorm of `generator` take its statistics over the batches of all processes, in train mode.
+
+    Batches are of one size in all processes. torch's own SyncBatchNorm has no CPU version; this one is plain
+    tensor arithmetic and reads a layer's input twice.
+    """
+    for module in generator.modules():
+        if ranks.size > 1 and isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            module.forward = _SyncedForward(module, ranks.size)  # type: ignore[method-assign,assignment]
+
+
+@dataclass
+class _SyncedForward:
+    norm: nn.BatchNorm2d | nn.BatchNorm3d
+    size: int
+
+    def __call__(self, x: Tensor, **relu: bool) -> Tensor:
+        norm = self.norm
+        if not norm.training:
+            return type(norm).forward(norm, x, **relu)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        over = [0, *range(2, x.ndim)]
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        mean = _SumOverProcesses.apply(wide.mean(over)) / self.size  # [C]
+        centred = wide - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().mean(over)) / self.size  # [C]
+        if norm.num_batches_tracked is not None:  # None inside `frozen_statistics`
+            self._remember(mean.detach(), variance.detach(), self.size * x.numel() // x.shape[1])
+        scale = norm.weight * torch.rsqrt(variance + norm.eps)
+        y = (centred * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
+        return F.relu(y) if isinstance(norm, VideoNorm) and relu.get("relu", True) else y
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
+        norm.running_mean.lerp_(mean, share)
+        norm.running_var.lerp_(variance * (count / max(1, count - 1)), share)

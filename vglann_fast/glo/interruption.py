@@ -1,0 +1,39 @@
+"""Being told to stop: SIGTERM and SIGINT end a training after the step in progress."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the training was saved after the step in progress."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} and saved")
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def signals_collected(alone: bool) -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; a second one of a kind kills as usual.
+
+    Not so in one process of several (`alone` false), where the launcher and the scheduler may each send one.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if alone:
+            signal.signal(number, before[number])
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, remember)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

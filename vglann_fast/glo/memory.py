@@ -1,0 +1,95 @@
+"""Memory of a training: the peak, what takes it when it does not suffice, and activation checkpointing."""
+
+import resource
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vglann_fast.config import TrainOptions
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.generator import Layer, TwoStreamGenerator, frozen_statistics
+
+# Values that a training step keeps for its backward pass, per value of a layer's output: the convolution's output,
+# and that of BatchNorm with ReLU. With --checkpoint-activations only what goes into each layer.
+KEPT, KEPT_CHECKPOINTED = 2, 1
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU so far; on a CPU the most the whole process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def checkpoint_activations(generator: TwoStreamGenerator) -> None:
+    """From now on each layer of the video stream keeps its input alone and runs again in the backward pass.
+
+    The background stream takes a thirtieth of the memory and stays as it is.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), frozen_statistics(generator)  # running statistics move once, not twice
+
+    def run_again(layer: Layer, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return layer(x)
+        return checkpoint(layer, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+
+    generator.video.run = run_again
+
+
+def memory_table(
+    generator: TwoStreamGenerator,
+    latents: Iterable[Tensor],
+    options: TrainOptions,
+    *,
+    batch_size: int,
+    frames: int,
+    size: int,
+    clips: int,
+    half: bool,
+) -> list[tuple[str, int]]:
+    """(what, bytes) of the parts of a training; activations are counted from the layers, the rest is exact.
+
+    Args:
+        latents: the tensors of the latent table and its Adam.
+        clips: how many are on the device.
+        half: activations have 16 bits, not 32.
+    """
+    weights = sum(p.numel() * p.element_size() for p in generator.parameters())
+    kept = KEPT_CHECKPOINTED if options.checkpoint_activations else KEPT
+    pixels = frames * size * size
+    # Layer l = 1..4 has width * 2^(4-l) channels on a grid 2^(5-l) times coarser in each direction.
+    values = kept * sum(
+        options.width * 2 ** (4 - layer) * pixels // 8 ** (5 - layer) for layer in range(1, 5)
+    )
+    values += 4 * pixels  # the head
+    return [
+        ("weights and gradients", 2 * weights),
+        ("Adam of the generator", 2 * weights),
+        ("latents and their Adam", sum(t.numel() * t.element_size() for t in latents)),
+        ("activations (estimate)", batch_size * values * (2 if half else 4)),
+        ("clips", clips * 3 * pixels),
+    ]
+
+
+def out_of_memory(options: TrainOptions, batch_size: int, *, resident: bool, half: bool) -> VglannError:
+    """The error for a user whose device is full, with the three options that would help most."""
+    helps = []
+    if batch_size > 3:
+        helps.append(f"--batch-size {batch_size // 2} --accumulate {2 * options.accumulate}")
+    if not options.checkpoint_activations:
+        helps.append("--checkpoint-activations true")
+    if resident:
+        helps.append("--data pinned")
+    if not half:
+        helps.append("--precision bf16")
+    helps += [f"--width {max(1, options.width // 2)}", "a smaller --latent-dim", "a device with more memory"]
+    return VglannError(
+        f"out of memory; try {', or '.join(helps[:3])}. What takes it is listed above; checkpoints are whole"
+    )

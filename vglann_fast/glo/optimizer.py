@@ -1,0 +1,104 @@
+"""Adam over the generator's parameters, and what surrounds an update: all processes' gradients, float16's scale."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vglann_fast.config import TrainOptions
+from vglann_fast.glo.distributed import Ranks
+from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.latents import BETAS
+from vglann_fast.glo.precision import LossScale
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class GeneratorAdam:
+    """Fused Adam whose learning rate, counters and moments are tensors on the device that keep their place, so
+    that a captured step sees them change.
+
+    A batch's loss counts 1 / (batches that make an update, in all processes). `loss_scale` is for float16.
+    """
+
+    def __init__(
+        self,
+        generator: TwoStreamGenerator,
+        options: TrainOptions,
+        ranks: Ranks,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.parameters = dict(generator.named_parameters())
+        first = generator.stem.weight
+        self.ranks = ranks
+        self.loss_scale = loss_scale
+        self.share = 1.0 / (ranks.size * options.accumulate)
+        self.lr = torch.tensor(options.lr_generator, dtype=first.dtype, device=first.device)
+        self.adam = torch.optim.Adam(
+            generator.parameters(), self.lr, betas=BETAS, fused=True, capturable=first.is_cuda
+        )
+        for parameter in self.parameters.values():
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=first.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the update before."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Add the gradients of one batch's `loss` []; returns its share of the update's mean loss, detached."""
+        share = loss * self.share
+        (share if self.loss_scale is None else share * self.loss_scale.scale).backward()
+        return share.detach()
+
+    def gather(self, share: Tensor, latent_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """All processes' gradients, and no scale any more. Returns (mean loss [], whether to leave the step out
+        because float16 overflowed, a bool []); `latent_gradient` [B, d] is unscaled in place."""
+        loss = self.ranks.sum_gradients(self.parameters.values(), share)
+        if self.loss_scale is None:
+            return loss, torch.zeros((), dtype=torch.bool, device=loss.device)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return loss, self.loss_scale.unscale([*gradients, latent_gradient])
+
+    def step(self, skip: Tensor) -> None:
+        """Update the parameters; nothing at all where `skip` [] is true."""
+        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]  # fused Adam skips its update where this is 1
+        self.adam.step()
+
+    @torch.no_grad()
+    def begin_epoch(self, lr: float, *, forget: bool) -> None:
+        """Set the learning rate; with `forget`, start Adam's moments and counters anew."""
+        self.lr.fill_(lr)
+        if forget:
+            for name in self.parameters:
+                for tensor in self._state(name).values():
+                    tensor.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: "<moment>.<parameter>", "lr" and for float16 "loss_scale.<name>"."""
+        found = {f"{key}.{name}": t for name in self.parameters for key, t in self._state(name).items()}
+        scale = self.loss_scale.tensors() if self.loss_scale is not None else {}
+        return {**found, "lr": self.lr, **{f"loss_scale.{name}": t for name, t in scale.items()}}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave. The loss scale starts anew if the run had none."""
+        for name, mine in self.tensors().items():
+            if name in tensors:
+                mine.copy_(tensors[name])
+            elif not name.startswith("loss_scale."):
+                raise ValueError(f"optimizer: {name} is missing")
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        state = self.adam.state[self.parameters[name]]
+        return {key: state[key] for key in MOMENTS}
+
+
+def learning_rate_factor(options: TrainOptions, epoch: int) -> float:
+    """What the starting rates are multiplied by in `epoch`, counted from 0."""
+    if options.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / options.epochs))
+    return 0.5 ** (epoch * 10 // options.epochs)

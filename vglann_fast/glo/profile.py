@@ -1,0 +1,186 @@
+"""`vglann profile RUN`: a few steps of a run's training under torch.profiler, and where their time went.
+
+    RUN/profile/profile.json
+        {"device", "precision", "steps", "ms_per_step", "videos_per_second", "stages": {name: ms}, "warnings": [line],
+        "launches_per_step": null on a CPU, "top": [[operation or kernel, ms]], "flop_per_step",
+        "matmul_flops": FLOP/s of a large product in this run, "matmul_share": of that, what the step reached}
+    RUN/profile/trace.json    for chrome://tracing or Perfetto
+
+Nothing else in the run changes: the steps are taken from its newest checkpoint and forgotten.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.config import TrainOptions, options_from_json
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.train import Training
+from vglann_fast.run_dir import RunDir, write_json
+
+STAGES = ("data", "generator", "loss", "backward", "update")
+WARM_UP = 3
+TOP = 10
+# Parts of names of operations and kernels that a step of ours should not have, and what they mean.
+SUSPECT = {
+    "slow_conv": "a slow fallback convolution",
+    "nchwToNhwc": "a change of memory layout to channels-last",
+    "nhwcToNchw": "a change of memory layout from channels-last",
+    "convertTensor": "a change of memory layout inside cuDNN",
+    "batch_norm_backward_elemt": "BatchNorm's generic kernel",
+}
+
+
+def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str = "cpu") -> str:
+    """Profile `steps` training steps of a run, after 3 that are not measured; write RUN/profile.
+
+    Returns the report, several lines of text. Raises `VglannError` when the run or its clips are gone, or if
+    `steps` is under 1.
+    """
+    if steps < 1:
+        raise VglannError(f"--steps: expected at least 1, got {steps}")
+    run = RunDir.open(run_path)
+    training = _training_of(run, torch.device(device))
+    try:
+        record = _measure(training, steps, run.path / "profile")
+    finally:
+        training.source.close()
+    write_json(run.path / "profile" / "profile.json", record)
+    return report(record, run.path / "profile" / "trace.json")
+
+
+def _training_of(run: RunDir, device: torch.device) -> Training:
+    """The run's training at its newest checkpoint; a finished one goes on as if it had further epochs."""
+    if run.options["clips"] is None:
+        raise VglannError(f"{run.path} was imported: there is no training of it to profile")
+    folder = Path(run.options["clips"])
+    if not folder.is_dir():
+        raise VglannError(f"the clips of {run.path} are not in {folder} any more; put them back")
+    clips = ClipSet.open(folder, "train", verify=False)
+    options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
+    training = Training(clips, options, run, seed=run.options["seed"], device=device)
+    if run.has_checkpoint():
+        training.restore()
+        training.epoch, training.position = 0, 0  # the learning rate of a last epoch may be zero
+    return training
+
+
+def _measure(training: Training, steps: int, folder: Path) -> dict[str, Any]:
+    device = training.device
+    with FlopCounterMode(display=False) as counted:
+        training.train_step(with_video=False)
+    for _ in range(WARM_UP - 1):
+        training.train_step(with_video=False)
+    seconds = _timed(training, steps)
+
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        _timed(training, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.export_chrome_trace(str(folder / "trace.json"))
+
+    per_step = seconds / steps
+    work = [event for event in found.key_averages() if event.key not in STAGES]
+    names = [event.key for event in work]
+    spent = sorted(
+        ((event.key, _own_time(event, device) / 1e3 / steps) for event in work), key=lambda x: -x[1]
+    )
+    rate = matmul_rate(device, training.precision)
+    flop = counted.get_total_flops()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": training.precision,
+        "steps": steps,
+        "ms_per_step": 1e3 * per_step,
+        "videos_per_second": training.batch_size * training.options.accumulate / per_step,
+        "stages": {name: stage_time(found, name, device) / 1e3 / steps for name in STAGES},
+        "launches_per_step": _launches(work) / steps if device.type == "cuda" else None,
+        "top": [[name, ms] for name, ms in spent[:TOP] if ms > 0],
+        "flop_per_step": flop,
+        "matmul_flops": rate,
+        "matmul_share": flop / per_step / rate,
+        "warnings": warnings_about(names),
+    }
+
+
+def _timed(training: Training, steps: int) -> float:
+    """Seconds of `steps` steps, the device idle before and after."""
+    _finish(training.device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        training.train_step(with_video=False)
+    _finish(training.device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def stage_time(found: Any, name: str, device: torch.device) -> float:
+    """Microseconds between begin and end of a stage, all steps together, on the GPU's clock if there is one."""
+    wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    return sum(
+        e.time_range.elapsed_us() for e in found.events() if e.name == name and e.device_type == wanted
+    )
+
+
+def _own_time(event: Any, device: torch.device) -> float:
+    """Microseconds of an operation without those it calls."""
+    return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+
+
+def _launches(events: list[Any]) -> int:
+    return sum(event.count for event in events if "LaunchKernel" in event.key or "GraphLaunch" in event.key)
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product in the precision of the training, measured now: the roof of the step."""
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):
+        _finish(device)
+        started = time.perf_counter()
+        a @ a
+        _finish(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def warnings_about(names: list[str]) -> list[str]:
+    """A line for each operation or kernel among `names` that a step should not have."""
+    return [
+        f"{name}: {meaning}"
+        for name in names
+        for part, meaning in SUSPECT.items()
+        if part.lower() in name.lower()
+    ]
+
+
+def report(record: dict[str, Any], trace: Path) -> str:
+    """The record as text."""
+    lines = [
+        f"{record['ms_per_step']:.2f} ms a step, {record['videos_per_second']:.1f} videos/s, "
+        f"{record['precision']} on {record['device']}, {record['steps']} steps",
+        *(f"  {name:<10} {ms:9.3f} ms" for name, ms in record["stages"].items()),
+    ]
+    if record["launches_per_step"] is not None:
+        lines.append(f"{record['launches_per_step']:.0f} launches a step")
+    lines.append(
+        f"{record['flop_per_step'] / 1e9:.1f} GFLOP a step: {record['matmul_share']:.1%} of the rate of a large "
+        f"matrix product, {record['matmul_flops'] / 1e12:.2f} TFLOP/s"
+    )
+    lines += [f"  {ms:9.3f} ms  {name}" for name, ms in record["top"]]
+    lines += [f"warning: {warning}" for warning in record["warnings"]]
+    return "\n".join([*lines, f"trace: {trace}"])
