@@ -1,24 +1,22 @@
-"""`laplacian_pyramid_loss`: the author's loop over frames, eager, compiled, Triton; forward with backward."""
+"""`laplacian_pyramid_loss`: the author's loop over frames, eager, compiled, Triton; both layouts of the video.
 
-import sys
-from pathlib import Path
+The kernel makes its gradient in the forward; "bwd" of it is the scaling by the upstream gradient.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interleaved import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 from vglann_kernels import laplacian_pyramid_loss
 
-sys.path.insert(0, str(Path(__file__).parent))  # this file is a pytest module: it does not find its neighbour
-from interleaved import DEVICE, SHAPES, agree, record
+LEVELS = 3
 
 
-def per_frame_loop(video, target):
+def per_frame_loop(video, target, kernel):
     """The loss as the paper's code computes it: a loop over frames, two pyramids, padded convolutions."""
-    taps = torch.tensor([1.0, 4, 6, 4, 1], device=video.device) / 16
-    kernel = (taps[:, None] * taps).expand(3, 1, 5, 5)
 
     def pyramid(image):
-        for _ in range(3):
+        for _ in range(LEVELS):
             low = F.conv2d(F.pad(image, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
             yield image - low
             image = F.avg_pool2d(low, 2)
@@ -33,31 +31,30 @@ def per_frame_loop(video, target):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("mode", ["fwd", "full"])
-def test_laplacian(benchmark, shape, mode):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_laplacian(benchmark, timing, shape, layout, mode):
     batch, frames, size = shape
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    video = (
-        torch.randn(batch, 3, frames, size, size, device=DEVICE)
-        .tanh()
-        .to(dtype)
-        .requires_grad_(mode == "full")
-    )
+    video = torch.randn(batch, 3, frames, size, size, device=DEVICE).tanh().to(DTYPE)
+    if LAYOUTS[layout]:
+        video = video.to(memory_format=torch.channels_last_3d)
+    video.requires_grad_(mode != "fwd")
     target = torch.randint(0, 256, video.shape, dtype=torch.uint8, device=DEVICE)
-    compiled = torch.compile(lambda: laplacian_pyramid_loss(video, target, impl="reference"))
-    losses = {
-        "author": lambda: per_frame_loop(video, target),
-        "reference": lambda: laplacian_pyramid_loss(video, target, impl="reference"),
-        "triton": lambda: laplacian_pyramid_loss(video, target, impl="triton"),
-    }
-    if DEVICE == "cuda":
-        losses["compile"] = compiled
-    agree(losses, 1e-4)
+    taps = torch.tensor([1.0, 4, 6, 4, 1], device=DEVICE) / 16
+    kernel = (taps[:, None] * taps).expand(3, 1, 5, 5)
 
-    def full(loss):
-        return lambda: torch.autograd.grad(loss(), video)
+    def loss(impl):
+        return lambda: laplacian_pyramid_loss(video, target, levels=LEVELS, impl=impl)
 
-    calls = {name: full(loss) if mode == "full" else loss for name, loss in losses.items()}
-    bytes_each = video.element_size() * (2 if mode == "full" else 1) + 1
-    record(benchmark, calls, video.numel() * bytes_each)
+    forwards = {name: loss(name) for name in ("reference", "triton")}
+    forwards["compile"] = compiled(loss("reference"))
+    forwards["author"] = lambda: per_frame_loop(video, target, kernel)
+    one = torch.ones((), device=DEVICE)
+    calls = {name: in_mode(mode, forward, [video], one) for name, forward in forwards.items()}
+    agree(calls, 1e-4 if mode == "fwd" else 1e-2)
+    pixels, gradient = video.numel(), video.numel() * video.element_size()
+    floor = {"fwd": gradient + pixels, "bwd": 2 * gradient, "full": 2 * gradient + pixels}
+    # two-sided products with the band matrices, as the kernel does them: forward, and adjoint for the gradient
+    products = sum(4 * (size >> level) ** 3 for level in range(LEVELS)) * pixels // size**2
+    timing.record(benchmark, calls, floor[mode], {"fwd": products, "bwd": 0, "full": 2 * products}[mode])

@@ -95,6 +95,12 @@ MISTAKES = {
     "no run": (["map", "{tmp}"], "is not a run"),
     "no mapping": (["sample", "{run}", "--kind", "imle"], "vglann map"),
     "unknown kind": (["map", "{run}", "--kind", "gan"], "--kind"),
+    "log never": (["train", "x", "--out", "y", "--log-every", "0"], "log_every"),
+    "negative seed": (["train", "x", "--out", "y", "--seed", "-1"], "seed"),
+    "huge seed": (["sample", "{run}", "--seed", "99999999999999999999"], "seed"),
+    "out in a file": (["train", "{clips}", "--out", "{clips}/index.json/run"], "cannot be made"),
+    "no place for a device": (["reconstruct", "{run}", "--device", "meta"], "--device meta"),
+    "report of no run": (["report", "{clips}"], "is not a run"),
     "no samples": (["sample", "{run}", "-n", "0"], "-n: expected at least 1"),
     "one step": (["interpolate", "{run}", "--steps", "1"], "--steps"),
     "run is there": (["train", "{clips}", "--out", "{run}"], "--resume"),
@@ -229,3 +235,44 @@ def test_every_command_in_the_readme_runs(route, tmp_path, monkeypatch):
             assert main([*words, "--epochs", "2"]) == 0, command
         else:
             assert main(words) == 0, command
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(untouched, tmp_path):
+    """The file system refuses files over 40 kB, as a full disk would in the middle of a checkpoint."""
+    code = (
+        "import resource, sys; from vglann_fast.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["train", untouched / "clips", "--out", tmp_path / "run", "--epochs", "1", *TINY]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "choose another output folder" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("value", "message"), [("foo", "foo"), ("triton", "triton")])
+def test_a_wrong_variable_is_one_line(untouched, monkeypatch, capsys, value, message):
+    monkeypatch.setenv("VGLANN_KERNELS", value)
+    assert main(["reconstruct", str(untouched / "run"), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_torchrun_is_for_verbs_that_share_their_work(untouched, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sample", str(untouched / "run")]) == 2
+    assert "only train and map" in capsys.readouterr().err
+
+
+def test_the_python_of_the_readme_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["video"].grad.abs().max() > 0
+
+
+def test_the_readme_has_no_gaps():
+    assert "@@" not in (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
@@ -322,10 +323,13 @@ def test_torchrun_trains_and_maps(clips, tmp_path):
     assert len(re.findall("trained: ", torchrun("train", clips, "--out", run, *as_arguments(options)))) == 1
     assert RunDir.open(run).load_checkpoint()[0]["processes"] == 2
     assert len(re.findall("fitted: ", torchrun("map", run, "--epochs", "3"))) == 1
-    together = (run / "mapping" / "imle" / "mapping.safetensors").read_bytes()
+    together = load_file(run / "mapping" / "imle" / "mapping.safetensors")
     assert [row["step"] for row in RunDir.open(run).metrics("imle")] == [1, 2, 3]
     assert main(["map", str(run), "--epochs", "3"]) == 0
-    assert (run / "mapping" / "imle" / "mapping.safetensors").read_bytes() == together
+    alone = load_file(run / "mapping" / "imle" / "mapping.safetensors")
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():  # other numbers of threads, other rounding
+        assert torch.allclose(value.double(), together[name].double(), atol=1e-4), name
 
 
 def test_each_clip_belongs_to_one_process():

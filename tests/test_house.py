@@ -74,9 +74,10 @@ def test_every_op_has_its_four_files_and_its_test():
     ops = [folder for folder in KERNELS.iterdir() if (folder / "op.py").is_file()]
     assert len(ops) >= 4
     for op in ops:
-        for name in ("README.md", "reference.py", "op.py"):
+        for name in ("README.md", "reference.py", "kernel.py", "op.py"):
             assert (op / name).is_file(), op / name
         assert (ROOT / "tests" / f"test_{op.name}.py").is_file(), op.name
+        assert (ROOT / "bench" / f"bench_{op.name}.py").is_file(), op.name
 
 
 def test_no_file_over_400_lines():

@@ -24,6 +24,12 @@ def test_the_table_is_complete():
         assert [(r.op, r.configuration) for r in ROWS if r.target == target] == CONFIGURATIONS
 
 
+def test_informational_targets_are_there_but_for_the_largest_planes():
+    expected = [c for c in CONFIGURATIONS if resources.TOO_LARGE not in c[1]]
+    for target in map(str, resources.INFORMATIONAL):
+        assert [(r.op, r.configuration) for r in ROWS if r.target == target] == expected
+
+
 @pytest.mark.parametrize(("targets", "limit"), [(("90", "100"), 0), (("80", "86", "89", "120"), 64)])
 def test_the_defaults_do_not_spill(targets, limit):
     rows = [row for row in DEFAULTS if row.target in targets]

@@ -26,6 +26,26 @@ def test_a_wrong_kernel_is_found(monkeypatch):
     assert all(line.ok for line in lines if line.quantity == "mask_mean")
 
 
+def test_the_reference_alone(monkeypatch, capsys):
+    shapes = verify.Shapes(batch=1, frames=2, size=32, device="cpu", impl="reference")
+    assert verify.report(shapes) == 0
+    assert "bfloat16 channels-last" in capsys.readouterr().out
+    exact = verify.mask_composite
+
+    def wrong_in_float32(head, background, impl):
+        video, mean = exact(head, background, impl=impl)
+        return video * (1.00001 if head.dtype == torch.float32 else 1), mean
+
+    monkeypatch.setattr(verify, "mask_composite", wrong_in_float32)
+    assert verify.report(shapes) == 6  # the video and both gradients, in two layouts
+
+
+def test_turned_signs_are_allowed_only_where_some_are_expected():
+    assert verify.turned_signs(3 * 32 * 32) == 0
+    for count, share in ((393_216, 1e-2), (5_898_240, 5e-3)):
+        assert 0 < verify.turned_signs(count) < share
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert verify.main(["--device", "cpu"]) == 2

@@ -7,9 +7,14 @@ from dataclasses import fields
 from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt, restricted_number_type
 
 from vglann_fast import __version__
 from vglann_fast.config import MapOptions, OnMismatch, PresetName, TrainOptions, Variant
+
+Seed = restricted_number_type(
+    "Seed", int, [(">=", 0), ("<", 2**63)], docstring="A seed of the random numbers"
+)
 
 
 def new_parser() -> ArgumentParser:
@@ -51,7 +56,7 @@ def new_parser() -> ArgumentParser:
         "--min-motion", type=float, default=0.3, help="drop clips that move less, mean |step| in 1/255"
     )
     p.add_argument("--test-share", type=float, default=0.1, help="share of the shots kept for testing")
-    p.add_argument("--seed", type=int, default=0, help="of the split into train and test shots")
+    p.add_argument("--seed", type=Seed, default=0, help="of the split into train and test shots")
     p.add_argument(
         "--stabilize", action="store_true", help="take the camera's motion out of each clip (takes minutes)"
     )
@@ -75,14 +80,14 @@ def new_parser() -> ArgumentParser:
     )
     p.add_argument("--preset", type=PresetName, help="values of all options below; default modern")
     _add_options(p, TrainOptions)
-    p.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
-    p.add_argument("--checkpoint-every", type=int, default=10, help="epochs between checkpoints")
+    p.add_argument("--log-every", type=PositiveInt, default=10, help="steps between lines of metrics.jsonl")
+    p.add_argument("--checkpoint-every", type=PositiveInt, default=10, help="epochs between checkpoints")
     p.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
     _add_common(p, dry_run=True)
 
     p = verb("profile", "take a few training steps of a run and show where the time goes")
     p.add_argument("run", type=str)
-    p.add_argument("--steps", type=int, default=20, help="steps to measure, after 3 that are not")
+    p.add_argument("--steps", type=PositiveInt, default=20, help="steps to measure, after 3 that are not")
     _add_common(p)
 
     p = verb("map", "fit a mapping from noise to the latents of a run")
@@ -110,8 +115,8 @@ def new_parser() -> ArgumentParser:
     p = verb("invert", "find the latents that best make given videos, the generator as it is")
     p.add_argument("run", type=str)
     p.add_argument("videos", type=str, nargs="+", help="video files, or a clip folder: its test clips")
-    p.add_argument("--starts", type=int, default=4, help="latents to start from for each clip")
-    p.add_argument("--steps", type=int, default=200, help="gradient steps for each clip")
+    p.add_argument("--starts", type=PositiveInt, default=4, help="latents to start from for each clip")
+    p.add_argument("--steps", type=PositiveInt, default=200, help="gradient steps for each clip")
     _add_common(p)
 
     p = verb("import-seed", "make a run from checkpoints of the paper's author's code")
@@ -136,7 +141,7 @@ def _new_parser(description: str) -> ArgumentParser:
 
 
 def _add_common(parser: ArgumentParser, *, dry_run: bool = False) -> None:
-    parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument("--seed", type=Seed, help="default 0")
     _add_device(parser)
     parser.add_argument(
         "--kernels",

@@ -17,6 +17,8 @@ from pathlib import Path
 from vglann_fast.errors import VglannError
 
 _ACTIONABLE = {
+    errno.EFBIG: "larger than this file system or process may write; choose another output folder",
+    errno.EIO: "the disk reports an error; choose another output folder",
     errno.ENOSPC: "the disk is full; free some space and run the command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
     errno.EACCES: "permission denied; choose another output folder",
@@ -53,7 +55,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with actionable_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
@@ -75,7 +77,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with actionable_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
         try:
             yield temporary
@@ -98,6 +100,15 @@ def _replace_dir(source: Path, destination: Path) -> None:
     destination.rename(aside / "old")
     source.rename(destination)
     shutil.rmtree(aside)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VglannError(
+            f"{path} cannot be made ({error.strerror}); choose another output folder"
+        ) from error
 
 
 def _umask() -> int:

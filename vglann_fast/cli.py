@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = new_parser()
     try:
+        _check_processes(sys.argv[1:] if arguments is None else arguments)
         chosen = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
         name, values = chosen.verb, chosen[chosen.verb]
         if name == "clips":
@@ -54,6 +55,15 @@ def _fail(message: str) -> int:
     name = "vglann" if rank == "0" else f"vglann (process {rank})"
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def _check_processes(arguments: Sequence[str]) -> None:
+    """Under torchrun only the verbs that share their work; the others would do it all in every process."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if not processes.isdigit():
+        raise VglannError(f"WORLD_SIZE: expected a number of processes, got {processes!r}")
+    if int(processes) > 1 and not {"train", "map"} & set(arguments[:1]):
+        raise VglannError("under torchrun only train and map run in several processes; start this one alone")
 
 
 # ---- verbs
@@ -216,8 +226,9 @@ def _invert(a: Namespace) -> None:
 def _report(a: Namespace) -> None:
     from vglann_fast.report.artefacts import number, read_artefacts
     from vglann_fast.report.page import write_report
+    from vglann_fast.run_dir import RunDir
 
-    page = write_report(a.run)
+    page = write_report(RunDir.open(a.run).path)
     psnr = number(read_artefacts(Path(a.run)).reconstruction.record.get("psnr"))
     print(page if psnr is None else f"{page}: reconstruction PSNR {psnr:.2f} dB")
 
@@ -246,14 +257,15 @@ def _dry_run(a: Namespace, options: dict[str, Any]) -> bool:
 
 def _device_and_kernels(a: Namespace) -> Any:
     """The torch device of --device; sets the process default of the kernels from --kernels."""
-    from vglann_kernels import ImplUnavailable, use_impl
+    from vglann_kernels import ImplUnavailable, choices, use_impl
 
     device = _device(a)
-    if a.kernels is not None:
-        try:
+    try:
+        if a.kernels is not None:
             use_impl(a.kernels)
-        except (ValueError, ImplUnavailable) as error:
-            raise VglannError(f"--kernels {a.kernels}: {error}") from error
+        choices(device)  # also what VGLANN_KERNELS says, before anything is written
+    except (ValueError, ImplUnavailable) as error:
+        raise VglannError(f"--kernels {a.kernels}: {error}" if a.kernels else str(error)) from error
     return device
 
 
@@ -266,6 +278,8 @@ def _device(a: Namespace) -> Any:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu, cuda or cuda:N")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise VglannError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error

@@ -221,6 +221,12 @@ def options_from_json(cls: type, values: dict[str, Any]) -> Any:
     odd = sorted(values.keys() - {f.name for f in fields(cls)})
     if odd:
         raise VglannError(f"options: unknown {', '.join(odd)}; made by another version?")
+    for field_ in fields(cls):
+        value, kind = values.get(field_.name, field_.default), type(field_.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise VglannError(
+                f"options: {field_.name} is {value!r}, not a {kind.__name__}; the file was changed"
+            )
     return cls(**values)
 
 

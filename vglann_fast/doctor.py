@@ -60,7 +60,7 @@ def checks() -> Iterator[tuple[str, bool, str]]:
     old = on_gpu and torch.cuda.get_device_capability() < (8, 0)
     yield "compute capability", old, "under 8.0: every op takes its reference"
     cudnn = (torch.backends.cudnn.version() or 0) if on_gpu else 0
-    advice = f"{cudnn}: bfloat16 conv3d of contiguous tensors is wrong or slow in 9.8 to 9.14; channels-last avoids it"
+    advice = f"{cudnn}: contiguous bfloat16 conv3d is wrong or slow in 9.8 to 9.14; channels-last avoids it"
     yield "cuDNN", BAD_CUDNN[0] <= cudnn < BAD_CUDNN[1], advice
     faiss = [name for name in FAISS if _installed(name)]
     advice = f"{' and '.join(faiss)} share a folder and lose the GPU silently; pip uninstall all, install one"

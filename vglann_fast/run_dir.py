@@ -1,9 +1,9 @@
 """A run: one folder that holds all there is to know about a training and what came of it.
 
-    options.json       {"format": "vglann-run", "version": 1, "preset", "seed", "clips": folder, "frames", "size",
-                       "train": {...}}
+    options.json       {"format": "vglann-run", "version": 1, "preset", "seed", "clips": folder or null,
+                       "frames", "size", "train": {...}}; null for a run that was imported without clips
     environment.json   versions and hardware of the machine that started the run
-    metrics.jsonl      one JSON object a line: {"stage": "glo" | "imle", "step" or "epoch", ...}
+    metrics.jsonl      one JSON object a line: {"stage": "glo" | "imle", "step", ...}; a step of imle is an epoch
     checkpoints/step-00000300/
         <part>.safetensors   tensors by name
         state.json           {"format": "vglann-checkpoint", "version": 1, "step", "epoch", ...,
@@ -11,7 +11,8 @@
                               that the checkpoint is whole
     mapping/<kind>/    mapping.safetensors, mapping.json
     tensorboard/       the metrics again, where they were asked for
-    media/             what `reconstruct`, `sample` and `interpolate` write
+    media/             what `reconstruct`, `sample`, `interpolate` and `invert` write
+    profile/           what `profile` writes
     report/index.html
 
 Nothing here is pickled. A checkpoint is written beside its place, flushed and renamed.
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUN_FORMAT = ("vglann-run", 1)
-RUN_OPTIONS = ("preset", "seed", "clips", "frames", "size", "train")
+RUN_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "preset": str,
+    "seed": int,
+    "clips": (str, type(None)),  # none: the run was imported
+    "frames": int,
+    "size": int,
+    "train": dict,
+}
 CHECKPOINT_FORMAT = ("vglann-checkpoint", 1)
 
 
@@ -78,9 +86,11 @@ class RunDir:
         options = read_json(path / "options.json")
         if not isinstance(options, dict) or (options.get("format"), options.get("version")) != RUN_FORMAT:
             raise VglannError(f"{path}/options.json: not a run of this version of vglann-fast")
-        missing = [name for name in RUN_OPTIONS if name not in options]
-        if missing:
-            raise VglannError(f"{path}/options.json: {', '.join(missing)} missing; the file was changed")
+        wrong = [name for name, kind in RUN_OPTIONS.items() if not isinstance(options.get(name, ...), kind)]
+        if wrong:
+            raise VglannError(
+                f"{path}/options.json: {', '.join(wrong)} missing or damaged; the file was changed"
+            )
         return cls(path, options)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -113,11 +123,13 @@ class RunDir:
     def _all_metrics(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"
         rows = []
-        for line in file.read_text().splitlines() if file.is_file() else ():
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
         return rows
 
     def save_checkpoint(
@@ -129,15 +141,13 @@ class RunDir:
             parts: file name without suffix -> tensors by name, on any device and in any memory format.
             state: JSON-able counters stored beside the tensors.
         """
-        from safetensors.torch import save_file
-
         name, version = CHECKPOINT_FORMAT
         destination = self.path / "checkpoints" / f"step-{step:08d}"
         with atomic_dir(destination) as folder:
             digests = {}
             for part, tensors in parts.items():
                 file = folder / f"{part}.safetensors"
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+                save_tensors(tensors, file)
                 digests[file.name] = sha256(file)
             record = {"format": name, "version": version, "step": step, **state, "sha256": digests}
             (folder / "state.json").write_text(json.dumps(record, indent=1))
@@ -151,10 +161,12 @@ class RunDir:
         A torn one is passed over for the one before it, with a line in `warnings`. Raises `VglannError` when
         no checkpoint is whole.
         """
+        from safetensors import SafetensorError
+
         for folder in reversed(self._checkpoint_dirs()):
             try:
                 return _read_checkpoint(folder)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
         hint = (
             "; ".join(self.warnings) or f"none was completed; go on with `vglann train --resume {self.path}`"
@@ -175,6 +187,8 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
     state = json.loads((folder / "state.json").read_text())
     if (state["format"], state["version"]) != CHECKPOINT_FORMAT:
         raise ValueError("not a checkpoint of this version")
+    if not isinstance(state["step"], int) or not all(isinstance(clip, str) for clip in state["ids"]):
+        raise ValueError("step or ids are damaged in state.json")
     parts = {}
     for name, digest in state["sha256"].items():
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -183,6 +197,16 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
             raise ValueError(f"{name} does not match its checksum")
         parts[name.removesuffix(".safetensors")] = load_file(folder / name)
     return state, parts
+
+
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
+    """Write tensors, on any device and in any memory format, as safetensors.
+
+    The library's own writer reports a full disk as an error of its own kind; a plain write gives an `OSError`.
+    """
+    from safetensors.torch import save
+
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def sha256(path: Path) -> str:

@@ -43,13 +43,21 @@ class Trained:
 
 
 def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
-    """Generator and latents of a run's newest checkpoint, the generator in the mode it samples in."""
+    """Generator and latents of a run's newest checkpoint, the generator in the mode it samples in.
+
+    Raises `VglannError` when there is no whole checkpoint, or when it is of another generator than the options.
+    """
     state, parts = run.load_checkpoint()
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     generator = new_generator(options, run.options["frames"], run.options["size"])
-    generator.load_state_dict(parts["generator"])
+    try:
+        generator.load_state_dict(parts["generator"])
+        rows = parts["latents"]["rows"]
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise VglannError(f"{run.path}: checkpoint and options.json do not fit together: {reason}") from error
     generator.to(device).channels_last().train(options.batchnorm == "train").requires_grad_(False)
-    return Trained(generator, parts["latents"]["rows"].to(device), state["ids"], options, state["step"])
+    return Trained(generator, rows.to(device), state["ids"], options, state["step"])
 
 
 def new_generator(options: TrainOptions, frames: int, size: int) -> TwoStreamGenerator:

@@ -276,6 +276,8 @@ class Training:
         self.generator.load_state_dict(parts["generator"])
         self.latents.lr.copy_(parts["latents"].pop("lr"))
         changes = check_clips(state["ids"], self.clips.ids, on_mismatch)
+        if changes and state["finished"]:
+            raise VglannError(f"{self.run.path} is finished; there is nothing left to train on other clips")
         if changes:
             self.run.warnings.append(changes)
             state["processes"] = 0  # the pass that is not whole begins again, with the clips of now

@@ -21,6 +21,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log
 from vglann_fast.mapping.match import match
 from vglann_fast.mapping.regression import Regression
+from vglann_fast.run_dir import save_tensors
 
 HALVING_EPOCHS = 50
 MAPPED_AT_ONCE = 1 << 16  # noise vectors of the pool; a CPU takes fewer, which stay in its cache
@@ -226,7 +227,7 @@ class IMLE:
         # The running statistics are not those of the samples: keep them as the training left them.
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         self.network.train()
-        chunks = torch.tensor_split(noise, -(-n // self.options.batch_size))
+        chunks = torch.tensor_split(noise, max(1, n // self.options.batch_size))
         samples = torch.cat([self(chunk) for chunk in chunks])
         for name, buffer in self.network.named_buffers():
             buffer.copy_(buffers[name])
@@ -234,12 +235,7 @@ class IMLE:
 
     def save(self, folder: Path) -> None:
         """Write mapping.safetensors and mapping.json into `folder`."""
-        from safetensors.torch import save_file
-
-        save_file(
-            {key: value.cpu().contiguous() for key, value in self.network.state_dict().items()},
-            folder / "mapping.safetensors",
-        )
+        save_tensors(self.network.state_dict(), folder / "mapping.safetensors")
         name, version = MAPPING_FORMAT
         record = {
             "format": name,

@@ -54,7 +54,7 @@ def nearest_rows(
     float32 or float64 inputs of one dtype on one device, M < 2^31. Waits for the device; not for graph capture.
     `return_stats` adds a dict: "impl" that ran; "certified", the share of queries whose answer its first,
     cheapest pass was sure to contain; "candidates_per_query" decided in float64; "scratch_bytes" of its large
-    buffers. `impl`: "auto", "reference" or "faiss" (CPU tensors).
+    buffers. `impl`: "auto", "reference", "faiss" or "triton" (d up to 512).
     Raises TypeError on a wrong dtype; ValueError on a wrong shape, mixed devices, an empty database or values
     that are not finite.
     """

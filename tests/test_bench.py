@@ -1,0 +1,138 @@
+"""The benchmarks' own machinery: timing in turns, tables, and the comparison that fails on a loss of speed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import clocks  # noqa: E402
+import compare  # noqa: E402
+import interleaved  # noqa: E402
+import report  # noqa: E402
+
+
+def result(path, times, name="test_loss[full]"):
+    """A benchmark file with one group: contender -> milliseconds, or why it could not run."""
+    rows = {
+        contender: {"cannot_run": ms}
+        if isinstance(ms, str)
+        else {"ms": ms, "gb_per_s": 1.0, "share_of_copy": 0.5, "timing": "CUDA graph", "calls": 20}
+        for contender, ms in times.items()
+    }
+    info = {
+        "device": "a GPU",
+        "torch": "2.13.0",
+        "dtype": "bfloat16",
+        "floor_bytes": 2_000_000,
+        "copy_gb_per_s": 4000.0,
+        "matmul_tflop_per_s": 700.0,
+        "l2": "warm",
+        "clocks": {"sm_mhz": [1700, 1980], "throttle_reasons": ["power cap"]},
+        "rows": rows,
+    }
+    others = {"name": "test_other", "extra_info": {}}
+    path.write_text(json.dumps({"benchmarks": [{"name": name, "extra_info": info}, others]}))
+    return path
+
+
+def compared(old, new):
+    command = [sys.executable, str(BENCH / "compare.py"), str(old), str(new)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("times", "worse"),
+    [
+        ({"reference": 10.0, "triton": 1.0}, False),
+        ({"reference": 20.0, "triton": 2.0}, False),  # a slower machine: the ratio is the same
+        ({"reference": 10.0, "triton": 1.1}, False),  # 9 % less
+        ({"reference": 10.0, "triton": 1.12}, True),  # 11 % less
+        ({"reference": 8.9, "triton": 1.0}, True),
+        ({"reference": 10.0, "triton": "no GPU"}, True),
+        ({"reference": 10.0}, True),
+        ({"reference": 10.0, "triton": 0.5, "compile": 3.0}, False),
+    ],
+)
+def test_compare_fails_when_a_ratio_fell(tmp_path, times, worse):
+    old = compare.ratios(result(tmp_path / "old.json", {"reference": 10.0, "triton": 1.0}))
+    assert bool(compare.fallen(old, compare.ratios(result(tmp_path / "new.json", times)))) is worse
+
+
+def test_compare_as_a_command(tmp_path):
+    old = result(tmp_path / "old.json", {"reference": 10.0, "triton": 1.0})
+    slow = result(tmp_path / "new.json", {"reference": 10.0, "triton": 2.0})
+    assert compared(old, old).returncode == 0
+    done = compared(old, slow)
+    assert done.returncode == 1
+    assert "test_loss[full] triton: 10.00 -> 5.00" in done.stdout
+
+
+def test_the_table_and_the_plot(tmp_path, capsys):
+    file = result(tmp_path / "a.json", {"reference": 10.0, "triton": 0.5, "compile": "no compiler"})
+    assert report.main([str(file), "--plot", str(tmp_path / "plot.png")]) == 0
+    out = capsys.readouterr().out
+    assert "| triton | 0.5000 | 20.0x | 1 | 50% |  | CUDA graph, 20 calls |" in out
+    assert "| compile | no compiler |" in out
+    assert "SM 1700 to 1980 MHz, throttle reasons: power cap" in out
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reasons_by_name():
+    assert clocks.reason_names(0x0) == []
+    assert clocks.reason_names(0x4, 0x44) == ["power cap", "thermal, hardware"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said without a GPU")
+def test_without_a_gpu_the_clocks_say_so():
+    assert clocks.Clocks().taken() == {"not_sampled": "no GPU"}
+
+
+@pytest.mark.parametrize("mode", interleaved.MODES)
+def test_modes_compute_what_they_are_called(mode):
+    x = torch.randn(4, 3, requires_grad=mode != "fwd")
+    upstream = torch.randn(4, 3)
+    call = interleaved.in_mode(mode, lambda: 3 * x, [x], upstream)()
+    for _ in range(2):  # a call can be repeated
+        value = call()
+        assert torch.equal(value, 3 * x) if mode == "fwd" else torch.equal(value[0], 3 * upstream)
+
+
+def test_disagreement_stops_a_benchmark():
+    right, wrong = (lambda: lambda: torch.ones(3)), (lambda: lambda: torch.tensor([1.0, 1, 1.1]))
+    interleaved.agree({"reference": right, "triton": right}, 1e-3)
+    with pytest.raises(AssertionError, match="triton"):
+        interleaved.agree({"reference": right, "triton": wrong}, 1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a captured contender is replayed, not called")
+def test_a_group_is_timed_in_turns_and_says_who_could_not_run(monkeypatch):
+    def absent():
+        raise interleaved.CannotRun("not installed\nat all")
+
+    order = []
+    calls = {name: lambda name=name: lambda: order.append(name) for name in ("first", "second")}
+    monkeypatch.setattr(interleaved, "MOST_CALLS", 1)
+    found = interleaved.Timing().group({**calls, "absent": absent}, floor_bytes=1000, flops=10)
+    assert found["rows"]["absent"] == {"cannot_run": "not installed"}
+    assert order[-4:] == ["first", "second", "first", "second"]
+    assert order.count("first") == order.count("second") >= interleaved.ROUNDS
+    assert found["copy_gb_per_s"] > 0
+    row = found["rows"]["first"]
+    assert row["range_ms"][0] <= row["ms"] <= row["range_ms"][1]
+    assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / found["copy_gb_per_s"])
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_script_for_a_gpu_machine_is_bash():
+    script = BENCH / "on_gpu.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "usage" in done.stderr

@@ -1,0 +1,131 @@
+"""`vglann doctor` and `vglann verify RUN`: what they print, and that each can end with 1."""
+
+import pytest
+import torch
+from tiny import moving_squares, new_run, tiny_options, write_clip_folder
+from vglann_kernels import verify
+
+from vglann_fast import doctor
+from vglann_fast.cli import main
+
+
+@pytest.fixture(autouse=True)
+def no_default(monkeypatch):
+    monkeypatch.delenv("VGLANN_KERNELS", raising=False)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Versions that the checks see, by distribution; what is not in it is not installed."""
+    found = {"triton": "3.9.0"}
+    monkeypatch.setattr(doctor, "_installed", found.get)
+    return found
+
+
+def bad():
+    return {name: advice for name, is_bad, advice in doctor.checks() if is_bad}
+
+
+def test_a_good_machine_passes(installed, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "file_system", lambda path: "ext4")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out
+    assert "WARN" not in out
+    if not torch.cuda.is_available():
+        assert "GPU: none" in out
+        for op in ("composite", "laplacian", "composite_laplacian", "nearest", "latent_adam"):
+            assert f"\n{op}: reference (CPU tensors)" in out
+
+
+def test_a_warning_is_exit_code_1(installed, capsys):
+    installed["pynvml"] = "12.0"
+    assert main(["doctor"]) == 1
+    assert "WARN NVML: the distribution pynvml is dead" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ({"triton": "3.5.1"}, "triton"),
+        ({"faiss-cpu": "1.12", "faiss-gpu": "1.12"}, "faiss alone"),
+        ({"opencv-python": "4", "opencv-python-headless": "4"}, "opencv alone"),
+    ],
+)
+def test_known_bad_installations(installed, found, name):
+    assert not bad()
+    installed.update(found)
+    assert list(bad()) == [name]
+
+
+def test_known_bad_gpus(installed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert set(bad()) == {"compute capability", "cuDNN"}
+    installed["faiss-gpu"] = "1.15.1"
+    assert "CUDA 12" in bad()["faiss-gpu and CUDA"]
+    del installed["faiss-gpu"]
+    installed["faiss-gpu-cuvs"] = "1.15.1"
+    assert "13.2" in bad()["faiss-gpu-cuvs and CUDA"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert not bad()
+
+
+def test_an_old_torch(installed, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert "CVE-2026-24747" in bad()["torch"]
+
+
+def test_a_cache_on_the_network(installed, tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text("a / ext4 rw 0 0\nb /home nfs4 rw 0 0\nc /home/local xfs rw 0 0\n")
+    kinds = {"/home/x/.triton": "nfs4", "/home/local/y": "xfs", "/homes": "ext4"}
+    for path, kind in kinds.items():
+        assert doctor.file_system(doctor.Path(path), str(mounts)) == kind
+    assert doctor.file_system(tmp_path, str(tmp_path / "none")) is None
+    monkeypatch.setattr(doctor, "file_system", lambda path: "nfs4")
+    assert "TRITON_CACHE_DIR" in bad()["Triton's cache"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
+def test_a_choice_that_cannot_run_is_said_after_the_rest(monkeypatch, capsys):
+    monkeypatch.setenv("VGLANN_KERNELS", "triton")
+    assert main(["doctor"]) == 2
+    printed = capsys.readouterr()
+    assert "versions: " in printed.out
+    assert "VGLANN_KERNELS=triton: composite: triton" in printed.err
+
+
+@pytest.fixture
+def run(tmp_path):
+    clips = write_clip_folder(tmp_path / "clips", moving_squares(4, frames=2))
+    options = tiny_options(batch_size=2, blur="seed")
+    return new_run(tmp_path / "run", clips, options).path
+
+
+def test_verify_without_triton_says_so_and_compares_the_references(run, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["verify", str(run), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "no Triton kernel runs here: CPU tensors" in out
+    assert "comparing the references alone" in out
+    assert "all within their limits" in out
+    assert "bfloat16" in out
+
+
+def test_verify_takes_the_shapes_of_the_run(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(verify, "report", lambda shapes: seen.append(shapes) or 1)
+    assert main(["verify", str(run), "--device", "cpu"]) == 1  # a wrong line
+    (shapes,) = seen
+    assert (shapes.batch, shapes.frames, shapes.size, shapes.levels) == (2, 2, 32, 2)
+    assert (shapes.blur, shapes.latent_dim, shapes.impl) == ("seed", 8, "reference")
+
+
+def test_verify_of_no_run(tmp_path, capsys):
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
