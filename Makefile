@@ -2,7 +2,7 @@
 #
 #   make demo    real video in, new video out: prints the path of the report page
 #   make test    the tests               make bench   the benchmarks
-#   make lint    ruff, mypy, file sizes
+#   make lint    ruff, mypy, file sizes  make resources   registers, stack and shared memory of every kernel
 #
 # Without an NVIDIA driver the CPU build of PyTorch is installed. Where plain pip would give the CUDA build
 # all the same, name PyTorch's CPU index in TORCH_INDEX.
@@ -16,7 +16,7 @@ CLIPS := runs/demo-clips
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint resources clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report/index.html
@@ -34,6 +34,9 @@ lint: $(VENV)/installed-lint
 	$(BIN)/mypy
 	@long=$$(git ls-files '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 400'); \
 	 if [ -n "$$long" ]; then echo "over 400 lines:"; echo "$$long"; exit 1; fi
+
+resources: $(VENV)/installed-test
+	$(BIN)/python -m vglann_kernels.resources
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-clips

@@ -62,7 +62,7 @@ class Tracker:
     """Finds the motion of each frame against the one before; call it with the frames in order."""
 
     def __init__(self) -> None:
-        self._sift = cv2.SIFT_create(  # type: ignore[attr-defined]
+        self._sift = cv2.SIFT_create(  # type: ignore[attr-defined, unused-ignore]  # cv2 may be absent
             nfeatures=MOST_FEATURES, contrastThreshold=CONTRAST, enable_precise_upscale=True
         )
         self._matcher = cv2.BFMatcher(cv2.NORM_L2)
