@@ -99,6 +99,26 @@ def test_opcheck():
     torch.library.opcheck(op.latent_flush.default, (*tables, lr, *rates))
 
 
+@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+def test_traces_into_one_graph(mode):
+    torch.manual_seed(0)
+    index, lr = torch.tensor([1, 4, 1]), torch.tensor(0.1)
+    start, grad = torch.randn(6, 3), torch.randn(3, 3)
+
+    def two_steps(table, state):
+        for _ in range(2):
+            z = latent_gather(table, state, index, lr=lr, impl="triton")
+            latent_adam_step(table, state, index, grad + z, lr=lr, impl="triton")
+        return table
+
+    tables = []
+    for function in (two_steps, torch.compile(two_steps, fullgraph=True, backend="aot_eager")):
+        table = start.clone()
+        tables.append(function(table, latent_adam_state(table, mode)))
+    assert not torch.equal(tables[0], start)
+    torch.testing.assert_close(*tables)
+
+
 def test_twin_training():
     """30 steps of a tiny generator, all ops by kernel and all by reference: the same losses, latents, weights."""
     torch.manual_seed(0)
