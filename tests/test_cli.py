@@ -19,6 +19,15 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3"]
 
 
+@pytest.fixture(autouse=True)
+def no_choice_of_kernels_is_left_behind():
+    """`--kernels` sets the default of the process, and these tests are one process."""
+    from vglann_kernels import use_impl
+
+    yield
+    use_impl(None)
+
+
 @pytest.fixture(scope="module")
 def route(tmp_path_factory):
     """A run that went through train, map, reconstruct, sample, interpolate and report."""
@@ -69,14 +78,9 @@ def test_the_same_seed_gives_the_same_samples(route, capsys):
 
 
 def test_kernels_flag_reaches_the_ops(route, capsys):
-    from vglann_kernels import use_impl
-
-    try:
-        assert main(["sample", str(route), "-n", "2", "--kernels", "triton", "--device", "cpu"]) == 2
-        assert "triton" in capsys.readouterr().err
-        assert main(["sample", str(route), "-n", "2", "--kernels", "reference,nearest=faiss"]) == 0
-    finally:
-        use_impl(None)
+    assert main(["sample", str(route), "-n", "2", "--kernels", "triton", "--device", "cpu"]) == 2
+    assert "triton" in capsys.readouterr().err
+    assert main(["sample", str(route), "-n", "2", "--kernels", "reference,nearest=faiss"]) == 0
 
 
 MISTAKES = {
@@ -113,7 +117,7 @@ MISTAKES = {
         "G.pth: no such file",
     ),
     "nothing to invert": (["invert", "{run}", "{tmp}/none.mp4"], "none.mp4"),
-    "no steps": (["invert", "{run}", "{held_out}", "--steps", "0"], "--steps"),
+    "no steps": (["invert", "{run}", "{held_out}", "--steps", "0"], "steps"),
     "mismatch with nothing": (["train", "x", "--out", "y", "--latents-on-mismatch", "keep"], "--resume"),
     "unknown choice on mismatch": (["train", "--resume", "x", "--latents-on-mismatch", "guess"], "mismatch"),
     "no clips to show": (["clips", "show", "{tmp}"], "no clip folder"),
