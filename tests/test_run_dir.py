@@ -70,11 +70,23 @@ def test_checkpoints_keep_tensors_in_any_layout_and_only_the_newest(tmp_path):
 @pytest.mark.parametrize("name", ["../../options", "part.bin"])
 def test_a_checkpoint_cannot_name_files_outside_itself(tmp_path, name):
     run = RunDir.new(tmp_path / "run", {}).begin()
-    folder = run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {})
+    folder = run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {"ids": []})
     state = json.loads((folder / "state.json").read_text())
     state["sha256"] = {name: "0"}
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(VglannError, match="bad file name"):
+        run.load_checkpoint()
+
+
+@pytest.mark.parametrize(
+    "change", [{"ids": 3}, {"ids": [1]}, {"step": "x"}, {"sha256": []}, {"format": None}]
+)
+def test_a_damaged_state_is_named(tmp_path, change):
+    run = RunDir.new(tmp_path / "run", {}).begin()
+    folder = run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {"ids": ["a"]})
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, **change}))
+    with pytest.raises(VglannError, match="step-00000001 is damaged"):
         run.load_checkpoint()
 
 
