@@ -47,6 +47,15 @@ def author_generator_state(variant: str, gain: float = 2.0) -> dict[str, Tensor]
     return state
 
 
+def network_state(keys: str, gain: float) -> dict[str, Tensor]:
+    """Seeded float32 parameters of a network, under the names and shapes in golden/keys/<keys>.txt."""
+    state = {}
+    for line in (FOLDER / "keys" / f"{keys}.txt").read_text().splitlines():
+        key, shape = line.split("\t")[:2]
+        state[key] = torch.from_numpy(seeded_state.seeded_tensor(key, _shape(shape), gain))
+    return state
+
+
 def relative_l2(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in float64."""
     expected = expected.double()

@@ -93,3 +93,59 @@ def test_bikes(tmp_path):
 
     (video,) = decode_all([DecodeJob(file)], tmp_path, DecodeLimits(), 1)
     assert [begin for begin, _ in find_shots(video.thumbnails)] == [0, 30, 76, 137, 187, 242]
+
+
+def test_shots_between_changes():
+    """TransNetV2 marks the last frame before a cut, and all frames of a dissolve."""
+    from vglann_fast.clips.shots_transnetv2 import shots_between
+
+    for changes, shots in (
+        ("......", [(0, 6)]),
+        ("..X...", [(0, 3), (3, 6)]),
+        ("..XXX...", [(0, 3), (5, 8)]),
+        ("XX....", [(2, 6)]),
+        ("....XX", [(0, 5)]),
+        (".....X", [(0, 6)]),
+        ("X.X.", [(1, 3), (3, 4)]),
+        ("XXX", [(0, 3)]),
+    ):
+        assert shots_between(np.array(list(changes)) == "X") == shots, changes
+
+
+def test_windows_of_transnetv2_meet():
+    """Each frame is judged once, with 25 frames or more around it, the ends repeated."""
+    import torch
+
+    from vglann_fast.clips.shots_transnetv2 import change_probabilities
+
+    seen = []
+
+    def network(window):
+        seen.append(window[0, 0, :, 0, 0])
+        return window[:, 0, :, 0, 0].float() / 100 - 1
+
+    for length in (1, 50, 51, 130):
+        seen.clear()
+        numbers = np.arange(length, dtype=np.uint8)
+        frames = np.tile(numbers[:, None, None, None], (1, 27, 48, 3))
+        found = change_probabilities(frames, network)
+        torch.testing.assert_close(torch.from_numpy(found), torch.sigmoid(torch.arange(length) / 100 - 1))
+        assert all(len(window) == 100 for window in seen)
+        assert (seen[0][:26] == 0).all()
+        assert (seen[-1][-25:] == length - 1).all()
+
+
+def test_bikes_by_transnetv2(tmp_path):
+    file = default_cache() / "S" / "bikes.mp4"
+    from vglann_fast.nets.weights import load_weights, weights_folder
+
+    if not file.is_file() or not (weights_folder() / "transnetv2.json").is_file():
+        pytest.skip("set S has not been fetched, or the weights of transnetv2 not imported")
+    pytest.importorskip("av")
+    pytest.importorskip("cv2")
+    from vglann_fast.clips.decode import DecodeJob, DecodeLimits, decode_all
+    from vglann_fast.clips.shots_transnetv2 import shot_finder
+
+    (video,) = decode_all([DecodeJob(file)], tmp_path, DecodeLimits(), 1)
+    shots = shot_finder(load_weights("transnetv2"))(video.thumbnails)
+    assert [begin for begin, _ in shots] == [0, 30, 76, 137, 187, 242]

@@ -96,6 +96,7 @@ def test_files_that_are_something_else(imported, tmp_path):
             with pytest.raises(VglannError, match=what) as caught:
                 import_seed(*files, tmp_path / "run")
             assert "\n" not in str(caught.value)
+            assert "weights_only" not in str(caught.value)  # no advice to switch the protection off
     for name, what in (("shorter", "length 64"), ("zeros", "zero"), ("netG_glo.pth", "embedding")):
         with pytest.raises(VglannError, match=what):
             import_seed(generator, tmp_path / name, tmp_path / "run")

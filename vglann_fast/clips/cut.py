@@ -35,6 +35,7 @@ class PackOptions:
     stabilize: bool = False
     max_frames: int = DecodeLimits.max_frames
     max_pixels: int = DecodeLimits.max_pixels
+    shots: str = "histogram"  # or "transnetv2 SHA256", of the weight file
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

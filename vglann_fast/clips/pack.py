@@ -28,12 +28,12 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from io import BufferedRandom
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -45,6 +45,10 @@ from vglann_fast.clips.decode import DecodeJob, DecodeLimits, Rejected, decode_a
 from vglann_fast.clips.shots import find_shots
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
+from vglann_fast.nets.weights import load_weights
+
+ShotMethod = Literal["histogram", "transnetv2"]
+ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
 
 MAX_REJECTED_SHARE = 0.05
 REJECTED_FILE = "rejected.jsonl"
@@ -100,6 +104,7 @@ def pack(
     test_share: float = 0.1,
     seed: int = 0,
     stabilize: bool = False,
+    shots: ShotMethod = "histogram",
     workers: int | None = None,
     limits: DecodeLimits | None = None,
     overwrite: bool = False,
@@ -116,6 +121,7 @@ def pack(
         source, its number and `seed`, so it stays what it is when other sources come or go.
     stabilize: take the camera's motion out of each clip, see `stabilize.py`. Static clips are those in which
         nothing moves then. A clip for which that fails is dropped, and listed in rejected.jsonl.
+    shots: how cuts are found: by colour histograms, or by TransNetV2, whose weights must have been imported.
     workers: decoding processes; None is one a CPU, at most 8.
     overwrite: replace a clip folder that is there already.
 
@@ -124,6 +130,7 @@ def pack(
     rejected, no clip, or a full disk; then nothing is left behind.
     """
     began = time.monotonic()
+    finder, named = _shot_finder(shots)
     limits = limits or DecodeLimits(seconds=STABILIZE_SECONDS if stabilize else DecodeLimits.seconds)
     options = PackOptions(
         frames,
@@ -137,6 +144,7 @@ def pack(
         stabilize,
         limits.max_frames,
         limits.max_pixels,
+        named,
     )
     if workers is not None and workers < 1:
         raise VglannError(f"workers must be at least 1, not {workers}")
@@ -153,12 +161,29 @@ def pack(
             _check_same(out, existing, options, found)
             return _report(out, existing, began, reused=True)
     with atomic_dir(out) as folder:
-        index = _write(folder, found, options, limits, workers or min(os.cpu_count() or 1, 8))
+        index = _write(folder, found, options, limits, workers or min(os.cpu_count() or 1, 8), finder)
     return _report(out, index, began, reused=False)
 
 
+def _shot_finder(method: str) -> tuple[ShotFinder, str]:
+    """The function that finds shots, and what the index says of it."""
+    if method == "histogram":
+        return find_shots, method
+    if method != "transnetv2":
+        raise VglannError(f"shots must be histogram or transnetv2, not {method!r}")
+    from vglann_fast.clips.shots_transnetv2 import shot_finder
+
+    weights = load_weights(method)
+    return shot_finder(weights), f"{method} {weights.sha256}"
+
+
 def _write(
-    folder: Path, sources: list[Source], options: PackOptions, limits: DecodeLimits, workers: int
+    folder: Path,
+    sources: list[Source],
+    options: PackOptions,
+    limits: DecodeLimits,
+    workers: int,
+    finder: ShotFinder,
 ) -> dict[str, Any]:
     jobs = [
         DecodeJob(
@@ -191,7 +216,7 @@ def _write(
                 rejected.append({"source": source.name, "reason": video.reason})
                 continue
             # A strip is one shot, and repeats its last frame where a clip runs past it.
-            shots = [(0, len(video.tiles))] if source.strip else find_shots(video.thumbnails)
+            shots = [(0, len(video.tiles))] if source.strip else finder(video.thumbnails)
             counts["shots"] += len(shots)
             entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
             for clip, pixels in cut(video, shots, source.first_frame, options, repeat_last=source.strip):

@@ -8,7 +8,6 @@ files: the run samples, maps and interpolates, and latents are called by their r
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from vglann_fast.config import Variant, options_to_json, preset
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.interop.glann_video import load_generator
+from vglann_fast.interop.torch_file import read_torch_file
 from vglann_fast.run_dir import RunDir, sha256
 
 _FRAMES, _SIZE = 32, 64  # of the videos his networks make
@@ -71,16 +71,7 @@ def import_seed(
 
 def read_state(file: str | Path) -> Mapping[str, Tensor]:
     """The state dict in a .pth file, on the CPU; no code in it is run. Raises `VglannError` for anything else."""
-    if not Path(file).is_file():
-        raise VglannError(f"{file}: no such file")
-    try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no checkpoint makes it raise all kinds
-        raise VglannError(
-            f"{file}: not a state dict that can be read without running code in it "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-            "save net.state_dict() instead of the network"
-        ) from error
+    state = read_torch_file(file)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise VglannError(f"{file}: not a state dict, names with tensors; save net.state_dict()")
     return state
