@@ -1,5 +1,7 @@
 """`vglann doctor` and `vglann verify RUN`: what they print, and that each can end with 1."""
 
+import json
+
 import pytest
 import torch
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
@@ -22,22 +24,64 @@ def installed(monkeypatch):
     return found
 
 
+@pytest.fixture
+def no_self_test(monkeypatch):
+    monkeypatch.setattr(doctor, "self_test", lambda: doctor.Finding("self-test", "PASS"))
+
+
 def bad():
-    return {name: advice for name, is_bad, advice in doctor.checks() if is_bad}
+    return {finding.name: finding.text for finding in doctor.checks() if finding.level != "PASS"}
+
+
+def level(name):
+    (found,) = (finding.level for finding in doctor.checks() if finding.name == name)
+    return found
 
 
 def test_a_good_machine_passes(installed, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "file_system", lambda path: "ext4")
+    monkeypatch.setattr(doctor, "LITTLE", 0)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
     assert "WARN" not in out
+    assert "FAIL" not in out
+    assert "PASS self-test: loss " in out
     if not torch.cuda.is_available():
         assert "GPU: none" in out
         for op in ("composite", "laplacian", "composite_laplacian", "nearest", "latent_adam"):
             assert f"\n{op}: reference (CPU tensors)" in out
 
 
+@pytest.mark.usefixtures("no_self_test")
+def test_as_json(installed, capsys):
+    installed["pynvml"] = "12.0"
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["version"]) == ("vglann-doctor", 1)
+    assert found["environment"]["torch"] == torch.__version__
+    assert {op["op"]: op["reason"] for op in found["ops"]}.keys() >= {"nearest", "latent_adam"}
+    levels = {finding["name"]: finding["level"] for finding in found["findings"]}
+    assert levels["NVML"] == "WARN"
+    assert levels["torch"] == levels["self-test"] == "PASS"
+
+
+def test_the_self_test_fails_on_a_wrong_kernel_and_on_a_training_that_does_not_learn(monkeypatch):
+    wrong = verify.Line("nearest", "float32", "distance", 1.0, 0.0, 1e-6)
+    monkeypatch.setattr(verify, "verify", lambda shapes: iter([wrong]))
+    assert (doctor.self_test().level, "off float64: nearest" in doctor.self_test().text) == ("FAIL", True)
+    monkeypatch.setattr(verify, "verify", lambda shapes: iter([]))
+    monkeypatch.setattr(doctor, "_tiny_training", lambda device, steps: (0.5, float("nan")))
+    assert doctor.self_test().level == "FAIL"
+
+    def broken(device, steps):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(doctor, "_tiny_training", broken)
+    assert doctor.self_test().text == "RuntimeError: no kernel image is available"
+
+
+@pytest.mark.usefixtures("no_self_test")
 def test_a_warning_is_exit_code_1(installed, capsys):
     installed["pynvml"] = "12.0"
     assert main(["doctor"]) == 1
@@ -56,6 +100,25 @@ def test_known_bad_installations(installed, found, name):
     assert not bad()
     installed.update(found)
     assert list(bad()) == [name]
+
+
+def test_two_of_faiss_are_a_failure(installed):
+    installed.update({"faiss-cpu": "1.12", "faiss-gpu-cu13-cuvs": "1.15"})
+    assert level("faiss alone") == "FAIL"
+
+
+def test_codecs_that_are_missing_are_named(monkeypatch):
+    assert doctor.codecs().level == "PASS"
+    monkeypatch.setattr(doctor, "CODECS", (("h264", "r"), ("libnone", "w")))
+    assert doctor.codecs().level == "WARN"
+    assert "writes no libnone" in doctor.codecs().text
+
+
+def test_a_disk_that_is_nearly_full(monkeypatch):
+    monkeypatch.setattr(doctor, "LITTLE", 1e30)
+    assert level("free disk") == "WARN"
+    monkeypatch.setattr(doctor, "TOO_LITTLE", 1e30)
+    assert level("free disk") == "FAIL"
 
 
 def test_known_bad_gpus(installed, monkeypatch):
@@ -82,15 +145,26 @@ def test_an_old_torch(installed, monkeypatch):
 
 def test_a_cache_on_the_network(installed, tmp_path, monkeypatch):
     mounts = tmp_path / "mounts"
-    mounts.write_text("a / ext4 rw 0 0\nb /home nfs4 rw 0 0\nc /home/local xfs rw 0 0\n")
-    kinds = {"/home/x/.triton": "nfs4", "/home/local/y": "xfs", "/homes": "ext4"}
+    folder = (tmp_path / "home").resolve()
+    (folder / "a b").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "local")
+    points = {
+        "/": "zfs",
+        folder: "nfs4",
+        folder / "local": "xfs",
+        str(folder / "a b").replace(" ", "\\040"): "ext4",
+    }
+    lines = [f"device {point} {kind} rw 0 0\n" for point, kind in points.items()]
+    mounts.write_text("".join([*lines, f"device {folder / 'local'} btrfs rw 0 0\n", "torn\n"]))
+    kinds = {"x/.triton": "nfs4", "local/y": "btrfs", "link/y": "btrfs", "a b/c": "ext4", "../homes": "zfs"}
     for path, kind in kinds.items():
-        assert doctor.file_system(doctor.Path(path), str(mounts)) == kind
+        assert doctor.file_system(folder / path, str(mounts)) == kind, path
     assert doctor.file_system(tmp_path, str(tmp_path / "none")) is None
     monkeypatch.setattr(doctor, "file_system", lambda path: "nfs4")
     assert "TRITON_CACHE_DIR" in bad()["Triton's cache"]
 
 
+@pytest.mark.usefixtures("no_self_test")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
 def test_a_choice_that_cannot_run_is_said_after_the_rest(monkeypatch, capsys):
     monkeypatch.setenv("VGLANN_KERNELS", "triton")

@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast import atomic
 from vglann_fast.atomic import atomic_dir, atomic_file
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.checkpoint import new_generator
 from vglann_fast.run_dir import RunDir, read_json, write_json
 
 
@@ -40,6 +42,34 @@ def test_open_refuses_what_is_no_run(tmp_path, content):
         RunDir.open(tmp_path)
     with pytest.raises(VglannError, match="is not a run"):
         RunDir.open(tmp_path / "nowhere")
+
+
+VALUES = [None, True, -1, 0, 2**63, 1e400, float("nan"), "", "gan", [], {}, [[]]]
+
+
+def test_damaged_options_are_refused_or_harmless(tmp_path):
+    """Every value of options.json, and of its options, replaced by something else: one line, or a generator."""
+    from vglann_fast.glo.checkpoint import load_trained
+
+    clips = write_clip_folder(tmp_path / "clips", moving_squares(2))
+    run = new_run(tmp_path / "run", clips, tiny_options())
+    generator = new_generator(tiny_options(), 16, 32)
+    parts = {"generator": generator.state_dict(), "latents": {"rows": torch.ones(2, 8)}}
+    run.save_checkpoint(1, parts, {"ids": ["a", "b"]})
+    whole = {**run.options, "resumed": [{"step": 1, "changed": {}, "environment": {}}]}
+    places = [(whole, name) for name in whole] + [(whole["train"], name) for name in whole["train"]]
+    refused = 0
+    for holder, name in places:
+        right = holder[name]
+        for value in [*VALUES, *([[{}]] if name == "resumed" else [])]:
+            holder[name] = value
+            (run.path / "options.json").write_text(json.dumps(whole))
+            try:
+                load_trained(RunDir.open(run.path))
+            except VglannError:
+                refused += 1
+        holder[name] = right
+    assert refused > 0.8 * len(VALUES) * len(places)
 
 
 def test_metrics_are_read_by_stage_and_a_torn_line_is_left_out(tmp_path):

@@ -283,14 +283,18 @@ def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch):
 
 
 def test_options_nobody_tried_together_are_refused():
-    check_combinations(TrainOptions(compile=True), Ranks(0, 2), "bf16")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    check_combinations(TrainOptions(compile=True), Ranks(0, 2), "bf16", gpu)
+    check_combinations(TrainOptions(deterministic=True), Ranks(0, 2), "fp32", cpu)
     for options, ranks, precision in (
         (TrainOptions(compile=True, sync_bn=True), Ranks(0, 2), "bf16"),
         (TrainOptions(compile=True, checkpoint_activations=True), Ranks(), "bf16"),
+        (TrainOptions(compile=True, deterministic=True), Ranks(), "fp32"),
+        (TrainOptions(deterministic=True), Ranks(0, 2), "fp32"),
         (TrainOptions(), Ranks(0, 2), "fp16"),
     ):
         with pytest.raises(VglannError, match="not tested together"):
-            check_combinations(options, ranks, precision)
+            check_combinations(options, ranks, precision, gpu)
 
 
 def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_path, capsys):
@@ -299,7 +303,11 @@ def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_p
     assert main([*command, "--accumulate", "2"]) == 2
     assert "give it alone" in capsys.readouterr().err
     assert main([*command, "--data", "resident", "--checkpoint-activations"]) == 0
-    assert RunDir.open(run.path).options["train"]["data"] == "auto"
+    options = RunDir.open(run.path).options
+    assert options["train"]["data"] == "resident"
+    (entry,) = options["resumed"]
+    assert entry["step"] == 0
+    assert entry["changed"] == {"data": ["auto", "resident"], "checkpoint_activations": [False, True]}
     assert run.load_checkpoint()[0]["finished"]
 
 

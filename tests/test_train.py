@@ -47,6 +47,14 @@ def assert_same(first, second):
     assert not different
 
 
+@pytest.fixture
+def any_algorithm():
+    """--deterministic holds for the process, and these tests are one process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
 def test_it_learns(clips, tmp_path):
     run = new_run(tmp_path / "run", clips, tiny_options(width=8, epochs=60, latent_dim=32, lr_generator=0.01))
     train(ClipSet.open(clips, "train"), run, checkpoint_every=1000)
@@ -72,15 +80,19 @@ VARIANTS = {
     "accumulate": {"accumulate": 2, "epochs": 10},
     "bf16": {"precision": "bf16", "data": "resident"},
     "checkpointed": {"checkpoint_activations": True, "variant": "expanded"},
+    "deterministic": {"deterministic": True, "sync_bn": True},
+    "sums": {"loss": "laplacian:1,l1:0.1,l2", "adam_state": "per-epoch", "latent_init": "normal"},
 }
 
 
+@pytest.mark.usefixtures("any_algorithm")
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_ten_steps_are_five_and_a_resume_and_five(clips, tmp_path, changes):
     changes = dict(changes)
     options = tiny_options(changes.pop("preset", "modern"), **changes)
     whole, parts = (new_run(tmp_path / name, clips, options) for name in ("whole", "parts"))
     train(ClipSet.open(clips, "train"), whole, log_every=1)
+    assert torch.are_deterministic_algorithms_enabled() == options.deterministic
     training_on(clips, parts).loop(max_steps=5, log_every=1)  # in the middle of an epoch of two steps
     assert parts.load_checkpoint()[0]["step"] == 5
     train(ClipSet.open(clips, "train"), RunDir.open(parts.path), log_every=1, resume=True)
@@ -133,27 +145,6 @@ def test_a_changed_clip_set_is_refused_with_a_list(clips, tmp_path):
         train(ClipSet.open(turned, "train"), run, resume=True)
 
 
-def test_nan_freezes_everything_and_names_step_and_clips(clips, tmp_path):
-    run = new_run(tmp_path / "run", clips, tiny_options())
-    training = training_on(clips, run)
-    training.loop(max_steps=2)
-    saved = final_tensors(run)
-    rows = clip_order(0, 1, 6)[:3]
-    training.latents.rows[rows[1]] = float("nan")
-    frozen_at = {name: value.clone() for name, value in training.generator.named_parameters()}
-    adam = {name: value.clone() for name, value in training.latents.tensors().items()}
-    for _ in range(2):
-        training.train_step()
-    assert all(torch.equal(frozen_at[name], value) for name, value in training.generator.named_parameters())
-    assert all(
-        torch.equal(adam[n].nan_to_num(7), v.nan_to_num(7)) for n, v in training.latents.tensors().items()
-    )
-    ids = ", ".join(training.latents.ids[row] for row in rows)
-    with pytest.raises(VglannError, match=f"not finite at step 3, on clips {ids}"):
-        training.save()
-    assert_same(saved, final_tensors(run))
-
-
 CHILD = """
 import sys
 from vglann_fast.cli import main
@@ -169,12 +160,12 @@ def resume_in_child(run):
 
 
 def wait_for_checkpoint(run, after, process):
-    for _ in range(600):
+    for _ in range(2400):
         if run.has_checkpoint() and run._checkpoint_dirs()[-1].name > f"step-{after:08d}":
             return
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.05)
-    raise AssertionError("no checkpoint in 30 seconds")
+    raise AssertionError("no checkpoint in two minutes")
 
 
 def test_sigkill_never_loses_the_previous_checkpoint(clips, tmp_path):

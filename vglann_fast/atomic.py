@@ -1,9 +1,9 @@
 """Files and folders that appear whole or not at all.
 
 Everything is written beside its destination, flushed to disk, then renamed; a process killed at any moment
-leaves nothing half-written under the destination's name, and at worst a stray `.tmp-*` beside it. A file is
-replaced in one step. A folder is replaced in two renames, between which neither is there; what must never be
-missing (checkpoints) therefore gets a new name each time.
+leaves nothing half-written under the destination's name, and at worst a stray `.tmp-*` beside it (see
+`remove_strays`). A file is replaced in one step. A folder is replaced in two renames, between which neither is
+there; what must never be missing (checkpoints) therefore gets a new name each time.
 """
 
 import errno
@@ -16,15 +16,26 @@ from pathlib import Path
 
 from vglann_fast.errors import VglannError
 
+_TEMPORARY = ".tmp-"
 _ACTIONABLE = {
     errno.EFBIG: "larger than this file system or process may write; choose another output folder",
     errno.EIO: "the disk reports an error; choose another output folder",
     errno.ENOSPC: "the disk is full; free some space and run the command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
-    errno.EACCES: "permission denied; choose another output folder",
-    errno.EPERM: "permission denied; choose another output folder",
+    errno.EACCES: "permission denied; choose another folder, or see to its permissions",
+    errno.EPERM: "permission denied; choose another folder, or see to its permissions",
     errno.EROFS: "the file system is read-only; choose another output folder",
 }
+
+
+def actionable(error: OSError, path: object = None) -> str | None:
+    """What to tell a user of an error of the operating system, or None where he can do nothing about it.
+
+    path: what it is about; default the file the error names.
+    """
+    about = error.filename if path is None else path
+    text = _ACTIONABLE.get(error.errno or 0)
+    return text and (text if about is None else f"{about}: {text}")
 
 
 @contextmanager
@@ -34,7 +45,7 @@ def actionable_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _ACTIONABLE:
-            raise VglannError(f"{path}: {_ACTIONABLE[error.errno]}") from error
+            raise VglannError(actionable(error, path)) from error
         raise
 
 
@@ -55,8 +66,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with actionable_os_errors(path):
-        _make_folder(path.parent)
-        descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        make_folder(path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
         try:
@@ -77,8 +88,8 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with actionable_os_errors(path):
-        _make_folder(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        make_folder(path.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
         try:
             yield temporary
             for entry in sorted(temporary.rglob("*")):
@@ -96,13 +107,35 @@ def _replace_dir(source: Path, destination: Path) -> None:
     if not destination.exists():
         source.rename(destination)
         return
-    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=destination.parent))
+    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=destination.parent))
     destination.rename(aside / "old")
     source.rename(destination)
     shutil.rmtree(aside)
 
 
-def _make_folder(path: Path) -> None:
+def is_stray(path: Path) -> bool:
+    """Whether this is a temporary file or folder of `atomic_file` or `atomic_dir`."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove what processes that were killed left in `folder`. Only for one who knows that no other writes there."""
+    for stray in folder.glob(f"{_TEMPORARY}*"):
+        if stray.is_dir() and not stray.is_symlink():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a folder: a process killed meanwhile leaves a stray, never a part under the folder's name."""
+    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    path.rename(aside / "old")
+    shutil.rmtree(aside)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises `VglannError` where that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,9 +1,14 @@
 """A run: one folder that holds all there is to know about a training and what came of it.
 
     options.json       {"format": "vglann-run", "version": 1, "preset", "seed", "clips": folder or null,
-                       "frames", "size", "train": {...}}; null for a run that was imported without clips
+                       "frames", "size", "train": {...}}; null for a run that was imported without clips. As they
+                       are now; a resume that changed some of them is in "resumed": [{"step": it went on from,
+                       "changed": {name: [before, after]}, "environment": {name: [before, after]}}]
     environment.json   versions and hardware of the machine that started the run
-    metrics.jsonl      one JSON object a line: {"stage": "glo" | "imle", "step", ...}; a step of imle is an epoch
+    history.jsonl      one line for each command that made something of the run later, for `replay`:
+                       {"verb", "options": {name: value}, "environment": {...}}
+    metrics.jsonl      one JSON object a line: {"stage": "glo" | kind of mapping, "step", ...}; a step of a mapping is
+                       an epoch
     checkpoints/step-00000300/
         <part>.safetensors   tensors by name
         state.json           {"format": "vglann-checkpoint", "version": 1, "step", "epoch", ...,
@@ -11,6 +16,7 @@
                               that the checkpoint is whole
     mapping/<kind>/    mapping.safetensors, mapping.json
     tensorboard/       the metrics again, where they were asked for
+    .lock              held by the process that writes to the run, and of no effect afterwards
     media/             what `reconstruct`, `sample`, `interpolate` and `invert` write
     profile/           what `profile` writes
     report/index.html
@@ -18,19 +24,29 @@
 Nothing here is pickled. A checkpoint is written beside its place, flushed and renamed.
 """
 
+import errno
 import hashlib
 import json
+import os
 import platform
-import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vglann_fast import __version__
-from vglann_fast.atomic import actionable_os_errors, atomic_dir, atomic_file
+from vglann_fast.atomic import (
+    actionable_os_errors,
+    atomic_dir,
+    atomic_file,
+    is_stray,
+    make_folder,
+    remove_dir,
+    remove_strays,
+)
 from vglann_fast.errors import VglannError
 
 if TYPE_CHECKING:
@@ -46,6 +62,8 @@ RUN_OPTIONS: dict[str, type | tuple[type, ...]] = {
     "train": dict,
 }
 CHECKPOINT_FORMAT = ("vglann-checkpoint", 1)
+LOCK = ".lock"
+LOCKED_FOLDERS = (".", "checkpoints", "mapping", "evaluation")  # where only the holder of the lock writes
 
 
 class RunDir:
@@ -56,23 +74,29 @@ class RunDir:
         self.options = options
         self.warnings: list[str] = []
         self._tensorboard: Any = None
+        self._damaged: set[Path] = set()  # checkpoints
 
     @classmethod
     def new(cls, path: str | Path, options: Mapping[str, Any]) -> "RunDir":
-        """A run that is to be, in a folder that is new or empty; nothing is written before `begin`.
+        """A run that is to be, in a folder that is new, empty, or of a run that was killed before it had begun;
+        nothing is written before `begin`.
 
         Raises `VglannError` when the folder holds something already.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise VglannError(
-                f"{path} is there already; continue that run with --resume {path}, or choose another --out"
-            )
+        if path.exists() and (not path.is_dir() or not all(map(_is_of_no_run_yet, path.iterdir()))):
+            raise _taken(path)
         name, version = RUN_FORMAT
         return cls(path, {"format": name, "version": version, **options})
 
     def begin(self) -> "RunDir":
-        """Write options and environment; from here on the folder is a run."""
+        """Write options and environment; from here on the folder is a run.
+
+        Raises `VglannError` when another process has trained in this folder since `new`.
+        """
+        there = self.path / "options.json"
+        if self.has_checkpoint() or (there.exists() and read_json(there) != self.options):
+            raise _taken(self.path)
         write_json(self.path / "environment.json", environment())
         write_json(self.path / "options.json", self.options)  # last: `open` looks for it
         return self
@@ -87,16 +111,83 @@ class RunDir:
         if not isinstance(options, dict) or (options.get("format"), options.get("version")) != RUN_FORMAT:
             raise VglannError(f"{path}/options.json: not a run of this version of vglann-fast")
         wrong = [name for name, kind in RUN_OPTIONS.items() if not isinstance(options.get(name, ...), kind)]
+        wrong += [name for name in ("seed", "frames", "size") if not _is_count(options.get(name))]
+        wrong += ["resumed"] * (not _are_resumes(options.get("resumed", [])))
         if wrong:
             raise VglannError(
                 f"{path}/options.json: {', '.join(wrong)} missing or damaged; the file was changed"
             )
         return cls(path, options)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from writing to the run. The lock goes with the process, however that ends.
+
+        Raises `VglannError` that names the process which holds it. A file system without locks has none.
+        """
+        import fcntl
+
+        with actionable_os_errors(self.path):
+            make_folder(self.path)
+            file = (self.path / LOCK).open("a+")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                who = file.read(200).strip() or "another process"
+                raise VglannError(
+                    f"{self.path} is being written by {who}; wait for its end or stop it"
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                self.warnings.append(f"{self.path}: no locks on this file system; start nothing else on it")
+            else:
+                for folder in LOCKED_FOLDERS:
+                    remove_strays(self.path / folder)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
+    def resumed(self, step: int) -> None:
+        """Record, in options.json, what differs from there now that the run goes on from `step`."""
+        saved = read_json(self.path / "options.json")
+        before, after = ({**options["train"], "clips": options["clips"]} for options in (saved, self.options))
+        changed = {
+            name: [before.get(name), value] for name, value in after.items() if before.get(name) != value
+        }
+        began = self.path / "environment.json"
+        then, now = read_json(began) if began.is_file() else {}, environment()
+        for entry in saved.get("resumed", []):
+            then |= {name: values[1] for name, values in entry["environment"].items()}
+        moved = {
+            name: [then.get(name), now[name]]
+            for name in now
+            if name not in ("command", "started") and then.get(name) != now[name]
+        }
+        if changed or moved:
+            entry = {"step": step, "changed": changed, "environment": moved}
+            self.options["resumed"] = [*saved.get("resumed", []), entry]
+            write_json(self.path / "options.json", self.options)
+
+    def remember(self, verb: str, options: Mapping[str, Any]) -> None:
+        """Append a command that made something of this run to history.jsonl."""
+        line = {"verb": verb, "options": options, "environment": environment()}
+        _append(self.path / "history.jsonl", line)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of history.jsonl, oldest first; one that was torn by a crash is left out."""
+        return [
+            line
+            for line in _json_lines(self.path / "history.jsonl")
+            if isinstance(line.get("verb"), str) and isinstance(line.get("options"), dict)
+        ]
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one object, with "stage" and "step", to metrics.jsonl (and to TensorBoard if it was started)."""
-        with actionable_os_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self.path / "metrics.jsonl", row)
         if self._tensorboard is not None:
             for name, value in row.items():
                 if name not in ("stage", "step"):
@@ -121,21 +212,12 @@ class RunDir:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _all_metrics(self) -> list[dict[str, Any]]:
-        file = self.path / "metrics.jsonl"
-        rows = []
-        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-        return rows
+        return [row for row in _json_lines(self.path / "metrics.jsonl") if isinstance(row.get("step"), int)]
 
     def save_checkpoint(
         self, step: int, parts: Mapping[str, Mapping[str, "Tensor"]], state: Mapping[str, Any], keep: int = 2
     ) -> Path:
-        """Write checkpoints/step-NNNNNNNN and remove all but the newest `keep`.
+        """Write checkpoints/step-NNNNNNNN and `retain` the newest `keep`.
 
         Args:
             parts: file name without suffix -> tensors by name, on any device and in any memory format.
@@ -151,9 +233,19 @@ class RunDir:
                 digests[file.name] = sha256(file)
             record = {"format": name, "version": version, "step": step, **state, "sha256": digests}
             (folder / "state.json").write_text(json.dumps(record, indent=1))
-        for old in self._checkpoint_dirs()[:-keep]:
-            shutil.rmtree(old)
+        self._damaged.discard(destination)
+        self.retain(step, keep)
         return destination
+
+    def retain(self, step: int, keep: int) -> None:
+        """Remove all checkpoints up to `step` but the newest `keep` that are not known to be damaged.
+
+        Later ones stay: they could not be read, but perhaps that passes.
+        """
+        there = [folder for folder in self._checkpoint_dirs() if folder.name <= f"step-{step:08d}"]
+        kept = [folder for folder in there if folder not in self._damaged][-keep:]
+        for folder in set(there) - set(kept):
+            remove_dir(folder)
 
     def load_checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
         """The newest whole checkpoint: (state, part -> tensors on the CPU).
@@ -167,6 +259,7 @@ class RunDir:
             try:
                 return _read_checkpoint(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+                self._damaged.add(folder)
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
         hint = (
             "; ".join(self.warnings) or f"none was completed; go on with `vglann train --resume {self.path}`"
@@ -181,14 +274,64 @@ class RunDir:
         return sorted((self.path / "checkpoints").glob("step-????????"))
 
 
+def _append(file: Path, value: Mapping[str, Any]) -> None:
+    """Add a line to a file that has one object a line. One that was torn by a crash ends there and takes no other."""
+    with actionable_os_errors(file), file.open("ab+") as lines:
+        size = lines.seek(0, os.SEEK_END)
+        lines.seek(max(0, size - 1))
+        torn = lines.read() not in (b"", b"\n")
+        lines.write(b"\n" * torn + json.dumps(value).encode() + b"\n")
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file that has one a line; other lines, torn by a crash, are left out."""
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _is_of_no_run_yet(entry: Path) -> bool:
+    """Whether `RunDir.begin`, killed before its last file, may have left this."""
+    return entry.name in (LOCK, "environment.json") or is_stray(entry)
+
+
+def _taken(path: Path) -> VglannError:
+    return VglannError(
+        f"{path} is there already; continue that run with --resume {path}, or choose another --out"
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are_resumes(entries: Any) -> bool:
+    """Whether this is what `RunDir.resumed` writes."""
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict)
+        and _is_count(entry.get("step"))
+        and all(
+            isinstance(entry.get(part), dict)
+            and all(isinstance(pair, list) and len(pair) == 2 for pair in entry[part].values())
+            for part in ("changed", "environment")
+        )
+        for entry in entries
+    )
+
+
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
     from safetensors.torch import load_file
 
     state = json.loads((folder / "state.json").read_text())
     if (state["format"], state["version"]) != CHECKPOINT_FORMAT:
         raise ValueError("not a checkpoint of this version")
-    if not isinstance(state["step"], int) or not all(isinstance(clip, str) for clip in state["ids"]):
-        raise ValueError("step or ids are damaged in state.json")
+    counts = [state["step"], *(state.get(name, 0) for name in ("epoch", "position", "processes"))]
+    if not all(map(_is_count, counts)) or not all(isinstance(clip, str) for clip in state["ids"]):
+        raise ValueError("a number or the ids are damaged in state.json")
     parts = {}
     for name, digest in state["sha256"].items():
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -234,6 +377,7 @@ def read_json(path: Path) -> Any:
 def environment() -> dict[str, Any]:
     """Versions and hardware, for environment.json."""
     import torch
+    from vglann_kernels.impl import OPS, requested
 
     found: dict[str, Any] = {"vglann-fast": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "triton", "faiss-cpu", "faiss-gpu-cu13-cuvs", "safetensors"):
@@ -245,6 +389,10 @@ def environment() -> dict[str, Any]:
     found["cpu_threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found["cuda"] = torch.version.cuda
+    try:
+        found["kernels"] = ",".join(f"{op}={requested(op)[0]}" for op in OPS)
+    except ValueError:  # VGLANN_KERNELS is wrong, which is said where it matters
+        found["kernels"] = None
     found["command"] = " ".join(sys.argv)
     found["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     return found

@@ -7,11 +7,12 @@ and `optimizer` (`GeneratorAdam.tensors`), and in state.json
     epoch      whole passes over the clips since then
     position   updates taken in the pass that is not whole yet
     processes  how many there were; another number repeats the pass that is not whole
-    seconds    of training so far
     finished   whether it was the last step
     ids        the clip ids in the order of the latents
+    weights    sha256 of the weight file of each network in the loss, by the network's name
 
-It does not depend on how many processes trained: process 0 writes the latents of all of them in clip order.
+It does not depend on how many processes trained: process 0 writes the latents of all of them in clip order. Nor does
+it hold a time: the same training writes the same bytes.
 """
 
 from collections.abc import Iterator
@@ -21,14 +22,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vglann_fast.config import TrainOptions, options_from_json
+from vglann_fast.config import OnMismatch, TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.identity import check_clips, matched_latents
 from vglann_fast.glo.latents import LatentTable
+from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.perceptual import check_weights
 from vglann_fast.run_dir import RunDir
 
 RECOMPUTE_LATENTS = 2048  # latents over which BatchNorm statistics are averaged
+KEEP = 2  # checkpoints of a run: the newest, and the one before should that be torn
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training is: `step` updates in all, `epoch` whole passes, `position` updates in the pass since."""
+
+    step: int
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """All of a training that its steps change."""
+
+    generator: TwoStreamGenerator
+    latents: LatentTable
+    optimizer: GeneratorAdam
+
+    def is_finite(self) -> bool:
+        """Whether every number of this process's share is one."""
+        tensors = [
+            *self.generator.state_dict().values(),
+            *self.latents.tensors().values(),
+            *self.optimizer.tensors().values(),
+        ]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run; `keep` of them stay. All processes call `save` together."""
+
+    def __init__(self, run: RunDir, ranks: Ranks, ids: list[str], weights: dict[str, str]) -> None:
+        self.run, self.ranks, self.ids, self.weights = run, ranks, ids, weights
+        self.keep = KEEP
+        self._newest: tuple[Place, bool] | None = None
+
+    def save(self, learned: Learned, place: Place, *, finished: bool = False) -> None:
+        """Write a checkpoint, unless this is the newest already; when this returns it is whole, in every process."""
+        if self._newest == (place, finished):
+            return
+        parts = {
+            "generator": learned.generator.state_dict(),
+            "latents": gathered_latents(learned.latents, self.ranks, len(self.ids)),
+            "optimizer": learned.optimizer.tensors(),
+        }
+        state = {
+            "epoch": place.epoch,
+            "position": place.position,
+            "processes": self.ranks.size,
+            "finished": finished,
+            "ids": self.ids,
+            "weights": self.weights,
+        }
+        if self.ranks.rank == 0:
+            self.run.save_checkpoint(place.step, parts, state, self.keep)
+        self.ranks.wait()  # no process leaves, and no launcher ends the job, before the checkpoint is whole
+        self._newest = (place, finished)
+
+    def restore(self, learned: Learned, on_mismatch: OnMismatch) -> tuple[Place, bool]:
+        """Take over the newest whole checkpoint; the run is only read. Returns where the training goes on, and
+        whether the pass it was in begins again.
+
+        Raises `VglannError` when there is none, when it is not of this training, or for other clips as
+        `on_mismatch` says.
+        """
+        state, parts = self.run.load_checkpoint()
+        try:
+            check_weights(state.get("weights", {}), self.weights)
+            learned.generator.load_state_dict(parts["generator"])
+            learned.latents.lr.copy_(parts["latents"].pop("lr"))
+            changes = check_clips(state["ids"], self.ids, on_mismatch)
+            if changes and state["finished"]:
+                raise VglannError(
+                    f"{self.run.path} is finished; there is nothing left to train on other clips"
+                )
+            if changes:
+                self.run.warnings.append(changes)
+                state["processes"] = 0  # the pass that is not whole begins again, with the clips of now
+            matched = matched_latents(
+                parts["latents"], state["ids"], learned.latents, on_mismatch if changes else "keep"
+            )
+            learned.latents.load(matched)
+            learned.optimizer.load(parts["optimizer"])
+            place = place_in_run(state, self.ranks.size)
+            return place, place.position != state["position"]
+        except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise _unfit(self.run, error) from error
 
 
 @dataclass(frozen=True)
@@ -54,10 +147,16 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
         generator.load_state_dict(parts["generator"])
         rows = parts["latents"]["rows"]
     except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise VglannError(f"{run.path}: checkpoint and options.json do not fit together: {reason}") from error
+        raise _unfit(run, error) from error
+    if rows.shape != (len(state["ids"]), options.latent_dim):
+        raise _unfit(run, f"latents {list(rows.shape)} of {len(state['ids'])} clips")
     generator.to(device).channels_last().train(options.batchnorm == "train").requires_grad_(False)
     return Trained(generator, rows.to(device), state["ids"], options, state["step"])
+
+
+def _unfit(run: RunDir, reason: object) -> VglannError:
+    words = str(reason).splitlines()[-1].strip() if str(reason) else type(reason).__name__
+    return VglannError(f"{run.path}: checkpoint and options.json do not fit together: {words}")
 
 
 def new_generator(options: TrainOptions, frames: int, size: int) -> TwoStreamGenerator:
@@ -83,26 +182,13 @@ def gathered_latents(latents: LatentTable, ranks: Ranks, count: int) -> dict[str
     return {**whole, "lr": latents.lr}
 
 
-def place_in_run(state: dict[str, Any], processes: int) -> tuple[int, int]:
-    """(epoch, position) at which `processes` processes continue; the epoch's start if their number changed."""
+def place_in_run(state: dict[str, Any], processes: int) -> Place:
+    """Where `processes` processes continue: at the start of the pass if their number changed."""
     same = state["processes"] == processes
-    return state["epoch"], state["position"] if same else 0
+    return Place(state["step"], state["epoch"], state["position"] if same else 0)
 
 
 def latent_batches(rows: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Batches for `recompute_batchnorm`: at most 2,048 of the latents, evenly spaced, none alone in its batch."""
     chosen = rows[:: -(-len(rows) // RECOMPUTE_LATENTS)]
     yield from torch.tensor_split(chosen, max(1, len(chosen) // batch_size))
-
-
-def check_same_clips(trained: list[str], present: list[str]) -> None:
-    """Raise `VglannError`, listing what is missing and new, unless both hold the same clips in the same order."""
-    if trained == present:
-        return
-    missing, new = sorted(set(trained) - set(present)), sorted(set(present) - set(trained))
-    if not missing and not new:
-        raise VglannError("the clips are in another order than when the run began; pack them as they were")
-    raise VglannError(
-        f"the clip set changed since the run began: {len(missing)} missing ({', '.join(missing[:3])}), "
-        f"{len(new)} new ({', '.join(new[:3])}); give the run its old clips or start a new one"
-    )

@@ -1,8 +1,10 @@
 """Which options go together, on this device and with so many processes; the rest is refused in one line."""
 
+import os
+
 import torch
 
-from vglann_fast.config import TrainOptions
+from vglann_fast.config import PERCEPTUAL, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.distributed import Ranks
 
@@ -23,13 +25,17 @@ def batch_size_for(count: int, options: TrainOptions, ranks: Ranks) -> int:
     return batch_size
 
 
-def check_combinations(options: TrainOptions, ranks: Ranks, precision: str) -> None:
+def check_combinations(options: TrainOptions, ranks: Ranks, precision: str, device: torch.device) -> None:
     """Raise `VglannError` for options that nobody has tried together."""
     untested = {
         "--compile true with --sync-bn true": options.compile and options.sync_bn,
         "--compile true with --checkpoint-activations true": options.compile
         and options.checkpoint_activations,
         "--precision fp16 with several processes": precision == "fp16" and ranks.size > 1,
+        "--deterministic true with --compile true": options.deterministic and options.compile,
+        "--deterministic true with several GPUs": options.deterministic
+        and ranks.size > 1
+        and device.type == "cuda",
     }
     for names, given in untested.items():
         if given:
@@ -49,6 +55,9 @@ def why_no_graph(
         "--compile true": options.compile,
         "--checkpoint-activations true": options.checkpoint_activations,
         "--precision fp16": precision == "fp16",
+        "--deterministic true": options.deterministic,
+        "VGLANN_CHECK=1": os.environ.get("VGLANN_CHECK") == "1",  # looks at values from the host
+        f"--loss {options.loss}": bool(options.loss_terms.keys() & PERCEPTUAL),
     }
     against = [reason for reason, holds in reasons.items() if holds]
     return f"it was not tested with {' and '.join(against)}" if against else None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import VideoNorm
 
+MEETING = timedelta(minutes=5)  # for all processes to be started
+LAST_WORDS = timedelta(seconds=10)  # for the same, when one has failed before it came to meet them
 TIMEOUT = timedelta(minutes=10)  # without a word from another process; writing a checkpoint must fit in
 
 
@@ -148,7 +151,10 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, _ = _meeting(MEETING)
+        dist.init_process_group(
+            backend, timeout=timeout, store=dist.PrefixStore("group", store), rank=rank, world_size=size
+        )
     except (ValueError, RuntimeError) as error:
         raise VglannError(
             f"the processes did not find each other: {error}; start them with torchrun"
@@ -156,8 +162,33 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield Ranks(dist.get_rank(), size, control)
+    except Exception:
+        first_to_fail()  # before the others notice: theirs would only be that this one has gone
+        raise
     finally:
         dist.destroy_process_group()
+
+
+_met: list[tuple[Any, int, int]] = []
+
+
+def _meeting(patience: timedelta) -> tuple[Any, int, int]:
+    """(store, rank, size): where the processes of this job meet. Raises ValueError or RuntimeError."""
+    if not _met:
+        _met.append(next(dist.rendezvous("env://", timeout=patience)))
+    return _met[0]
+
+
+@cache
+def first_to_fail() -> bool:
+    """Whether no process of this job has failed before this one; asked once, and the answer stays.
+
+    Where the others cannot be asked they may never have come to say anything, so it is true.
+    """
+    try:
+        return dist.PrefixStore("vglann", _meeting(LAST_WORDS)[0]).add("failed", 1) == 1
+    except (ValueError, RuntimeError):
+        return True
 
 
 @contextmanager

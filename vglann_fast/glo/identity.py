@@ -9,14 +9,38 @@ Latents are stored beside the ids of their clips, in their order. What happens w
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
+from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import OnMismatch
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.latents import LatentTable
+from vglann_fast.run_dir import RunDir
 
 _LISTED = 10  # ids named of the missing, and of the new
+
+
+def has_clips(run: RunDir) -> bool:
+    """Whether the run was trained here, on clips; an imported one was not."""
+    return run.options["clips"] is not None
+
+
+def open_clips(run: RunDir, *, verify: bool = False) -> ClipSet:
+    """The training clips of a run. Raises `VglannError` when it never had any, or says where they were.
+
+    verify: read all of them and compare their checksums.
+    """
+    if not has_clips(run):
+        raise VglannError(f"{run.path} was imported: it has no clips, and no training that could go on")
+    folder = Path(run.options["clips"])
+    if not folder.is_dir():
+        raise VglannError(
+            f"the clips of {run.path} are not in {folder} any more; put them back, or say where they are: "
+            f"vglann train CLIPS --resume {run.path}"
+        )
+    return ClipSet.open(folder, "train", verify=verify)
 
 
 def clip_changes(trained: Sequence[str], present: Sequence[str]) -> str:
@@ -55,16 +79,24 @@ def matched_latents(
     return matched
 
 
+def check_same_clips(trained: Sequence[str], present: Sequence[str], advice: str = "put them back") -> None:
+    """Raise `VglannError`, with what is missing and new, unless both are the same clips in the same order."""
+    changes = clip_changes(trained, present)
+    if changes:
+        raise VglannError(f"the clip set changed since the run began: {changes}; {advice}")
+
+
 def check_clips(trained: Sequence[str], present: Sequence[str], on_mismatch: OnMismatch) -> str:
     """What became of the clips and their latents, in words, empty if nothing. Raises `VglannError` for "error"."""
+    if on_mismatch == "error":
+        advice = (
+            "give the run its old clips, start a new one, or resume with --latents-on-mismatch keep (only new "
+            "clips start anew) or init (all do)"
+        )
+        check_same_clips(trained, present, advice)
     changes = clip_changes(trained, present)
     if not changes:
         return ""
-    if on_mismatch == "error":
-        raise VglannError(
-            f"the clip set changed since the run began: {changes}. Give the run its old clips, start a new one, or "
-            "resume with --latents-on-mismatch keep (only new clips start anew) or init (all do)"
-        )
     kept = len(set(trained) & set(present)) if on_mismatch == "keep" else 0
     return f"the clip set changed: {changes}. {kept} latents were kept, {len(present) - kept} start anew"
 

@@ -1,6 +1,8 @@
-"""Being told to stop: SIGTERM and SIGINT end a training after the step in progress."""
+"""Being told to stop: SIGTERM and SIGINT end a training after the step in progress, and other commands in order."""
 
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -37,3 +39,24 @@ def signals_collected(alone: bool) -> Iterator[list[int]]:
     finally:
         for number in numbers:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def terminated_in_order() -> Iterator[None]:
+    """Let SIGTERM end the program as Ctrl-C does, with exit code 143: temporary files and child processes go first.
+
+    A second SIGTERM kills.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -49,6 +49,13 @@ class LatentTable:
             for tensor in self.adam.tensors().values():
                 tensor.zero_()
 
+    def change_rate(self, lr: float) -> None:
+        """Set the learning rate within an epoch. Rows that lag behind first take their steps at the old one."""
+        new = torch.full_like(self.lr, lr)
+        if self.retraction is None and not torch.equal(new, self.lr):
+            latent_flush(self.rows, self.adam, lr=self.lr, betas=BETAS)
+        self.lr.copy_(new)
+
     def end_epoch(self) -> None:
         """Bring rows that lag behind up to date, and put rows that left the unit sphere back on it."""
         if self.retraction is None:

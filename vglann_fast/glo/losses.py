@@ -1,7 +1,10 @@
 """Reconstruction losses: how far generated videos are from uint8 clips.
 
-Losses of perceptual features are elsewhere; these two need no weights.
+The sum that `options.loss` names. Losses by the features of a network come from `perceptual.py`, which loads it.
 """
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,23 +13,35 @@ from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mas
 from vglann_fast.config import TrainOptions
 from vglann_fast.glo.data import Batch
 
+if TYPE_CHECKING:
+    from vglann_fast.glo.perceptual import Against, FeatureLoss
+
 
 def glo_loss(
-    head: Tensor, background: Tensor, batch: Batch, options: TrainOptions, *, with_video: bool
+    head: Tensor,
+    background: Tensor,
+    batch: Batch,
+    options: TrainOptions,
+    features: "Mapping[str, FeatureLoss] | None" = None,
+    *,
+    with_video: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of a batch -> (its loss [], with the mask prior; video [B, 3, T, H, W] detached, or None).
 
-    One fused op where there is one: Laplacian loss against uint8 clips, whose rows it reads from the table. The
-    same numbers otherwise, from one op after the other; that path takes floating-point clips, too.
+    One fused op where there is one: Laplacian loss alone against uint8 clips, whose rows it reads from the table.
+    The same numbers otherwise, from one op after the other; that path takes floating-point clips, too.
 
     Args:
         head, background: what `TwoStreamGenerator.logits` gives.
+        features: of `load_features(options, ...)`, where the loss names a network.
         with_video: the fused op writes the video only when asked.
     """
-    if options.loss == "laplacian" and batch.clips.dtype == torch.uint8:
+    if options.loss_terms.keys() == {"laplacian"} and batch.clips.dtype == torch.uint8:
         return _fused_loss(head, background, batch, options, with_video)
+    clips = batch.clips[batch.at]
+    against = {name: loss.against(clips, batch.rows) for name, loss in (features or {}).items()}
     video, mask_mean = mask_composite(head, background)
-    loss = reconstruction_loss(video, batch.clips[batch.at], options)
+    loss = reconstruction_loss(video, clips, options, against)
     if options.mask_weight:
         loss = loss + options.mask_weight * mask_mean.mean()
     return loss, video.detach() if with_video else None
@@ -37,7 +52,8 @@ def _fused_loss(
 ) -> tuple[Tensor, Tensor | None]:
     frames = head.shape[2]
     summed = frames - 1 if options.frame_reduction == "sum-but-last" else None
-    factor = summed or 1  # the op takes the mean over frames; the prior is not to be multiplied
+    # The op takes the mean over frames; the prior is not to be multiplied.
+    factor = (summed or 1) * options.loss_terms["laplacian"]
     result = composite_laplacian_loss(
         head,
         background.to(head.dtype),
@@ -51,34 +67,59 @@ def _fused_loss(
         target_range=options.target_limits,
     )
     loss, video = result if isinstance(result, tuple) else (result, None)
-    return (loss if summed is None else factor * loss), video
+    return (loss if factor == 1 else factor * loss), video
 
 
-def reconstruction_loss(video: Tensor, clips: Tensor, options: TrainOptions) -> Tensor:
-    """Mean (or, with frame_reduction="sum-but-last", the author's sum over frames) of the loss of each frame.
+def reconstruction_loss(
+    video: Tensor, clips: Tensor, options: TrainOptions, against: "Mapping[str, Against] | None" = None
+) -> Tensor:
+    """The weighted sum of losses that `options.loss` names.
 
     Args:
         video: [B, 3, T, H, W] floating, the generator's output.
-        clips: [B, 3, T, H, W] uint8, mapped to `options.target_limits`.
+        clips: [B, 3, T, H, W] uint8, mapped to `options.target_limits`, or floating and in that range.
+        against: `FeatureLoss.against(clips)` of each network that the loss names.
 
     Returns:
-        A scalar. "laplacian": sum over pyramid bands of the mean absolute difference, see `vglann_kernels`.
-        "l1": mean absolute difference.
+        A scalar: means over all clips and frames or, with frame_reduction="sum-but-last", the author's sums over
+        all frames but the last. "laplacian": sum over pyramid bands of the mean absolute difference, see
+        `vglann_kernels`. "l1": mean absolute difference. "l2": mean squared difference. Networks: `FeatureLoss`.
     """
-    frames = video.shape[2]
-    scored = frames if options.frame_reduction == "mean" else frames - 1
-    video, clips = video[:, :, :scored], clips[:, :, :scored]
-    if options.loss == "l1":
-        loss = (video - to_range(clips, video.dtype, options.target_limits)).abs().mean()
-    else:
-        loss = laplacian_pyramid_loss(
-            video, clips, levels=options.levels, blur=options.blur, target_range=options.target_limits
+    terms = []
+    for name, weight in options.loss_terms.items():
+        loss = (
+            against[name](video) if against and name in against else _pixel_loss(name, video, clips, options)
         )
+        terms.append(weight * loss)
+    return torch.stack(terms).sum()
+
+
+def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) -> Tensor:
+    """The loss `name`, of those that need no network."""
+    scored = scored_frames(video.shape[2], options)
+    made, real = video[:, :, :scored], clips[:, :, :scored]
+    if name == "laplacian":
+        loss = laplacian_pyramid_loss(
+            made, real, levels=options.levels, blur=options.blur, target_range=options.target_limits
+        )
+    else:
+        difference = made - to_range(real, made.dtype, options.target_limits)
+        loss = difference.abs().mean() if name == "l1" else difference.square().mean()
     return loss if options.frame_reduction == "mean" else scored * loss
 
 
+def scored_frames(frames: int, options: TrainOptions) -> int:
+    """How many of a clip's frames count: the author leaves out the last."""
+    return frames if options.frame_reduction == "mean" else frames - 1
+
+
 def to_range(clips: Tensor, dtype: torch.dtype, limits: tuple[float, float]) -> Tensor:
-    """uint8 clips of any shape -> floating, with 0 mapped to limits[0] and 255 to limits[1]."""
+    """uint8 clips of any shape -> floating, with 0 mapped to limits[0] and 255 to limits[1].
+
+    Floating-point clips are in that range already.
+    """
+    if clips.is_floating_point():
+        return clips
     low, high = limits
     return clips.to(dtype) * ((high - low) / 255.0) + low
 

@@ -18,9 +18,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.identity import open_clips
 from vglann_fast.glo.train import Training
 from vglann_fast.run_dir import RunDir, write_json
 
@@ -57,12 +57,7 @@ def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str
 
 def _training_of(run: RunDir, device: torch.device) -> Training:
     """The run's training at its newest checkpoint; a finished one goes on as if it had further epochs."""
-    if run.options["clips"] is None:
-        raise VglannError(f"{run.path} was imported: there is no training of it to profile")
-    folder = Path(run.options["clips"])
-    if not folder.is_dir():
-        raise VglannError(f"the clips of {run.path} are not in {folder} any more; put them back")
-    clips = ClipSet.open(folder, "train", verify=False)
+    clips = open_clips(run)
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     training = Training(clips, options, run, seed=run.options["seed"], device=device)
     if run.has_checkpoint():

@@ -6,10 +6,8 @@ so a resumed training takes the same steps as one that was never stopped.
 
 import logging
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,24 +18,20 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import OnMismatch, TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
+from vglann_fast.glo.checkpoint import KEEP, Checkpoints, Learned, Place, latent_batches, new_generator
 from vglann_fast.glo.checkpoint import Trained as Trained
-from vglann_fast.glo.checkpoint import (
-    gathered_latents,
-    latent_batches,
-    new_generator,
-    place_in_run,
-)
 from vglann_fast.glo.checkpoint import load_trained as load_trained
 from vglann_fast.glo.combinations import batch_size_for, check_combinations, use_graph
 from vglann_fast.glo.data import Batch, batches_of, clip_order, open_source
+from vglann_fast.glo.determinism import deterministic_or_named, make_deterministic
 from vglann_fast.glo.distributed import Ranks, StopAgreement, sync_batch_norms
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.graph import GraphedStep
-from vglann_fast.glo.identity import check_clips, matched_latents
 from vglann_fast.glo.interruption import Interrupted, signals_collected
+from vglann_fast.glo.journal import Journal
 from vglann_fast.glo.latents import LatentTable, initial_latents
-from vglann_fast.glo.losses import psnr, to_uint8
 from vglann_fast.glo.optimizer import GeneratorAdam, learning_rate_factor
+from vglann_fast.glo.perceptual import load_features, weight_records
 from vglann_fast.glo.precision import (
     LossScale,
     in_precision,
@@ -45,8 +39,7 @@ from vglann_fast.glo.precision import (
     self_test,
     set_float32_products,
 )
-from vglann_fast.glo.step import Guard, glo_step
-from vglann_fast.progress import Progress
+from vglann_fast.glo.step import Guard, RunningStatistics, glo_step
 from vglann_fast.run_dir import RunDir
 
 log = logging.getLogger("vglann_fast")
@@ -54,6 +47,8 @@ log = logging.getLogger("vglann_fast")
 
 class Training:
     """Everything a GLO training consists of, and the loop over it.
+
+    What it says goes through its `journal`, what it leaves through its `checkpoints`.
 
     Args:
         clips: what to train on, the same set in every process.
@@ -81,11 +76,14 @@ class Training:
         self.clips, self.options, self.run, self.seed = clips, options, run, seed
         self.device = torch.device(device)
         self.ranks = ranks or Ranks()
+        if options.deterministic:
+            make_deterministic()
         self.batch_size = batch_size_for(len(clips), options, self.ranks)
         self.steps_per_epoch = len(clips) // self.ranks.size // (self.batch_size * options.accumulate)
         self.precision = resolve_precision(options.precision, self.device)
-        check_combinations(options, self.ranks, self.precision)
+        check_combinations(options, self.ranks, self.precision, self.device)
         set_float32_products(self.precision, self.device)
+        self.features = load_features(options, self.device, precision=self.precision, dtype=dtype)
         with torch.random.fork_rng(devices=[]):  # CPU only: the same parameters on every device
             torch.manual_seed(seed)
             generator = new_generator(options, clips.frames, clips.size)
@@ -98,10 +96,14 @@ class Training:
         self.guard = Guard.new(self.batch_size * options.accumulate, self.device)
         scale = LossScale(self.device) if self.precision == "fp16" else None
         self.optimizer = GeneratorAdam(self.generator, options, self.ranks, scale)
+        self.statistics = RunningStatistics(self.generator)
         self.source = open_source(options.data, clips, self.own.numpy(), self.device, self.batch_size)
+        for loss in self.features.values():
+            loss.keep_targets(self.source, len(self.own), self.batch_size, options.cache_features)
         self._wrap_generator()
+        self.journal = Journal(run, self.ranks, clips, self.own.numpy(), options.target_limits)
+        self.checkpoints = Checkpoints(run, self.ranks, list(clips.ids), weight_records(self.features))
         self.step = self.epoch = self.position = 0
-        self.seconds = 0.0
         self._order: list[np.ndarray] = []
         self._ordered_epoch = -1
 
@@ -124,7 +126,7 @@ class Training:
         if graph:
             table = self.source.batch(np.zeros(0, np.int64)).clips
             self._graphed = GraphedStep(
-                lambda batch, video: self._eager([batch], video), table, self.batch_size
+                lambda batch, video: self.update([batch], video), table, self.batch_size
             )
 
     @property
@@ -141,29 +143,23 @@ class Training:
 
         Raises:
             Interrupted: SIGTERM or SIGINT in any process, after saving.
-            VglannError: a loss that is not finite, or another process that ended; the checkpoint before stays.
+            VglannError: as `check_finite`; or another process ended, and the checkpoint before stays.
         """
-        last = self.last_step
+        last, first = self.last_step, self.step
         if self.step == last:
             return
         until = last if max_steps is None else min(max_steps, last)
-        started, first = time.monotonic() - self.seconds, self.step
-        shown = Progress("glo", last, "step", self.step) if self.ranks.rank == 0 else nullcontext()
         stopping = False
-        with signals_collected(self.ranks.size == 1) as received, shown as progress:
+        with signals_collected(self.ranks.size == 1) as received, self.journal.opened(self.step, last):
             stop = StopAgreement(self.ranks)
             while self.step < until and not stopping:
                 logging_now = (self.step + 1) % log_every == 0 or self.step + 1 == until
                 loss, video, rows = self.train_step(with_video=logging_now)
-                self.seconds = time.monotonic() - started
+                self.journal.advance()
                 if self.step == first + 1:
                     log.info("peak memory after step 1: %.3f GB", memory.peak_memory(self.device) / 1e9)
-                if progress is not None:
-                    progress.advance()
                 if logging_now:
-                    row = self._log(loss, video, rows)
-                    if progress is not None:
-                        progress.show(loss=row["loss"], psnr=row["psnr"])
+                    self._log(loss, video, rows)
                 if self.position == 0 and self.epoch % checkpoint_every == 0 and self.step < until:
                     self.save()
                 stopping = stop.agreed(bool(received))
@@ -182,31 +178,29 @@ class Training:
         if self._graphed is not None:
             loss, video = self._graphed(self.source.batch(rows[0]), with_video)
         else:
-            loss, video = self._eager(self._batches(rows), with_video)
+            loss, video = self.update(self._batches(rows), with_video)
         self.step += 1
         self.position += 1
         if self.position == self.steps_per_epoch:
+            self.check_finite()  # once an epoch: its end would change what is frozen
             self.latents.end_epoch()
             self.epoch, self.position = self.epoch + 1, 0
         return loss, video, rows[-1]
 
-    def step_on(self, clips: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """One update from these clips [B, 3, T, H, W], uint8 or in the target's range, of the latents `rows`."""
-        at = torch.arange(len(clips), device=clips.device)
-        loss, video = self._eager([Batch(clips, at, rows)], True)
-        assert video is not None
-        return loss, video
-
-    def _eager(self, batches: Any, with_video: bool) -> tuple[Tensor, Tensor | None]:
-        return glo_step(
+    def update(self, batches: Iterable[Batch], with_video: bool) -> tuple[Tensor, Tensor | None]:
+        """One update from these batches, see `glo_step`; nothing of it stays if the loss is not finite."""
+        loss, video = glo_step(
             self.logits,
             self.latents,
             self.optimizer,
             self.guard,
             batches,
             self.options,
+            self.features,
             with_video=with_video,
         )
+        self.statistics.settle(self.guard.frozen)
+        return loss, video
 
     def _rows_of_step(self, epoch: int, position: int) -> list[np.ndarray]:
         """The rows of each batch of a step, numbered as in this process's share."""
@@ -237,87 +231,72 @@ class Training:
         self.latents.begin_epoch(self.options.lr_latents * factor, forget=forget)
         self.generator.train()
 
+    @property
+    def learned(self) -> Learned:
+        """What the steps change."""
+        return Learned(self.generator, self.latents, self.optimizer)
+
     def save(self, *, finished: bool = False) -> None:
-        """Write a checkpoint of this step, unless a non-finite loss has frozen the training."""
-        if bool(self.guard.frozen):
-            raise self._diverged()
-        parts = {
-            "generator": self.generator.state_dict(),
-            "latents": gathered_latents(self.latents, self.ranks, len(self.clips)),
-            "optimizer": self.optimizer.tensors(),
-        }
-        state = {
-            "epoch": self.epoch,
-            "position": self.position,
-            "processes": self.ranks.size,
-            "seconds": round(self.seconds, 3),
-            "finished": finished,
-            "ids": list(self.clips.ids),
-        }
-        if self.ranks.rank == 0:
-            self.run.save_checkpoint(self.step, parts, state)
-        self.ranks.wait()  # no process leaves, and no launcher ends the job, before the checkpoint is whole
+        """Write a checkpoint of this step. Raises as `check_finite`."""
+        self.check_finite()
+        self.checkpoints.save(self.learned, Place(self.step, self.epoch, self.position), finished=finished)
+
+    def check_finite(self) -> None:
+        """Raise `VglannError` once a loss was not finite, naming step and clips.
+
+        Nothing counts since; the state before that step is saved first, unless it is no better itself: an update
+        may spoil the parameters and only the next loss shows it. All processes call this together.
+        """
+        if not bool(self.guard.frozen):
+            return
+        rows = self.guard.rows.tolist() if bool(self.guard.mine) else []
+        clips = ", ".join(self.ranks.gather_words([self.latents.ids[row] for row in rows]))
+        self.position -= self.step - int(
+            self.guard.step
+        )  # an epoch's end comes here, so the epoch is the same
+        self.step = int(self.guard.step)
+        good = self.ranks.mean(float(self.learned.is_finite())) == 1.0
+        if good:
+            self.checkpoints.save(self.learned, Place(self.step, self.epoch, self.position))
+            left = f"The state before it is saved as step {self.step}"
+        else:
+            left = "The step before it had spoiled the parameters, so the checkpoints are as they were"
+        raise VglannError(
+            f"the loss was not finite at step {self.step + 1}, on clips {clips}; nothing was updated since. {left}; "
+            f"go on with --resume {self.run.path} and a lower --lr-generator, or without these clips"
+        )
 
     def resume(self, on_mismatch: OnMismatch = "error") -> None:
         """Continue from the newest checkpoint of the run, or from the start if it was stopped before its first.
 
         on_mismatch: what to do if the clips are others, see `identity.py`. Raises `VglannError` for "error".
         """
-        if not self.run.has_checkpoint():
-            return
-        self.restore(on_mismatch)
+        if self.run.has_checkpoint():
+            self.restore(on_mismatch)
         self.ranks.wait()  # every process has read the run before process 0 goes on to change it
         if self.ranks.rank == 0:
-            self.run.drop_metrics("glo", after_step=self.step)
+            self.run.retain(self.step, self.checkpoints.keep)
+        self.journal.go_back(self.step)
 
     def restore(self, on_mismatch: OnMismatch = "error") -> None:
         """Take over the newest checkpoint; the run is only read. Raises as `resume`."""
-        state, parts = self.run.load_checkpoint()
-        self.generator.load_state_dict(parts["generator"])
-        self.latents.lr.copy_(parts["latents"].pop("lr"))
-        changes = check_clips(state["ids"], self.clips.ids, on_mismatch)
-        if changes and state["finished"]:
-            raise VglannError(f"{self.run.path} is finished; there is nothing left to train on other clips")
-        if changes:
-            self.run.warnings.append(changes)
-            state["processes"] = 0  # the pass that is not whole begins again, with the clips of now
-        self.latents.load(
-            matched_latents(parts["latents"], state["ids"], self.latents, on_mismatch if changes else "keep")
-        )
-        self.optimizer.load(parts["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.epoch, self.position = place_in_run(state, self.ranks.size)
-        if self.position != state["position"]:
+        place, cut_short = self.checkpoints.restore(self.learned, on_mismatch)
+        self.step, self.epoch, self.position = place.step, place.epoch, place.position
+        if cut_short:
             self.latents.end_epoch()  # the pass that was cut short ends here; it begins again
+        if self.position:  # within a pass; the rates may have been given anew with --resume
+            factor = learning_rate_factor(self.options, self.epoch)
+            self.optimizer.begin_epoch(self.options.lr_generator * factor, forget=False)
+            self.latents.change_rate(self.options.lr_latents * factor)
+        self.statistics.keep()
         self.guard.step.fill_(self.step)
         self.generator.train()
 
-    def _log(self, loss: Tensor, video: Tensor | None, rows: np.ndarray) -> dict[str, Any]:
-        if bool(self.guard.frozen):
-            raise self._diverged()
+    def _log(self, loss: Tensor, video: Tensor | None, rows: np.ndarray) -> None:
+        self.check_finite()
         assert video is not None
-        real = torch.from_numpy(self.clips.read(self.own.numpy()[rows])).to(self.device)
-        quality = psnr(to_uint8(video, self.options.target_limits), real).mean().item()
-        row = {
-            "stage": "glo",
-            "step": self.step,
-            "epoch": self.epoch + self.position / self.steps_per_epoch,
-            "loss": loss.item(),
-            "psnr": self.ranks.mean(quality),
-            "lr_generator": self.optimizer.lr.item(),
-            "seconds": round(self.seconds, 3),
-        }
-        if self.ranks.rank == 0:
-            self.run.log(row)
-        return row
-
-    def _diverged(self) -> VglannError:
-        rows = self.guard.rows.tolist() if bool(self.guard.mine) else []
-        clips = ", ".join(self.ranks.gather_words([self.latents.ids[row] for row in rows]))
-        return VglannError(
-            f"the loss was not finite at step {self.guard.step.item() + 1}, on clips {clips}; nothing was updated "
-            "since. The checkpoint before it is whole; lower --lr-generator or leave these clips out"
-        )
+        epoch = self.epoch + self.position / self.steps_per_epoch
+        self.journal.write(self.step, epoch, loss, video, rows, self.optimizer.lr.item())
 
     def out_of_memory(self) -> VglannError:
         """What to tell a user whose device is full."""
@@ -352,6 +331,7 @@ def train(
     device: torch.device | str = "cpu",
     log_every: int = 10,
     checkpoint_every: int = 10,
+    keep_checkpoints: int = KEEP,
     resume: bool = False,
     on_mismatch: OnMismatch = "error",
     tensorboard: bool = False,
@@ -359,8 +339,11 @@ def train(
 ) -> Training:
     """Train the run's options on `clips`, from the start or, with `resume`, from its newest checkpoint.
 
-    A new run is begun only when nothing speaks against training. Raises as `Training` and `Training.loop`; with
-    `resume` also when the clips are not those the run began with; and when the device's memory is full.
+    A new run is begun only when nothing speaks against training. No other process may write to the run meanwhile.
+    With `resume`, options or a clip folder that differ from those on disk are recorded in options.json.
+
+    Raises as `Training` and `Training.loop`; with `resume` also when the clips are not those the run began with;
+    when another process writes to the run; and when the device's memory is full.
     """
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     try:
@@ -370,15 +353,18 @@ def train(
             "out of memory before the first step: the generator, the latents and the clips do not fit; try "
             f"--data pinned, --width {max(1, options.width // 2)} or another device"
         ) from error
+    training.checkpoints.keep = keep_checkpoints
+    first = training.ranks.rank == 0
     try:
         self_test(training.generator, training.precision, training.device)
-        if resume:
-            training.resume(on_mismatch)
-        elif training.ranks.rank == 0:
-            run.begin()
-        if tensorboard and training.ranks.rank == 0:
-            run.start_tensorboard()
-        training.loop(log_every=log_every, checkpoint_every=checkpoint_every)
+        with deterministic_or_named(), run.locked() if first else nullcontext():
+            if resume:
+                training.resume(on_mismatch)
+            if first:
+                run.resumed(training.step) if resume else run.begin()
+            if tensorboard and first:
+                run.start_tensorboard()
+            training.loop(log_every=log_every, checkpoint_every=checkpoint_every)
     except torch.OutOfMemoryError as error:
         raise training.out_of_memory() from error
     finally:

@@ -1,0 +1,99 @@
+"""`vglann replay RUN`: what was made once comes out again, bit for bit, and what did not is named."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import moving_squares, write_clip_folder
+
+from vglann_fast.cli import main
+from vglann_fast.run_dir import RunDir, sha256
+
+TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run that was stopped, resumed with another rate, mapped twice and sampled; and its clips."""
+    folder = tmp_path_factory.mktemp("made")
+    clips = write_clip_folder(folder / "clips", moving_squares(6))
+    run, cpu = str(folder / "run"), ["--device", "cpu"]
+    assert main(["train", str(clips), "--out", run, *TINY, "--epochs", "4", "--seed", "3", *cpu]) == 0
+    stop_at(RunDir.open(run), 7)
+    for command in (
+        ["train", "--resume", run, "--lr-latents", "0.002"],
+        ["map", run, "--epochs", "1"],
+        ["map", run, "--epochs", "2", "--seed", "5"],
+        ["sample", run, "-n", "3", "--seed", "7"],
+        ["interpolate", run, "--steps", "2"],
+    ):
+        assert main([*command, *cpu]) == 0, command
+    return folder
+
+
+def stop_at(run, step):
+    """As if the finished training had been stopped there."""
+    import shutil
+
+    from vglann_fast.clips.dataset import ClipSet
+    from vglann_fast.config import TrainOptions, options_from_json
+    from vglann_fast.glo.train import Training
+
+    shutil.rmtree(run.path / "checkpoints")
+    options = options_from_json(TrainOptions, run.options["train"])
+    training = Training(ClipSet.open(run.options["clips"]), options, run, seed=run.options["seed"])
+    training.loop(max_steps=step)
+
+
+def verdicts(capsys):
+    return dict(reversed(line.split(" ", 1)) for line in capsys.readouterr().out.splitlines())
+
+
+def test_everything_comes_out_the_same(made, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["replay", str(made / "run"), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    parts = [f"checkpoint 12, {part}" for part in ("generator", "latents", "optimizer")]
+    artefacts = ["checkpoint 12", *parts, "metrics", "mapping/imle", "media/samples", "media/nearest"]
+    assert verdicts(capsys) == dict.fromkeys([*artefacts, "media/interpolation"], "SAME")
+    assert RunDir.open(tmp_path / "again").load_checkpoint()[0]["step"] == 12
+
+
+def test_what_was_changed_is_named(made, tmp_path, capsys):
+    """A latent, a metric and a video, and a picture that nobody recorded."""
+    import shutil
+
+    run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
+    checkpoint = run.path / "checkpoints" / "step-00000012"
+    tensors = load_file(checkpoint / "latents.safetensors")
+    tensors["rows"][1, 2] += 1e-6
+    save_file(tensors, checkpoint / "latents.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["sha256"]["latents.safetensors"] = sha256(checkpoint / "latents.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (run.path / "media" / "interpolation" / "video.npy").write_bytes(b"")
+    (run.path / "media" / "reconstruction").mkdir()
+    text = (run.path / "metrics.jsonl").read_text()
+    (run.path / "metrics.jsonl").write_text(text.replace('"psnr": ', '"psnr": 1'))
+    capsys.readouterr()
+    assert main(["replay", str(run.path), "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert "SAME checkpoint 12, generator" in printed
+    assert any(line.startswith("DIFF checkpoint 12, latents: 1 of 6 tensors, by up to 1") for line in printed)
+    assert any(line.startswith("DIFF metrics: ") for line in printed)
+    assert "DIFF media/interpolation: 1 of" in "\n".join(printed)
+    assert "SKIP media/reconstruction: no record of the command that made it" in printed
+
+
+def test_moved_clips_have_to_be_given(made, tmp_path, capsys):
+    import shutil
+
+    run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
+    shutil.rmtree(run.path / "media")
+    run.options["clips"] = str(tmp_path / "gone")
+    (run.path / "options.json").write_text(json.dumps(run.options))
+    assert main(["replay", str(run.path), "--device", "cpu"]) == 2
+    assert "are not in" in capsys.readouterr().err
+    assert main(["replay", str(run.path), "--clips", str(made / "clips"), "--device", "cpu"]) == 0
+    other = write_clip_folder(tmp_path / "other", moving_squares(5))
+    assert main(["replay", str(run.path), "--clips", str(other), "--device", "cpu"]) == 2
+    assert "the clip set changed" in capsys.readouterr().err

@@ -1,0 +1,11 @@
+"""Nothing grows with the number of steps. `python tests/soak.py` takes 100,000 of them."""
+
+from soak import soak
+
+
+def test_many_steps_leave_nothing_behind(tmp_path):
+    grown = soak(120, tmp_path, warm_up=60)
+    assert grown["files"] == 0
+    assert grown["checkpoints"] == 0
+    assert grown["bytes"] < 4e6  # a leak of one video a step would be 20 MB
+    assert grown["bytes_per_line"] < 1.2

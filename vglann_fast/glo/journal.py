@@ -1,0 +1,77 @@
+"""What a training says while it runs: lines in metrics.jsonl now and then, and its progress on the terminal."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.distributed import Ranks
+from vglann_fast.glo.losses import psnr, to_uint8
+from vglann_fast.progress import Progress
+from vglann_fast.run_dir import RunDir
+
+
+class Journal:
+    """The figures of a training as it goes. Only process 0 writes and shows them, but they are of all processes.
+
+    Args:
+        run: to whose metrics.jsonl lines are added.
+        clips, own: the clips, and the rows of them that belong to this process.
+        limits: values of a video that are black and white.
+    """
+
+    def __init__(
+        self, run: RunDir, ranks: Ranks, clips: ClipSet, own: np.ndarray, limits: tuple[float, float]
+    ) -> None:
+        self.run, self.ranks, self.clips, self.own, self.limits = run, ranks, clips, own, limits
+        self.seconds = 0.0  # of training up to the last line, over all resumes
+        self._progress: Progress | None = None
+        self._started = time.monotonic()
+
+    @contextmanager
+    def opened(self, done: int, last: int) -> Iterator[None]:
+        """While steps are taken: `done` are, `last` is the final one. The clock runs."""
+        shown = Progress("glo", last, "step", done) if self.ranks.rank == 0 else nullcontext()
+        self._started = time.monotonic() - self.seconds
+        with shown as self._progress:
+            yield
+        self._progress = None
+
+    def advance(self) -> None:
+        """One more step is taken."""
+        if self._progress is not None:
+            self._progress.advance()
+
+    def write(
+        self, step: int, epoch: float, loss: Tensor, video: Tensor, rows: np.ndarray, lr: float
+    ) -> None:
+        """Add a line about `step`; waits for the device.
+
+        Args:
+            epoch: passes over the clips, the one that is not whole as a fraction.
+            loss: [].
+            video: [B, 3, T, H, W] of the last batch, made from the clips `rows` [B] of this process's share.
+            lr: of the generator.
+        """
+        real = torch.from_numpy(self.clips.read(self.own[rows])).to(video.device)
+        quality = self.ranks.mean(psnr(to_uint8(video, self.limits), real).mean().item())
+        figures = {"loss": loss.item(), "psnr": quality}
+        self.seconds = time.monotonic() - self._started
+        if self.ranks.rank > 0:
+            return
+        row = {"stage": "glo", "step": step, "epoch": epoch, **figures, "lr_generator": lr}
+        self.run.log({**row, "seconds": round(self.seconds, 3)})
+        if self._progress is not None:
+            self._progress.show(**figures)
+
+    def go_back(self, step: int) -> None:
+        """Forget lines beyond `step`, which will be taken again; the clock goes on from the line before."""
+        if self.ranks.rank > 0:
+            return
+        self.run.drop_metrics("glo", after_step=step)
+        seconds = [row.get("seconds") for row in self.run.metrics("glo")[-1:]]
+        self.seconds = float(seconds[0]) if seconds and isinstance(seconds[0], int | float) else 0.0

@@ -1,0 +1,243 @@
+"""`vglann replay RUN`: the run made once more from what it recorded of itself, and compared with it bit by bit.
+
+Repeated are the training, from options.json and what resumes changed there, up to the newest checkpoint; then, of
+the commands in history.jsonl, the last that made each of the mappings and videos which are there. On the machine and
+with the versions it was made with everything should match, on a GPU if the run was --deterministic.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vglann_fast.errors import VglannError
+from vglann_fast.run_dir import RunDir, environment, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("vglann_fast")
+
+# What is made by each verb that can be repeated, under the run; a mapping has its kind as a further folder.
+MADE = {
+    "map": ("mapping",),
+    "reconstruct": ("media/reconstruction",),
+    "sample": ("media/samples", "media/nearest"),
+    "interpolate": ("media/interpolation",),
+}
+CLOCKS = ("seconds", "seconds_per_epoch")  # what two equal runs do not share
+Again = Callable[[str, Mapping[str, Any], Path], None]  # (verb, its options, run) -> nothing, having run it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an artefact came out the same; None where it could not be made once more. `detail` says why not."""
+
+    artefact: str
+    same: bool | None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        word = {True: "SAME", False: "DIFF", None: "SKIP"}[self.same]
+        return f"{word} {self.artefact}" + (f": {self.detail}" if self.detail else "")
+
+
+def replay(
+    path: str | Path,
+    again: Again,
+    *,
+    out: str | Path | None = None,
+    clips: str | Path | None = None,
+    device: Any = "cpu",
+) -> list[Verdict]:
+    """Make the run at `path` once more and compare.
+
+    Args:
+        again: runs a verb on a run.
+        out: folder for the second run, which stays; without it there is a temporary one.
+        clips: where the run's clips are now, if they were moved.
+
+    Raises `VglannError` when the clips are gone or others, when several processes trained the run, and as training.
+    """
+    run = RunDir.open(path)
+    if clips is not None:
+        run.options["clips"] = str(Path(clips).absolute())
+    with _folder(out) as folder, _as_it_was(run):
+        second = _train_again(run, folder, device)
+        verdicts = list(_compare_training(run, second))
+        for artefacts, line, reason in _later_commands(run):
+            if line is None:
+                verdicts += [Verdict(name, None, reason) for name in artefacts]
+                continue
+            again(line["verb"], line["options"], second.path)
+            verdicts += [_compare_folders(name, run.path / name, second.path / name) for name in artefacts]
+    return verdicts
+
+
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="vglann-replay-") as folder:
+        yield Path(folder) / "run"
+
+
+@contextmanager
+def _as_it_was(run: RunDir) -> Iterator[None]:
+    """Threads and kernels as when the run was made; what else has changed is said."""
+    import torch
+    from vglann_kernels.impl import using_impl
+
+    file = run.path / "environment.json"
+    then, now = read_json(file) if file.is_file() else {}, environment()
+    for name in ("vglann-fast", "torch", "gpu", "cuda"):
+        if name in then and then[name] != now[name]:
+            log.warning("%s was %s and is %s now: digits may differ", name, then[name], now[name])
+    threads = torch.get_num_threads()
+    if isinstance(then.get("cpu_threads"), int) and then["cpu_threads"] > 0:
+        torch.set_num_threads(then["cpu_threads"])
+    try:
+        with using_impl(then.get("kernels")):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
+    from vglann_fast.config import TrainOptions, options_from_json
+    from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
+    from vglann_fast.glo.train import Training
+
+    state, _ = run.load_checkpoint()
+    stretches = list(_stretches(run.options, state["step"]))
+    original = {name: value for name, value in run.options.items() if name not in ("resumed", "train")}
+    second = RunDir.new(folder, {**original, "train": stretches[0][1]}).begin()
+    if not has_clips(run):  # imported: there was no training
+        shutil.copytree(run.path / "checkpoints", folder / "checkpoints")
+        return second
+    if state["processes"] != 1:
+        raise VglannError(f"{run.path} was trained by {state['processes']} processes; a replay is one")
+    clips = open_clips(run, verify=True)
+    check_same_clips(state["ids"], clips.ids)
+    every = min([row["step"] for row in run.metrics("glo")], default=10)
+    for until, train in stretches:
+        options: TrainOptions = options_from_json(TrainOptions, train)
+        training = Training(clips, options, second, seed=run.options["seed"], device=device)
+        training.resume()
+        training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)
+        training.source.close()
+    return second
+
+
+def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step up to which, options) of each part of the training, between resumes that changed something."""
+    resumes = options.get("resumed", [])
+    train, before = dict(options["train"]), []
+    for entry in reversed(resumes):
+        before.append(dict(train))
+        for name, (old, _) in entry["changed"].items():
+            train.pop(name, None)
+            if name != "clips" and old is not None:
+                train[name] = old
+    ends = [min(entry["step"], last) for entry in resumes] + [last]
+    yield from zip(ends, [train, *reversed(before)], strict=True)
+
+
+def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | None, str]]:
+    """(artefacts, the line of history.jsonl that made them, why there is none) in the order to make them."""
+    lines: dict[str, dict[str, Any]] = {}
+    for line in run.history():
+        for place in MADE.get(line["verb"], ()):
+            kind = f"/{line['options'].get('kind')}" if line["verb"] == "map" else ""
+            lines[place + kind] = line
+    step = run.load_checkpoint()[0]["step"]
+    for place in [p for places in MADE.values() for p in places[:1]]:
+        folder = run.path / place
+        for name in (
+            [f"{place}/{kind.name}" for kind in sorted(folder.glob("*/"))] if place == "mapping" else [place]
+        ):
+            if not (run.path / name).is_dir():
+                continue
+            names = [name, *(p for places in MADE.values() if name == places[0] for p in places[1:])]
+            names = [n for n in names if (run.path / n).is_dir()]
+            made_at = _step_of(run.path / name)
+            if made_at not in (None, step):
+                yield names, None, f"made at step {made_at}, the run is at step {step} now"
+            elif name not in lines:
+                yield names, None, "no record of the command that made it"
+            else:
+                yield names, lines[name], ""
+
+
+def _step_of(folder: Path) -> Any:
+    """The step of the run that an artefact was made at, where it says."""
+    for file in sorted(folder.glob("*.json")):
+        record = read_json(file)
+        if isinstance(record, dict) and "step" in record:
+            return record["step"]
+    return None
+
+
+def _compare_training(run: RunDir, second: RunDir) -> Iterator[Verdict]:
+    (state, parts), (other_state, other_parts) = run.load_checkpoint(), second.load_checkpoint()
+    where = f"checkpoint {state['step']}"
+    yield Verdict(where, (state["step"], state["ids"]) == (other_state["step"], other_state["ids"]))
+    for part, tensors in parts.items():
+        detail = _differences(tensors, other_parts.get(part, {}))
+        yield Verdict(f"{where}, {part}", not detail, detail)
+    if run.options["clips"] is not None:
+        ours, theirs = ({row["step"]: _timeless(row) for row in r.metrics("glo")} for r in (run, second))
+        steps = sorted(ours.keys() & theirs.keys())
+        wrong = [step for step in steps if ours[step] != theirs[step]]
+        detail = f"{len(wrong)} of {len(steps)} lines, the first at step {wrong[0]}" if wrong else ""
+        yield Verdict("metrics", not wrong, detail)
+
+
+def _differences(ours: Mapping[str, "Tensor"], theirs: Mapping[str, "Tensor"]) -> str:
+    """How the tensors differ, in words; empty when every bit is the same."""
+    if ours.keys() != theirs.keys():
+        return f"other tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:3])}"
+    wrong = [n for n, t in ours.items() if t.numpy().tobytes() != theirs[n].numpy().tobytes()]
+    if not wrong:
+        return ""
+    gaps = [
+        (ours[n].double() - theirs[n].double()).abs().max().item()
+        for n in wrong
+        if ours[n].shape == theirs[n].shape
+    ]
+    return f"{len(wrong)} of {len(ours)} tensors, by up to {max(gaps, default=float('nan')):.3g}: {wrong[0]}, ..."
+
+
+def _compare_folders(name: str, ours: Path, theirs: Path) -> Verdict:
+    """File by file; JSON without its clocks."""
+    files = sorted(file.relative_to(ours) for file in ours.rglob("*") if file.is_file())
+    wrong = [str(file) for file in files if not _same_file(ours / file, theirs / file)]
+    return Verdict(
+        name, not wrong, f"{len(wrong)} of {len(files)} files: {', '.join(wrong[:4])}" if wrong else ""
+    )
+
+
+def _same_file(ours: Path, theirs: Path) -> bool:
+    if not theirs.is_file():
+        return False
+    one, other = ours.read_bytes(), theirs.read_bytes()
+    if one == other or ours.suffix != ".json":
+        return one == other
+    return bool(_timeless(json.loads(one)) == _timeless(json.loads(other)))
+
+
+def _timeless(value: Any) -> Any:
+    """The value without its clocks, at any depth; as text, in which NaN equals NaN."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without(inner) for name, inner in value.items() if name not in CLOCKS}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return json.dumps(without(value), sort_keys=True)
