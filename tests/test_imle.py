@@ -10,7 +10,7 @@ from golden_data import golden, normal, relative_l2, seeded_state
 
 from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping import imle
+from vglann_fast.mapping import base
 from vglann_fast.mapping.imle import IMLE
 
 # ours -> the author's
@@ -18,7 +18,7 @@ LAYERS = {"linear1": "lin1", "norm1": "bn1", "linear2": "lin2", "norm2": "bn2", 
 
 
 def seeded_mapping(gain):
-    mapping = IMLE(100, PRESETS["paper"].map, dtype=torch.float64)
+    mapping = IMLE(100, PRESETS["paper"].map["imle"], dtype=torch.float64)
     state = {}
     for name, value in mapping.network.state_dict().items():
         layer, kind = name.split(".")
@@ -47,7 +47,7 @@ def test_network_matches_the_author(mode):
 
 def test_epochs_match_the_author(monkeypatch):
     expected = golden("icp_train")
-    monkeypatch.setattr(imle, "HALVING_EPOCHS", 2)  # as in the recording
+    monkeypatch.setattr(base, "HALVING_EPOCHS", 2)  # as in the recording
     mapping = seeded_mapping(0.15)
     latents = expected["z"].double()
     for epoch in range(3):
@@ -85,7 +85,9 @@ def clustered_latents():
 @pytest.fixture(scope="module", params=["paper", "modern"])
 def fitted(request):
     latents, centres = clustered_latents()
-    options = replace(PRESETS[request.param].map, noise_dim=4, hidden=32, epochs=80, batch_size=20, lr=5e-3)
+    options = replace(
+        PRESETS[request.param].map["imle"], noise_dim=4, hidden=32, epochs=80, batch_size=20, lr=5e-3
+    )
     mapping = IMLE(8, options)
     rows = []
     mapping.fit(latents, torch.Generator().manual_seed(1), rows.append)
@@ -120,13 +122,13 @@ def test_save_and_load(fitted, tmp_path):
 
 
 def test_normalised_mapping_stays_on_the_sphere():
-    mapping = IMLE(8, replace(PRESETS["modern"].map, noise_dim=4, hidden=32))
+    mapping = IMLE(8, replace(PRESETS["modern"].map["imle"], noise_dim=4, hidden=32))
     samples = mapping.sample(50, torch.Generator().manual_seed(0))
     assert torch.allclose(samples.norm(dim=1), torch.ones(50))
 
 
 def test_bad_latents():
-    mapping = IMLE(4, PRESETS["modern"].map)
+    mapping = IMLE(4, PRESETS["modern"].map["imle"])
     with pytest.raises(VglannError, match="NaN"):
         mapping.fit(torch.full((5, 4), float("nan")), torch.Generator())
     for shape in ((1, 4), (5, 3), (5,)):
@@ -137,7 +139,7 @@ def test_bad_latents():
 def test_bad_folders(tmp_path):
     with pytest.raises(VglannError, match="run `vglann map` again"):
         IMLE.load(tmp_path, torch.device("cpu"))
-    IMLE(4, PRESETS["modern"].map).save(tmp_path)
+    IMLE(4, PRESETS["modern"].map["imle"]).save(tmp_path)
     record = json.loads((tmp_path / "mapping.json").read_text())
     (tmp_path / "mapping.json").write_text(json.dumps({**record, "kind": "gmm"}))
     with pytest.raises(VglannError, match="not a mapping of this kind"):

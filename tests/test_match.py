@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from golden_data import golden
 
-from vglann_fast.config import PRESETS, MapOptions
+from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping.match import match, match_kept, rejected
 from vglann_fast.mapping.regression import Regression
+from vglann_fast.mapping_options import ImleOptions
 
 
 @pytest.mark.parametrize("epsilon", ["0.65", "0.75", "0.85"])
@@ -62,16 +63,16 @@ def test_a_rejection_that_leaves_nothing():
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_bad_options(value):
     with pytest.raises(VglannError, match="--reject-quantile: expected 0 to below 1"):
-        MapOptions(reject_quantile=value)
+        ImleOptions(reject_quantile=value)
     with pytest.raises(VglannError, match="--rematch: expected above 0 to 1"):
-        MapOptions(rematch=value * 2)
+        ImleOptions(rematch=value * 2)
 
 
 def fitted(**changes):
     """(mapping, rows of its log) on 200 unit latents in 8 dimensions."""
     latents = F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     options = replace(
-        PRESETS["modern"].map, noise_dim=4, hidden=32, epochs=6, batch_size=20, lr=5e-3, **changes
+        PRESETS["modern"].map["imle"], noise_dim=4, hidden=32, epochs=6, batch_size=20, lr=5e-3, **changes
     )
     mapping = IMLE(8, options)
     rows = []

@@ -10,6 +10,7 @@ import vglann_kernels.laplacian.reference as laplacian_reference
 from golden_data import author_generator_state, golden, normal, normal64, relative_l2, uniform
 
 from vglann_fast.config import PRESETS
+from vglann_fast.glo.data import Batch
 from vglann_fast.glo.train import Training
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.run_dir import RunDir
@@ -52,7 +53,8 @@ def author_run(tmp_path_factory):
         for epoch in range(3):
             training.begin_epoch(epoch)
             for rows in expected[f"ep{epoch}.perm"].split(2):
-                losses.append(training.step_on(videos[rows], rows)[0])
+                batch = Batch(videos[rows], torch.arange(len(rows)), rows)
+                losses.append(training.update([batch], False)[0])
             training.latents.end_epoch()
             latents.append(training.latents.rows.clone())
     return training, torch.stack(losses), latents, expected

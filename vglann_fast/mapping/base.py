@@ -1,33 +1,160 @@
-"""What every mapping from noise to latents can do."""
+"""What every mapping from noise to latents can do, and how it is stored.
 
+A mapping of a run lies in mapping/<kind>/:
+
+    mapping.safetensors   its tensors by name
+    mapping.json          {"format": "vglann-mapping", "version": 1, "kind", "latent_dim", "options": {...},
+                          "epochs": [row, ...], "gap": record or null}
+
+A row says how one epoch went. "gap", missing in older files, says how near the mapping comes to the latents it was
+fitted to and to those set aside; see `vglann_fast.mapping.gap`.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from vglann_fast.config import options_from_json, options_to_json
+from vglann_fast.errors import VglannError
+from vglann_fast.mapping_options import MapOptions
+from vglann_fast.run_dir import save_tensors
+
+MAPPING_FORMAT = ("vglann-mapping", 1)
+HALVING_EPOCHS = 50
+
 Log = Callable[[dict[str, Any]], None]
+Options = TypeVar("Options", bound=MapOptions)
 
 
-class Mapping(Protocol):
+class Mapping(ABC, Generic[Options]):
     """A sampler of latents, fitted to the latents of a trained generator.
 
-    A mapping is stored as `mapping.safetensors` (its tensors) and `mapping.json`:
-    {"format": "vglann-mapping", "version": 1, "kind", "latent_dim", "options": {...}, "epochs": [row, ...]}.
+    Args:
+        latent_dim: length of a latent.
+        options: of this kind.
+        device, dtype: where and in what it computes.
+        seed: of the first parameters, where there are such.
     """
 
-    kind: str
+    kind: ClassVar[str]
+    options_class: ClassVar[type[MapOptions]]
 
-    def fit(self, latents: Tensor, generator: torch.Generator, log: Log | None = None) -> None:
-        """Fit to latents [N, d]; `log` receives one row per epoch. Raises `VglannError` for NaN or too few."""
+    def __init__(
+        self,
+        latent_dim: int,
+        options: Options,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.latent_dim = latent_dim
+        self.options = options
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.seed = seed
+        self.epochs: list[dict[str, Any]] = []
+        self.gap: dict[str, Any] | None = None
 
+    @property
+    def most_epochs(self) -> int:
+        """The most rows that `fit` logs."""
+        return getattr(self.options, "epochs", 1)
+
+    @abstractmethod
+    def fit(
+        self,
+        latents: Tensor,
+        generator: torch.Generator,
+        log: Log | None = None,
+        held_out: Tensor | None = None,
+    ) -> None:
+        """Fit to latents [N, d], on the mapping's device.
+
+        `generator` lives there too. `log` receives one row per epoch, {"epoch": from 0, "loss", ...}. `held_out`
+        [n, d] are latents to choose by, not to fit. Raises `VglannError` for NaN or too few.
+        """
+
+    @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n new latents [n, d], all randomness from `generator`, which lives on the mapping's device."""
 
+    def log_density(self, latents: Tensor) -> Tensor | None:
+        """Log of the density of the directions of samples at the directions of latents [n, d]: [n], in nats above
+        that of directions drawn uniformly. None for a kind that has no density.
+
+        Directions, since a generator divides a latent by its norm.
+        """
+        return None
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored, by name."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `tensors` gave. Raises `KeyError`, `ValueError` or `RuntimeError` for other tensors."""
+
     def save(self, folder: Path) -> None:
         """Write mapping.safetensors and mapping.json into `folder`."""
+        save_tensors(self.tensors(), folder / "mapping.safetensors")
+        name, version = MAPPING_FORMAT
+        record = {
+            "format": name,
+            "version": version,
+            "kind": self.kind,
+            "latent_dim": self.latent_dim,
+            "options": options_to_json(self.options),
+            "epochs": self.epochs,
+            "gap": self.gap,
+        }
+        (folder / "mapping.json").write_text(json.dumps(record, indent=1))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Self:
         """Read what `save` wrote. Raises `VglannError` for a folder that is not such a mapping."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            record = json.loads((folder / "mapping.json").read_text())
+            if (record["format"], record["version"], record["kind"]) != (*MAPPING_FORMAT, cls.kind):
+                raise ValueError("not a mapping of this kind and version")
+            options = options_from_json(cls.options_class, record["options"])
+            mapping = cls(record["latent_dim"], options, device)
+            mapping.restore(load_file(folder / "mapping.safetensors", device=str(device)))
+            mapping.epochs, mapping.gap = record["epochs"], record.get("gap")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise VglannError(
+                f"{folder}: not a mapping that can be read ({error}); run `vglann map` again"
+            ) from error
+        return mapping
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise `VglannError` unless `latents` are at least two finite rows of the right length."""
+        if latents.ndim != 2 or latents.shape[0] < 2 or latents.shape[1] != self.latent_dim:
+            raise VglannError(
+                f"latents: expected at least 2 rows of {self.latent_dim}, got {list(latents.shape)}"
+            )
+        if not torch.isfinite(latents).all():
+            raise VglannError(
+                "latents: some are NaN or infinite; the training diverged, go back to a checkpoint"
+            )
+
+    def note(self, row: dict[str, Any], log: Log | None) -> None:
+        """Keep the row of an epoch, and hand it to `log`."""
+        self.epochs.append(row)
+        if log is not None:
+            log(row)
+
+
+def learning_rate_factor(schedule: str, epoch: int, epochs: int) -> float:
+    """What the starting rate is multiplied by in `epoch` of `epochs`, counted from 0."""
+    if schedule == "halving":
+        return 0.5 ** (epoch // HALVING_EPOCHS)
+    return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))

@@ -4,18 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vglann_fast.atomic import atomic_dir
-from vglann_fast.config import MapOptions
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.train import load_trained
 from vglann_fast.mapping.base import Mapping
+from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
+from vglann_fast.mapping.gap import measure_gap
+from vglann_fast.mapping.gaussian import Gaussian
+from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
+from vglann_fast.mapping.vae import VAE
+from vglann_fast.mapping_options import MapOptions
 from vglann_fast.progress import Progress
 from vglann_fast.run_dir import RunDir
 
-KINDS = {"imle": IMLE}
+KINDS: dict[str, type[Mapping]] = {
+    kind.kind: kind for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow)
+}
 
 
 def fit_mapping(
@@ -29,43 +37,71 @@ def fit_mapping(
 ) -> Path:
     """Fit the mapping `kind` to the latents of a run and store it under mapping/<kind>/; returns that folder.
 
-    With several `ranks` each searches its share of the noise, all take the same steps, and the first one writes.
-    An earlier mapping of that kind, and its lines in metrics.jsonl, are replaced. Raises `VglannError` for an
-    unknown kind, a folder that is no run, or latents that are not finite.
+    `options.held_out` of the latents are set aside, and how near the mapping comes to these and to the others is
+    measured. With several `ranks` each searches its share of imle's noise, all take the same steps, and the first
+    one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in metrics.jsonl, are
+    replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that are not finite.
     """
     run = RunDir.open(run_path)
+    if ranks is not None and ranks.size > 1 and kind != IMLE.kind:
+        raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
     latents = load_trained(run, device).latents
     mapping = _mapping_class(kind)(latents.shape[1], options, device, seed=seed)
+    mapping.check_latents(latents)
+    fitted, held_out = set_aside(latents, options.held_out, seed)
     generator = torch.Generator(device).manual_seed(seed)
     destination = run.path / "mapping" / kind
     if ranks is not None and ranks.rank > 0:
-        mapping.fit(latents, generator)
+        mapping.fit(fitted, generator, held_out=held_out)
         return destination
     run.drop_metrics(kind, after_step=0)
-    with Progress(kind, options.epochs, "epoch") as progress:
+    with Progress(kind, mapping.most_epochs, "epoch") as progress:
+        rows = 0
 
         def log(row: dict[str, Any]) -> None:
-            run.log({"stage": kind, "step": row["epoch"] + 1, **row})
+            nonlocal rows
+            rows += 1
+            run.log({"stage": kind, "step": rows, **row})
             progress.advance()
-            progress.show(loss=row["loss"], match_distance=row["match_distance"], hubness=row["hubness"])
+            progress.show(**{name: value for name, value in row.items() if isinstance(value, float)})
 
-        mapping.fit(latents, generator, log)
+        mapping.fit(fitted, generator, log, held_out)
+    mapping.gap = measure_gap(mapping, fitted, held_out, torch.Generator(device).manual_seed(seed + 1))
     with atomic_dir(destination) as folder:
         mapping.save(folder)
     return destination
 
 
+def set_aside(latents: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Latents [N, d] -> those to fit [N-n, d] and `share` of them to set aside [n, d], drawn with `seed`.
+
+    At least one is set aside if any is to be, and both parts keep the order of the latents. Raises `VglannError`
+    when fewer than two would be left to fit.
+    """
+    if share == 0:
+        return latents, None
+    count = max(1, round(share * len(latents)))
+    if len(latents) - count < 2:
+        raise VglannError(
+            f"--held-out {share:g}: of {len(latents)} latents that leaves fewer than 2; lower it to 0"
+        )
+    order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))
+    aside, rest = (rows.sort().values.to(latents.device) for rows in (order[:count], order[count:]))
+    return latents[rest], latents[aside]
+
+
 def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> Mapping:
     """The mapping `kind` of a run. Raises `VglannError` when it was not fitted yet or cannot be read."""
+    mapping = _mapping_class(kind)
     folder = run.path / "mapping" / kind
     if not folder.is_dir():
         raise VglannError(
             f"{run.path} has no {kind} mapping; fit one with `vglann map {run.path} --kind {kind}`"
         )
-    return _mapping_class(kind).load(folder, torch.device(device))
+    return mapping.load(folder, torch.device(device))
 
 
-def _mapping_class(kind: str) -> type[IMLE]:
+def _mapping_class(kind: str) -> type[Mapping]:
     if kind not in KINDS:
         raise VglannError(f"--kind: expected one of {', '.join(KINDS)}, got {kind}")
     return KINDS[kind]

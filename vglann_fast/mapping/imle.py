@@ -6,34 +6,21 @@ Li and Malik, "Implicit Maximum Likelihood Estimation", 2018; on latents of a ge
 "Non-Adversarial Image Synthesis with Generative Latent Nearest Neighbors", 2019.
 """
 
-import json
-import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vglann_fast.config import MapOptions, options_from_json, options_to_json
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import Log
+from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
 from vglann_fast.mapping.match import match
 from vglann_fast.mapping.regression import Regression
-from vglann_fast.run_dir import save_tensors
+from vglann_fast.mapping_options import ImleOptions
 
-HALVING_EPOCHS = 50
 MAPPED_AT_ONCE = 1 << 16  # noise vectors of the pool; a CPU takes fewer, which stay in its cache
 MAPPED_AT_ONCE_ON_CPU = 1 << 11
-MAPPING_FORMAT = ("vglann-mapping", 1)
-
-
-def learning_rate_factor(options: MapOptions, epoch: int) -> float:
-    """What the starting rate is multiplied by in `epoch`, counted from 0."""
-    if options.schedule == "halving":
-        return 0.5 ** (epoch // HALVING_EPOCHS)
-    return 0.5 * (1.0 + math.cos(math.pi * epoch / options.epochs))
 
 
 class MappingNetwork(nn.Module):
@@ -92,33 +79,25 @@ class Matched:
     share: float = 1.0
 
 
-class IMLE:
-    """The mapping of kind "imle"; see `vglann_fast.mapping.base.Mapping` for the protocol.
-
-    Args:
-        latent_dim: length of a latent.
-        options: sizes, schedule and the choices in which `paper` and `modern` differ.
-        device, dtype: where and in what the network computes.
-        seed: of the first parameters.
-    """
+class IMLE(Mapping[ImleOptions]):
+    """The mapping of kind "imle"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
 
     kind = "imle"
+    options_class = ImleOptions
 
     def __init__(
         self,
         latent_dim: int,
-        options: MapOptions,
+        options: ImleOptions,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        self.latent_dim = latent_dim
-        self.options = options
+        super().__init__(latent_dim, options, device, dtype, seed)
         with torch.random.fork_rng(devices=[]):  # on the CPU: the same parameters on every device
             torch.manual_seed(seed)
             network = MappingNetwork(options.noise_dim, options.hidden, latent_dim)
         self.network = network.to(device, dtype)
-        self.epochs: list[dict[str, Any]] = []
         self._regression = Regression(self.network, self, options.lr, options.weight_decay)
         self._matched: Matched | None = None
 
@@ -127,22 +106,18 @@ class IMLE:
         mapped = self.network(noise)
         return F.normalize(mapped, dim=1) if self.options.normalise else mapped
 
-    def fit(self, latents: Tensor, generator: torch.Generator, log: Log | None = None) -> None:
-        """Fit to latents [N, d], N >= 2. Raises `VglannError` for non-finite latents or fewer than two."""
-        if latents.ndim != 2 or latents.shape[0] < 2 or latents.shape[1] != self.latent_dim:
-            raise VglannError(
-                f"latents: expected at least 2 rows of {self.latent_dim}, got {list(latents.shape)}"
-            )
-        if not torch.isfinite(latents).all():
-            raise VglannError(
-                "latents: some are NaN or infinite; the training diverged, go back to a checkpoint"
-            )
+    def fit(
+        self,
+        latents: Tensor,
+        generator: torch.Generator,
+        log: Log | None = None,
+        held_out: Tensor | None = None,
+    ) -> None:
+        """Fit to latents [N, d]; nothing is chosen by `held_out`."""
+        self.check_latents(latents)
         for epoch in range(self.options.epochs):
             order = torch.randperm(len(latents), generator=generator, device=latents.device)
-            row = self.train_epoch(latents, self.draw_pool(len(latents), generator), order, epoch)
-            self.epochs.append(row)
-            if log is not None:
-                log(row)
+            self.note(self.train_epoch(latents, self.draw_pool(len(latents), generator), order, epoch), log)
         self.network.eval()
 
     def draw_pool(self, n: int, generator: torch.Generator) -> list[Tensor]:
@@ -165,7 +140,7 @@ class IMLE:
         options = self.options
         if options.adam_state == "per-epoch":
             self._regression.restart()
-        self._regression.set_rate(options.lr * learning_rate_factor(options, epoch))
+        self._regression.set_rate(options.lr * learning_rate_factor(options.schedule, epoch, options.epochs))
         self.network.train()
         pool = torch.stack(blocks)  # [blocks, B, noise_dim]
         matched = self._match(latents, pool, epoch)
@@ -233,36 +208,11 @@ class IMLE:
             buffer.copy_(buffers[name])
         return samples
 
-    def save(self, folder: Path) -> None:
-        """Write mapping.safetensors and mapping.json into `folder`."""
-        save_tensors(self.network.state_dict(), folder / "mapping.safetensors")
-        name, version = MAPPING_FORMAT
-        record = {
-            "format": name,
-            "version": version,
-            "kind": self.kind,
-            "latent_dim": self.latent_dim,
-            "options": options_to_json(self.options),
-            "epochs": self.epochs,
-        }
-        (folder / "mapping.json").write_text(json.dumps(record, indent=1))
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and statistics of the network."""
+        return self.network.state_dict()
 
-    @classmethod
-    def load(cls, folder: Path, device: torch.device) -> Self:
-        """Read what `save` wrote."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            record = json.loads((folder / "mapping.json").read_text())
-            if (record["format"], record["version"], record["kind"]) != (*MAPPING_FORMAT, cls.kind):
-                raise ValueError("not a mapping of this kind and version")
-            mapping = cls(record["latent_dim"], options_from_json(MapOptions, record["options"]), device)
-            mapping.network.load_state_dict(load_file(folder / "mapping.safetensors", device=str(device)))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise VglannError(
-                f"{folder}: not a mapping that can be read ({error}); run `vglann map` again"
-            ) from error
-        mapping.epochs = record["epochs"]
-        mapping.network.eval()
-        return mapping
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take the parameters and statistics of the network."""
+        self.network.load_state_dict(tensors)
+        self.network.eval()
