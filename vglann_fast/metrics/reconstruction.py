@@ -1,19 +1,25 @@
-"""How well the generator reproduces its training clips from their latents."""
+"""How well the generator reproduces clips from latents: its training clips, and clips it has not seen."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vglann_kernels import laplacian_pyramid_loss
 
-from vglann_fast.glo.checkpoint import check_same_clips, load_trained
-from vglann_fast.glo.losses import psnr
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.checkpoint import Trained, load_trained
+from vglann_fast.glo.identity import check_same_clips
+from vglann_fast.glo.losses import psnr, to_range
 from vglann_fast.run_dir import RunDir
+from vglann_fast.samples.invert import invert
 from vglann_fast.samples.sample import Rendered, open_clips, render
 from vglann_fast.samples.write import write_videos
 
 SHOWN = 24  # clips whose videos are kept
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
 
 
 def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
@@ -26,14 +32,10 @@ def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> 
     trained, clips = load_trained(run, device), open_clips(run)
     check_same_clips(trained.ids, clips.ids)
     shown = np.unique(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int))
-    batch_size = trained.options.batch_size
     measures: list[dict[str, Tensor]] = []
     kept: list[Rendered] = []
-    for rows in np.array_split(np.arange(len(clips)), -(-len(clips) // batch_size)):
-        made = render(trained, trained.latents[torch.from_numpy(rows).to(trained.latents.device)])
-        measures.append(
-            reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(clips.read(rows)))
-        )
+    for rows, made, real in _reconstructed(trained, clips):
+        measures.append(reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(real)))
         local = np.flatnonzero(np.isin(rows, shown))
         kept.append(
             Rendered(made.video[local], made.foreground[local], made.mask[local], made.background[local])
@@ -60,18 +62,84 @@ def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> 
     return folder, record
 
 
+def reconstruction_quality(trained: Trained, clips: ClipSet) -> dict[str, Any]:
+    """Means over the training clips of `reconstruction_metrics`, and how many clips they are of.
+
+    Raises `VglannError` when `clips` are not those of the training.
+    """
+    check_same_clips(trained.ids, clips.ids)
+    measures = [
+        reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(real))
+        for _, made, real in _reconstructed(trained, clips)
+    ]
+    return _means(measures)
+
+
+def inversion_quality(trained: Trained, clips: np.ndarray) -> dict[str, Any]:
+    """The same of clips the generator has not seen, uint8 [n, 3, T, H, W], from the latents `invert` finds."""
+    made = render(trained, invert(trained, clips).latents)
+    return _means([reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(clips))])
+
+
 def reconstruction_metrics(made: Tensor, real: Tensor) -> dict[str, Tensor]:
     """Measures of each clip, float64 [n]; uint8 [n, 3, T, H, W] against uint8 of that shape.
 
     psnr              of the clip, in dB
     psnr_mean_colour  of the clip's own mean colour in place of the reconstruction: what no network is worth
     psnr_last_frame   of the last frame alone
+    ssim              mean over frames and colours, -1 to 1 (see `ssim`); left out for sides under 11
     l1                mean absolute difference, in 1/255
+    laplacian         Laplacian pyramid loss with 3 bands, binomial blur and range [-1, 1], whatever the run's own
     """
     colour = real.double().mean((2, 3, 4), keepdim=True).expand(real.shape)
+    pyramid = laplacian_pyramid_loss(to_range(made, torch.float32, (-1.0, 1.0)), real, reduction="none")
     return {
         "psnr": psnr(made, real),
         "psnr_mean_colour": psnr(colour, real),
         "psnr_last_frame": psnr(made[:, :, -1], real[:, :, -1]),
+        **({"ssim": ssim(made, real)} if min(made.shape[-2:]) >= WINDOW else {}),
         "l1": (made.double() - real.double()).abs().flatten(1).mean(1),
+        "laplacian": pyramid.double().flatten(1).mean(1),
     }
+
+
+def ssim(made: Tensor, real: Tensor) -> Tensor:
+    """Structural similarity of uint8 clips [n, 3, T, H, W], sides of at least 11, a frame and colour at a time.
+
+    Wang, Bovik, Sheikh and Simoncelli 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, range
+    255, biased variances, only windows that lie inside the frame. Returns float64 [n], the mean over windows,
+    frames and the three colours. The same as scikit-image's with gaussian_weights and use_sample_covariance=False.
+    """
+    return torch.stack([_ssim_of_planes(*pair) for pair in zip(made, real, strict=True)])
+
+
+def _ssim_of_planes(made: Tensor, real: Tensor) -> Tensor:
+    """Mean SSIM of the planes [..., H, W] of one clip."""
+    height, width = made.shape[-2:]
+    down, across = _windows(height, made.device), _windows(width, made.device).T
+    x, y = made.double().reshape(-1, height, width), real.double().reshape(-1, height, width)
+    # Products with banded matrices: for planes as small as these much quicker than a float64 convolution.
+    mx, my, xx, yy, xy = (down @ planes @ across for planes in (x, y, x * x, y * y, x * y))
+    c1, c2 = (K1 * 255) ** 2, (K2 * 255) ** 2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+    return (luminance * structure).mean()
+
+
+def _windows(size: int, device: torch.device) -> Tensor:
+    """float64 [size - 10, size]: row i weighs the places i to i + 10 by a Gaussian of sum 1."""
+    offsets = torch.arange(size)[None, :] - torch.arange(size - WINDOW + 1)[:, None] - WINDOW // 2
+    weights = torch.exp(-offsets.double().square() / (2 * SIGMA**2)) * (offsets.abs() <= WINDOW // 2)
+    return (weights / weights.sum(1, keepdim=True)).to(device)
+
+
+def _reconstructed(trained: Trained, clips: ClipSet) -> Iterator[tuple[np.ndarray, Rendered, np.ndarray]]:
+    """(rows, what their latents decode to, the clips uint8 (b, 3, T, H, W)), a batch of the run's size at a time."""
+    for rows in np.array_split(np.arange(len(clips)), -(-len(clips) // trained.options.batch_size)):
+        latents = trained.latents[torch.from_numpy(rows).to(trained.latents.device)]
+        yield rows, render(trained, latents), clips.read(rows)
+
+
+def _means(measures: list[dict[str, Tensor]]) -> dict[str, Any]:
+    values = {name: torch.cat([m[name] for m in measures]) for name in measures[0]}
+    return {"clips": len(values["psnr"]), **{name: v.mean().item() for name, v in values.items()}}

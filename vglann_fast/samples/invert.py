@@ -11,7 +11,7 @@ that ends at the highest PSNR wins. BatchNorm is in eval mode, so a clip's laten
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from vglann_fast.glo.checkpoint import Trained, latent_batches, load_trained
 from vglann_fast.glo.generator import UPSAMPLING, recompute_batchnorm
 from vglann_fast.glo.latents import BETAS
 from vglann_fast.glo.losses import psnr, reconstruction_loss, to_uint8
+from vglann_fast.glo.perceptual import FeatureLoss, load_features
 from vglann_fast.progress import Progress
 from vglann_fast.run_dir import RunDir
+from vglann_fast.samples.nearest import nearest_clips
 from vglann_fast.samples.sample import has_clips, open_clips, render
 from vglann_fast.samples.write import write_videos
 
@@ -50,15 +52,18 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     """The latents of `clips`, uint8 (n, 3, T, H, W) of the size the generator makes.
 
     starts: latents tried for each clip, all at once. steps: gradient steps. The same in gives the same out.
-    Raises `VglannError` for clips of another size, or starts or steps below 1.
+    Raises `VglannError` for clips of another size, or starts or steps below 1, and as `load_features`.
     """
     trained = _in_eval_mode(trained)
+    # Every frame of a new clip counts.
+    trained = replace(trained, options=replace(trained.options, frame_reduction="mean"))
     generator, device = trained.generator, trained.latents.device
     if min(starts, steps) < 1:
         raise VglannError(f"--starts and --steps: expected at least 1, got {starts} and {steps}")
     shape = (3, *(UPSAMPLING * side for side in generator.grid))
     if clips.shape[1:] != shape:
         raise VglannError(f"clips of {clips.shape[2:]} (frames, rows, columns): the run makes {shape[1:]}")
+    features = load_features(trained.options, device)
     candidates = _candidates(trained)
     pictures = _small(render(trained, candidates).video).to(device)
     found, quality = [], []
@@ -68,7 +73,7 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
             latents = F.normalize(candidates[near], dim=1)
             if starts > 1:
                 latents = torch.cat([latents[: starts - 1], latents.mean(0, keepdim=True)])
-            latents, scores = _descend(trained, clip, latents, steps)
+            latents, scores = _descend(trained, features, clip, latents, steps)
             best = scores.argmax()
             found.append(latents[best])
             quality.append(scores[best])
@@ -104,7 +109,12 @@ def invert_videos(
         "psnr": result.psnr.tolist(),
     }
     if has_clips(run):
-        record["nearest"] = _nearest_clips(clips, open_clips(run))
+        training = open_clips(run)
+        rows, squared = nearest_clips(clips, training, device)
+        record["nearest"] = {
+            "id": [training.ids[row] for row in rows.tolist()],
+            "psnr": (10.0 * (255.0**2 / squared).log10()).tolist(),
+        }
     folder = write_videos(
         run.path / "media" / "inversion",
         made.video,
@@ -127,17 +137,20 @@ def _in_eval_mode(trained: Trained) -> Trained:
     return trained
 
 
-def _descend(trained: Trained, clip: Tensor, latents: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _descend(
+    trained: Trained, features: Mapping[str, FeatureLoss], clip: Tensor, latents: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
     """Minimise the run's loss over each of `latents` [s, d] for one clip: (unit latents [s, d], PSNR [s])."""
-    options = replace(trained.options, frame_reduction="mean")
+    options = trained.options
     target = clip.expand(len(latents), *clip.shape).contiguous()
+    against = {name: loss.against(target) for name, loss in features.items()}
     z = F.normalize(latents, dim=1).clone().requires_grad_()
     adam = torch.optim.Adam([z], LEARNING_RATE, betas=BETAS)
     for step in range(steps):
         adam.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         video, _ = mask_composite(*trained.generator.logits(z))
         # Adam does not mind that the mean over the starts scales each one's gradient.
-        (z.grad,) = torch.autograd.grad(reconstruction_loss(video, target, options), z)
+        (z.grad,) = torch.autograd.grad(reconstruction_loss(video, target, options, against), z)
         adam.step()
         with torch.no_grad():
             z.copy_(F.normalize(z, dim=1))
@@ -175,16 +188,3 @@ def _read_videos(run: RunDir, paths: list[Path]) -> tuple[list[str], np.ndarray]
         pack(paths, Path(folder) / "clips", **options)
         clips = ClipSet.open(Path(folder) / "clips", verify=False)
         return clips.ids, clips.read()
-
-
-def _nearest_clips(clips: np.ndarray, training: ClipSet) -> dict[str, list[Any]]:
-    """The training clip most like each clip, pixel by pixel: {"id", "psnr"}."""
-    best = torch.full((len(clips),), -math.inf, dtype=torch.float64)
-    row_of = torch.zeros(len(clips), dtype=torch.int64)
-    targets = torch.from_numpy(clips)
-    for row in range(len(training)):
-        other = torch.from_numpy(training.read([row])).expand_as(targets)
-        likeness = psnr(other, targets)
-        row_of[likeness > best] = row
-        best = torch.maximum(best, likeness)
-    return {"id": [training.ids[row] for row in row_of.tolist()], "psnr": best.tolist()}

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import mask_composite, nearest_rows
 
-from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.checkpoint import Trained, check_same_clips, latent_batches, load_trained
+from vglann_fast.glo.checkpoint import Trained, latent_batches, load_trained
 from vglann_fast.glo.generator import recompute_batchnorm
+from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
 from vglann_fast.glo.losses import psnr, to_uint8
+from vglann_fast.mapping.base import Mapping
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run_dir import RunDir
 from vglann_fast.samples.write import write_videos
@@ -71,12 +72,7 @@ def sample(
     clips = open_clips(run) if has_clips(run) else None
     if clips is not None:
         check_same_clips(trained.ids, clips.ids)
-    mapping = load_mapping(run, kind, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    latents = mapping.sample(n, generator)
-    if trained.options.batchnorm == "eval":
-        extra = mapping.sample(STATISTICS_SAMPLES, torch.Generator(device).manual_seed(seed + 1))
-        recompute_batchnorm(trained.generator, latent_batches(extra, trained.options.batch_size))
+    latents = draw_latents(trained, load_mapping(run, kind, device), n, seed)
     made = render(trained, latents)
 
     rows, squared = nearest_rows(F.normalize(latents, dim=1), F.normalize(trained.latents, dim=1))
@@ -99,6 +95,19 @@ def sample(
         latents=latents.float().cpu().numpy(),
         records={"samples": record},
     )
+
+
+def draw_latents(trained: Trained, mapping: Mapping, n: int, seed: int) -> Tensor:
+    """n latents [n, d] of a mapping, and the generator made ready for them.
+
+    Where it samples with running BatchNorm statistics, they become those of other latents of this mapping.
+    """
+    device = trained.latents.device
+    latents = mapping.sample(n, torch.Generator(device).manual_seed(seed))
+    if trained.options.batchnorm == "eval":
+        extra = mapping.sample(STATISTICS_SAMPLES, torch.Generator(device).manual_seed(seed + 1))
+        recompute_batchnorm(trained.generator, latent_batches(extra, trained.options.batch_size))
+    return latents
 
 
 def interpolate(
@@ -136,18 +145,3 @@ def great_circle(start: Tensor, end: Tensor, steps: int) -> Tensor:
     angle = torch.atan2(across.norm(), end @ start)
     t = angle * torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None]
     return torch.cos(t) * start + torch.sin(t) * F.normalize(across, dim=0)
-
-
-def has_clips(run: RunDir) -> bool:
-    """Whether the run was trained here, on clips; an imported one was not."""
-    return run.options["clips"] is not None
-
-
-def open_clips(run: RunDir) -> ClipSet:
-    """The training clips of a run. Raises `VglannError` when it never had any, or says where they were."""
-    if not has_clips(run):
-        raise VglannError(f"{run.path} was imported and has no clips: nothing to compare its videos with")
-    folder = Path(run.options["clips"])
-    if not folder.is_dir():
-        raise VglannError(f"the clips of {run.path} are not in {folder} any more; put them back")
-    return ClipSet.open(folder, "train", verify=False)

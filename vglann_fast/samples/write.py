@@ -220,7 +220,7 @@ def write_videos(
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
         for name, record in (records or {}).items():
-            text = json.dumps(_finite(record), indent=1, allow_nan=False)
+            text = json.dumps(finite(record), indent=1, allow_nan=False)
             (temporary / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         _write_pictures(temporary, videos, original, fps)
     return Path(folder)
@@ -268,12 +268,12 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A copy of JSON-able data with NaN and infinities replaced by None."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,0 +1,281 @@
+"""`vglann evaluate`: what a run makes, against clips it has not seen, in numbers.
+
+The real side are held-out clips, of shots the training saw nothing of. Beside every comparison of made with real
+stands its floor: as many training clips against the same held-out clips. The made side are samples of each mapping
+and, so that generator and mapping can be told apart, videos made from the run's own training latents: a mapping
+that hits their distribution does as well as they.
+
+Nothing here depends on batches or on the order of clips: of real and training clips those of the lowest ids are
+taken, which are hashes, and what is drawn comes from the seed. The records are specified in `record.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vglann_fast.clips.dataset import ClipSet, read_index
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.checkpoint import Trained, load_trained
+from vglann_fast.glo.identity import open_clips
+from vglann_fast.mapping.fit import load_mapping
+from vglann_fast.metrics.compare import Measured, compare, measure
+from vglann_fast.metrics.coverage import nearest_distances
+from vglann_fast.metrics.features import Extractor, extractor
+from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality
+from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
+from vglann_fast.metrics.temporal import motion_statistics, quantiles
+from vglann_fast.run_dir import RunDir
+from vglann_fast.samples.sample import draw_latents, render
+
+FVD_VIDEOS = 2048  # on each side; also the most that are taken unasked
+PAPER_VIDEOS = 16  # what the paper's author's code compares
+_BLOCK = 64  # videos held at a time
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to compare videos: what it is called, its network, and how many videos it takes, if not all."""
+
+    title: str
+    extractor: Extractor
+    videos: int | None = None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Real clips, n of them, and all training clips, both by ascending id: rows of their sets.
+
+    split: "test", or "train" where too few clips are held out; half of the training clips are real ones then.
+    others: where in `training_rows` those clips begin that are not among the real ones.
+    """
+
+    real: ClipSet
+    real_rows: np.ndarray
+    training: ClipSet
+    training_rows: np.ndarray
+    split: str
+    others: int
+
+    @property
+    def n(self) -> int:
+        """Videos on each side."""
+        return len(self.real_rows)
+
+    @property
+    def floor(self) -> slice:
+        """Which of the training rows are held against the real clips, n of them if there are as many."""
+        return slice(self.others, self.others + self.n)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What all sources are compared with: both sides, measured, and the floor of each protocol by its title."""
+
+    sides: Sides
+    protocols: list[Protocol]
+    training: Measured
+    real: Measured
+    floors: dict[str, dict[str, Any]]
+
+    @property
+    def networks(self) -> dict[str, Extractor]:
+        """The extractors by title."""
+        return {p.title: p.extractor for p in self.protocols}
+
+
+@dataclass
+class Evaluation:
+    """The folder written to, its records by name in the order of the tables, and what makes them doubtful."""
+
+    folder: Path
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def evaluate(
+    run_path: str | Path,
+    *,
+    kinds: Sequence[str] = (),
+    features: Sequence[str] = (),
+    n: int | None = None,
+    held_out: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Measure reconstruction and generation of a run, and write evaluation/<name>.json into it.
+
+    Args:
+        kinds: mappings to sample from; none: all that were fitted.
+        features: names that `metrics.features.extractor` knows, or "i3d-16"; none: no distances of features.
+        n: videos on each side; by default all that are held out, at most 2,048.
+        held_out: held-out clips to invert; 0 for none.
+
+    Raises `VglannError` for a mapping or weights that are missing, and too few clips or frames for a protocol.
+    """
+    run = RunDir.open(run_path)
+    fitted = sorted(file.parent.name for file in run.path.glob("mapping/[!.]*/mapping.json"))
+    kinds = list(dict.fromkeys(kinds)) or fitted
+    if not kinds:
+        raise VglannError(f"{run.path} has no mapping to sample from; fit one with `vglann map {run.path}`")
+    for kind in kinds:
+        load_mapping(run, kind)  # a mistake is to show before the work
+    result = Evaluation(run.path / "evaluation")
+    sides, protocols = prepare(open_clips(run), features, n, device, result.warnings)
+
+    quality = _reconstruction(run, sides, held_out, device)
+    result.records[RECONSTRUCTION] = write_record(result.folder, RECONSTRUCTION, quality)
+    known = _known(sides, protocols, device)
+    for source in (TRAINING_LATENTS, *kinds):
+        trained = load_trained(run, device)  # anew: drawing changes the generator's BatchNorm statistics
+        videos = _rendered(trained, _latents(run, trained, source, sides, seed))
+        made = measure(source, videos, sides.n, known.networks, sides.training, device)
+        record = {"step": trained.step, "seed": seed, **_compared(source, made, known)}
+        result.records[source] = write_record(result.folder, source, record | {"warnings": result.warnings})
+    return result
+
+
+def prepare(
+    training: ClipSet,
+    features: Sequence[str],
+    n: int | None,
+    device: torch.device | str,
+    warnings: list[str],
+) -> tuple[Sides, list[Protocol]]:
+    """Choose the clips of an evaluation and load its networks; arguments as `evaluate` has them.
+
+    Needs no run, so that what is wrong with them shows before one is trained. Appends to `warnings`, and raises as
+    `evaluate`.
+    """
+    sides = _sides(training, n, warnings)
+    return sides, [_protocol(name, device, sides) for name in dict.fromkeys(features)]
+
+
+def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
+    """Which clips are real. Appends to `warnings`; raises `VglannError` for more or fewer than there can be."""
+    order = np.argsort(training.ids)
+    held_out = sum(clip["split"] == "test" for clip in read_index(training.folder)["clips"])
+    if held_out >= 2:
+        real, split, others = ClipSet.open(training.folder, "test", verify=False), "test", 0
+        rows = np.argsort(real.ids)
+    else:
+        real, split, others = training, "train", len(training) // 2
+        rows = order[:others]
+        warnings.append(
+            f"{held_out} clips are held out in {training.folder}: half of the training clips stand for real ones, "
+            "so nothing is said about clips it has not seen; pack with a larger --test-share"
+        )
+    if n is not None and n > len(rows):
+        raise VglannError(f"-n: {n} videos on each side asked for, but there are {len(rows)} {split} clips")
+    chosen = rows[: FVD_VIDEOS if n is None else n]
+    if len(chosen) < 2:
+        raise VglannError(f"-n: a comparison needs at least 2 videos on each side, here are {len(chosen)}")
+    return Sides(real, chosen, training, order, split, others)
+
+
+def _protocol(name: str, device: torch.device | str, sides: Sides) -> Protocol:
+    """The protocol `name`. Raises `VglannError` for fewer videos or frames than it needs."""
+    few = name == "i3d-16"
+    found = extractor("i3d" if few else name, device)
+    if sides.training.frames < found.min_frames:
+        raise VglannError(
+            f"--features {name}: takes clips of at least {found.min_frames} frames, the run's have "
+            f"{sides.training.frames}"
+        )
+    if name == "i3d" and sides.n < FVD_VIDEOS:
+        raise VglannError(
+            f"--features i3d: FVD takes at least {FVD_VIDEOS} videos on each side, here are {sides.n}; hold out "
+            "more clips, or compare by transnetv2, lite0 or, as the paper did, i3d-16"
+        )
+    if few:
+        return Protocol(f"frechet[i3d, {PAPER_VIDEOS} videos]", found, PAPER_VIDEOS)
+    return Protocol("FVD" if name == "i3d" else f"frechet[{name}]", found)
+
+
+def _reconstruction(run: RunDir, sides: Sides, held_out: int, device: torch.device | str) -> dict[str, Any]:
+    """Quality of training clips and, found by inversion, of up to `held_out` held-out clips."""
+    trained = load_trained(run, device)
+    found: dict[str, Any] = {"step": trained.step, "train": reconstruction_quality(trained, sides.training)}
+    if held_out and sides.split == "test":
+        found["held_out"] = inversion_quality(trained, sides.real.read(sides.real_rows[:held_out]))
+    return found
+
+
+def _read(clips: ClipSet, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The clips of `rows`, uint8 (b, 3, T, H, W) at a time."""
+    for start in range(0, len(rows), _BLOCK):
+        yield clips.read(rows[start : start + _BLOCK])
+
+
+def _latents(run: RunDir, trained: Trained, source: str, sides: Sides, seed: int) -> Tensor:
+    """The latents [n, d] of one source; the generator is then ready for them."""
+    if source == TRAINING_LATENTS:
+        rows = torch.from_numpy(sides.training_rows[sides.floor])
+        return trained.latents[rows.to(trained.latents.device)]
+    return draw_latents(trained, load_mapping(run, source, trained.latents.device), sides.n, seed)
+
+
+def _rendered(trained: Trained, latents: Tensor) -> Iterator[np.ndarray]:
+    """What the latents decode to, uint8 (b, 3, T, H, W) at a time; no block is left with a single video."""
+    for block in torch.tensor_split(latents, -(-len(latents) // _BLOCK)):
+        yield render(trained, block).video
+
+
+def _known(sides: Sides, protocols: list[Protocol], device: torch.device | str) -> Known:
+    """Measure the clips of both sides."""
+    networks = {p.title: p.extractor for p in protocols}
+    training_clips = _read(sides.training, sides.training_rows)
+    training = measure("training clips", training_clips, len(sides.training), networks)
+    real_clips = _read(sides.real, sides.real_rows)
+    real = measure("real clips", real_clips, sides.n, networks, sides.training, device)
+    floors = {
+        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor]) for p in protocols
+    }
+    return Known(sides, protocols, training, real, floors)
+
+
+def _compared(source: str, made: Measured, known: Known) -> dict[str, Any]:
+    """The part of a source's record that says how its videos compare."""
+    sides, real, training = known.sides, known.real, known.training
+    return {
+        "frames": sides.training.frames,
+        "size": sides.training.size,
+        "real": {"split": sides.split, "clips": sides.n, "of": len(sides.real), "sha256": real.sha256},
+        "training": {"clips": len(sides.training), "sha256": training.sha256},
+        "made": {"clips": len(made.steps), "sha256": made.sha256},
+        "features": {
+            p.title: {
+                "protocol": p.extractor.protocol,
+                "made": _distance(source, p, real, made.features[p.title]),
+                "floor": known.floors[p.title],
+                "nearest_training_clip": _nearest(p.title, made, known),
+            }
+            for p in known.protocols
+        },
+        "motion": {"made": motion_statistics(made.steps), "real": motion_statistics(real.steps)},
+        "nearest_training_clip": _nearest(None, made, known),
+    }
+
+
+def _distance(source: str, protocol: Protocol, real: Measured, made: Tensor) -> dict[str, Any]:
+    """`compare`, whose errors are to name the source and the protocol."""
+    try:
+        return compare(real.features[protocol.title][: protocol.videos], made[: protocol.videos])
+    except VglannError as error:
+        raise VglannError(f"{protocol.title} of {source}: {error}") from error
+
+
+def _nearest(title: str | None, made: Measured, known: Known) -> dict[str, Any]:
+    """Quantiles of distances to the nearest training clip, of made and of held-out videos.
+
+    In features, or (title None) root mean square in 1/255. Real clips that are training clips have no such figure.
+    """
+    sets = {"made": made} | ({"real": known.real} if known.sides.split == "test" else {})
+    if title is None:
+        return {name: quantiles(one.distances) for name, one in sets.items()}
+    training = known.training.features[title]
+    return {name: quantiles(nearest_distances(one.features[title], training)) for name, one in sets.items()}

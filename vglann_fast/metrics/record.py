@@ -1,0 +1,147 @@
+"""What `vglann evaluate` writes, and the tables it prints.
+
+    evaluation/reconstruction.json   {"format": "vglann-evaluation", "version": 1, "name": "reconstruction", "step",
+                                     "train": quality, "held_out": quality of inverted held-out clips, if any}
+    evaluation/<source>.json         the same head with the name of a mapping, or "training-latents", and
+        step, seed                   of the checkpoint; of the noise
+        frames, size                 of the clips
+        real                         {"split", "clips": taken, "of": in that split, "sha256": of the clips taken}
+        training, made               {"clips", "sha256"}
+        features                     {title: {"protocol": the extractor's record (network, resize, range, frames,
+                                     sha256 of its weights, dimensions), "made": figures, "floor": figures of as
+                                     many training clips, "nearest_training_clip": distances}}
+        motion                       {"made", "real"}: see `temporal.motion_statistics`
+        nearest_training_clip        distances in pixels: root mean square, in 1/255
+        warnings                     lines
+
+A quality is {"clips", and the means of `reconstruction.reconstruction_metrics`}; figures are those of
+`compare.compare`; distances are {"made", "real": quantiles}, without "real" where no clips are held out. The
+sha256 of a set of videos is that of their sorted sha256 digests. A number that is not finite is null.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vglann_fast.run_dir import write_json
+from vglann_fast.samples.write import finite
+
+FORMAT = ("vglann-evaluation", 1)
+RECONSTRUCTION, TRAINING_LATENTS = "reconstruction", "training-latents"
+
+
+def write_record(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write evaluation/<name>.json, whole or not at all, and return what it holds."""
+    record: dict[str, Any] = finite({"format": FORMAT[0], "version": FORMAT[1], "name": name, **content})
+    write_json(folder / f"{name}.json", record)
+    return record
+
+
+def tables(records: Mapping[str, dict[str, Any]]) -> str:
+    """The records of one evaluation as Markdown tables."""
+    sources = {name: record for name, record in records.items() if name != RECONSTRUCTION}
+    parts = [_quality_table(records[RECONSTRUCTION])]
+    for title in next(iter(sources.values()))["features"]:
+        parts.append(_feature_table(title, {name: one["features"][title] for name, one in sources.items()}))
+    parts.append(_video_table(sources))
+    return "\n\n".join(parts)
+
+
+def doubts(records: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The warnings about feature figures, each once, with the titles and sources they are about."""
+    found: dict[str, list[str]] = {}
+    for name, record in records.items():
+        for title, one in record.get("features", {}).items():
+            for line in one["made"]["warnings"]:
+                found.setdefault(line, []).append(f"{title} of {name}")
+    return [f"{', '.join(where)}: {line}" for line, where in found.items()]
+
+
+def _quality_table(record: dict[str, Any]) -> str:
+    rows = []
+    for key, name in (("train", "training clips"), ("held_out", "held-out clips, inverted")):
+        if quality := record.get(key):
+            columns = ("psnr", "psnr_last_frame", "ssim", "l1", "laplacian", "psnr_mean_colour")
+            rows.append([name, str(quality["clips"]), *(_number(quality.get(column)) for column in columns)])
+    head = [
+        "reconstruction",
+        "n",
+        "PSNR, dB",
+        "last frame, dB",
+        "SSIM",
+        "L1, 1/255",
+        "Laplacian",
+        "mean colour, dB",
+    ]
+    return markdown(head, rows)
+
+
+def _feature_table(title: str, sources: dict[str, dict[str, Any]]) -> str:
+    """A row for the floor and each source: the distance, its spread, and nearest neighbours."""
+    first = next(iter(sources.values()))
+    distances = first["nearest_training_clip"].get("real", {})
+    rows = [_feature_row("real clips (floor)", first["floor"], distances)]
+    rows += [
+        _feature_row(name, one["made"], one["nearest_training_clip"]["made"]) for name, one in sources.items()
+    ]
+    quarters = first["made"]["quarters"]
+    spread = f"quarters of {quarters['n']}" if quarters else "quarters"
+    head = [
+        f"{title}, n = {first['made']['n']}",
+        "distance",
+        spread,
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ]
+    return markdown([*head, "to nearest training clip"], rows)
+
+
+def _feature_row(name: str, figures: dict[str, Any], distances: dict[str, Any]) -> list[str]:
+    quarters = figures["quarters"]
+    spread = f"{_number(quarters['mean'])} ± {_number(quarters['sd'])}" if quarters else "none"
+    shares = [_number(figures[key]) for key in ("precision", "recall", "density", "coverage")]
+    return [name, _number(figures["frechet"]), spread, *shares, _number(distances.get("median"))]
+
+
+def _video_table(sources: dict[str, dict[str, Any]]) -> str:
+    """A row for the real clips and each source: motion, and the nearest training clip in pixels."""
+    first = next(iter(sources.values()))
+    rows = [_video_row("real clips", first["motion"]["real"], first["nearest_training_clip"].get("real", {}))]
+    rows += [
+        _video_row(name, one["motion"]["made"], one["nearest_training_clip"]["made"])
+        for name, one in sources.items()
+    ]
+    head = ["videos", "motion, 1/255", "5 % to 95 %", "last-frame jump", "to nearest training clip, 1/255"]
+    return markdown(head, rows)
+
+
+def _video_row(name: str, motion: dict[str, Any], distances: dict[str, Any]) -> list[str]:
+    energy = motion["energy"]
+    spread = f"{_number(energy['p05'])} to {_number(energy['p95'])}"
+    return [
+        name,
+        _number(energy["mean"]),
+        spread,
+        _number(motion["last_frame_jump"]),
+        _number(distances.get("median")),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns line up as plain text, too; all but the first are numbers."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (head, rule, *rows):
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
