@@ -189,6 +189,10 @@ def place_in_run(state: dict[str, Any], processes: int) -> Place:
 
 
 def latent_batches(rows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Batches for `recompute_batchnorm`: at most 2,048 of the latents, evenly spaced, none alone in its batch."""
+    """Batches for `recompute_batchnorm`: at most 2,048 of the latents, evenly spaced, none alone in its batch.
+
+    Neighbours are clips of one shot; they are dealt out to different batches, as the shuffle of the training does.
+    """
     chosen = rows[:: -(-len(rows) // RECOMPUTE_LATENTS)]
-    yield from torch.tensor_split(chosen, max(1, len(chosen) // batch_size))
+    count = max(1, len(chosen) // batch_size)
+    yield from (chosen[first::count] for first in range(count))
