@@ -14,6 +14,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -236,20 +237,25 @@ def main() -> None:
     parser.add_argument(
         "--checked", type=int, default=CHECKED if on_gpu else 256, help="queries against float64"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a table instead")
+    parser.add_argument(
+        "--json", type=Path, help="also write the tables to this file, one JSON object a line"
+    )
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     a = parser.parse_args()
     device = torch.device(a.device)
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    found: list[str] = []
     for d in a.d:
         for m in a.m:
             for name, queries, database in data_sets(a.n, m, d, device, a.run):
                 rows = compare(queries, database, a.rounds, a.checked)
                 size = {"n": len(queries), "m": len(database), "d": queries.shape[1]}
+                print(f"\n{name}, {size}, {where}\n\n{table(rows)}", flush=True)
                 if a.json:
-                    print(json.dumps({"device": where, "data": name, **size, "rows": rows}))
-                else:
-                    print(f"\n{name}, {size}, {where}\n\n{table(rows)}")
+                    found.append(json.dumps({"device": where, "data": name, **size, "rows": rows}))
+                    a.json.write_text(
+                        "\n".join(found) + "\n"
+                    )  # after each: an interruption leaves the others
 
 
 if __name__ == "__main__":

@@ -1,49 +1,77 @@
 #!/bin/bash
-# Everything that needs a GPU, on a machine with torch, triton, numpy, pytest and pytest-benchmark only:
-#     bench/on_gpu.sh OUT
-# The kernels are compared with float64 first; every benchmark compares its contenders again before it times them.
-# Ends within 8 minutes: each part has a limit, and a part that reaches it writes what it has. Exit code 1 when a
-# part failed; the others run all the same. PYTHON names the interpreter, SECONDS_IN_ALL the time (470).
+# Everything that needs a GPU, on a machine with torch, triton, numpy, safetensors, tqdm, pytest, pytest-benchmark:
+#     bench/on_gpu.sh OUT [layers] [kernels] [step] [nearest]
+# Each of the four parts (all, if none is named) ends within 9 minutes and writes OUT/PART.txt and OUT/PART.json:
+#   layers   copy and matrix product of this card; every transposed convolution and BatchNorm by itself
+#   kernels  every Triton kernel against float64, then its times
+#   step     the waterfall of the training step at 15 and at 256 videos
+#   nearest  the search beside the others', and an epoch of IMLE
+# Every benchmark compares its contenders before it times them. Exit code 1 when something failed; the rest runs all
+# the same. PYTHON names the interpreter, SECONDS_A_PART the time (540).
 set -u -o pipefail
-: "${1:?usage: bench/on_gpu.sh OUT}"
+: "${1:?usage: bench/on_gpu.sh OUT [layers] [kernels] [step] [nearest]}"
 out=$(realpath -m "$1") && mkdir -p "$out" || exit 1
-cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD/kernels:$PWD" VGLANN_KERNELS=auto
+shift
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD/kernels:$PWD" VGLANN_KERNELS=auto PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-end=$((SECONDS + ${SECONDS_IN_ALL:-470}))
 failed=()
 
-part() { # NAME SECONDS COMMAND...: its output to OUT/NAME.txt; interrupted after SECONDS, killed 5 s later
-    local name=$1 limit=$2 left=$((end - SECONDS - 5)) started=$SECONDS
-    shift 2
+run() { # SECONDS COMMAND...: output to OUT/PART.txt; interrupted after SECONDS, killed 10 s later
+    local limit=$1 left=$((end - SECONDS - 10)) started=$SECONDS code=0
+    shift
     if [ "$left" -lt 5 ]; then
-        echo "$name: no time left"
-        failed+=("$name")
+        failed+=("$part: no time left for $*")
         return
     fi
-    timeout --signal INT --kill-after 5 $((limit < left ? limit : left)) "$@" > "$out/$name.txt" 2>&1 ||
-        failed+=("$name ($?)")
-    echo "$name: $((SECONDS - started)) s; $(tail -n 1 "$out/$name.txt")"
+    printf '\n$ %s\n' "$*" >> "$out/$part.txt"
+    timeout --signal INT --kill-after 10 $((limit < left ? limit : left)) "$@" >> "$out/$part.txt" 2>&1 || code=$?
+    [ "$code" -eq 0 ] || failed+=("$part: $* ($code)")
+    echo "$part: $((SECONDS - started)) s, exit code $code: $*"
 }
 
-benchmark() { # OP SECONDS
-    part "$1" "$2" "$python" -m pytest -q -p no:cacheprovider --benchmark-only --benchmark-json "$out/$1.json" \
-        "bench/bench_$1.py"
+benchmarks() { # SECONDS FILE...: timed to OUT/PART.json, then tabled
+    local limit=$1
+    shift
+    run "$limit" "$python" -m pytest -q -p no:cacheprovider --benchmark-only --benchmark-quiet \
+        --benchmark-json "$out/$part.json" "$@"
+    [ ! -s "$out/$part.json" ] || run 30 "$python" bench/report.py "$out/$part.json"
 }
 
-part verify 80 "$python" -m vglann_kernels.verify
-benchmark laplacian 110
-benchmark composite_laplacian 110
-benchmark composite 80
-benchmark latent_adam 40
-part verify-seed 60 "$python" -m vglann_kernels.verify --blur seed
-benchmark nearest 60
-tables=()
-for op in laplacian composite_laplacian composite latent_adam; do
-    [ -s "$out/$op.json" ] && tables+=("$out/$op.json")
+layers() {
+    benchmarks 500 bench/bench_conv_layers.py bench/bench_batchnorm.py
+}
+
+kernels() {
+    run 120 "$python" -m vglann_kernels.verify
+    run 90 "$python" -m vglann_kernels.verify --blur seed
+    benchmarks 320 bench/bench_laplacian.py bench/bench_composite_laplacian.py bench/bench_composite.py \
+        bench/bench_latent_adam.py
+}
+
+step() {
+    run 260 "$python" bench/bench_glo_step.py --batch 15 --steps 50
+    run 260 "$python" bench/bench_glo_step.py --batch 256 --steps 20
+}
+
+nearest() {
+    run 60 "$python" bench/bench_imle_epoch.py --preset paper
+    run 420 "$python" bench/bench_nearest.py --json "$out/nearest.json"
+}
+
+[ $# -gt 0 ] || set -- layers kernels step nearest
+for part in "$@"; do
+    case $part in
+        layers | kernels | step | nearest) ;;
+        *) echo "no part $part; the parts are layers, kernels, step and nearest" >&2 && exit 1 ;;
+    esac
 done
-[ ${#tables[@]} -eq 0 ] || "$python" bench/report.py "${tables[@]}" > "$out/report.md"
+for part in "$@"; do
+    end=$((SECONDS + ${SECONDS_A_PART:-540}))
+    : > "$out/$part.txt"
+    "$part"
+done
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "failed: ${failed[*]}"
+    printf 'failed: %s\n' "${failed[@]}"
     exit 1
 fi

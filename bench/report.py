@@ -43,6 +43,8 @@ def table(name: str, info: dict[str, Any]) -> str:
             f"| {contender} | {row['ms']:.4f} | {faster} | {row['gb_per_s']:.0f} | {row['share_of_copy']:.0%} "
             f"| {product} | {row['timing']}, {row['calls']} calls |"
         )
+    named = [(name, row["kernels"]) for name, row in info["rows"].items() if row.get("kernels")]
+    lines += [""] * bool(named) + [f"- {name} ran {', '.join(kernels)}" for name, kernels in named]
     return "\n".join([*lines, ""])
 
 

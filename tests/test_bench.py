@@ -1,6 +1,7 @@
 """The benchmarks' own machinery: timing in turns, tables, and the comparison that fails on a loss of speed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,10 +77,14 @@ def test_compare_as_a_command(tmp_path):
 
 def test_the_table_and_the_plot(tmp_path, capsys):
     file = result(tmp_path / "a.json", {"reference": 10.0, "triton": 0.5, "compile": "no compiler"})
+    found = json.loads(file.read_text())
+    found["benchmarks"][0]["extra_info"]["rows"]["triton"]["kernels"] = ["sm90_a", "reduce_b"]
+    file.write_text(json.dumps(found))
     assert report.main([str(file), "--plot", str(tmp_path / "plot.png")]) == 0
     out = capsys.readouterr().out
     assert "| triton | 0.5000 | 20.0x | 1 | 50% |  | CUDA graph, 20 calls |" in out
     assert "| compile | no compiler |" in out
+    assert "\n- triton ran sm90_a, reduce_b\n" in out
     assert "SM 1700 to 1980 MHz, throttle reasons: power cap" in out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -136,3 +141,22 @@ def test_the_script_for_a_gpu_machine_is_bash():
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "usage" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_part_of_the_script_writes_two_files_and_tells_what_failed(tmp_path):
+    """With an interpreter that only says what it was asked for, and fails for one kind of verify."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "ran $*"\n[[ "$*" != *seed* ]]\n')
+    python.chmod(0o755)
+    command = ["bash", str(BENCH / "on_gpu.sh"), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run([*command, "kernels"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith("-m vglann_kernels.verify --blur seed (1)")
+    text = (tmp_path / "out" / "kernels.txt").read_text()
+    assert text.count("\nran ") == 3
+    assert text.index("vglann_kernels.verify") < text.index("bench/bench_laplacian.py")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["kernels.txt"]
+    done = subprocess.run([*command, "kernel"], env=environment, capture_output=True, text=True, check=False)
+    assert "no part kernel" in done.stderr

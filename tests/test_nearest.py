@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nearest_data import HARD_CASES, brute_force, hard_case
 from vglann_kernels import ImplUnavailable, nearest_rows, using_impl
 from vglann_kernels.nearest import exact, faiss, reference
+from vglann_kernels.nearest import scan as passes
 from vglann_kernels.nearest.exact import frame
 
 IMPLS = ("reference", "faiss")
@@ -211,7 +212,7 @@ def _scan(case, dtype, **sizes):
     queries, database = hard_case(case, **sizes)
     offset, scale = frame(queries, database)
     q, c = ((x.double() - offset) * scale for x in (queries, database))
-    scan = reference.Scan(queries, offset, scale, dtype)
+    scan = passes.Scan(queries, offset, scale, dtype)
     scan.look_at(database, 0)
     return scan, q @ c.T - c.square().sum(dim=1) / 2, torch.cat([q, c]).norm(dim=1).amax()
 
@@ -230,8 +231,42 @@ def test_the_bound_of_a_scan_is_one(case, dtype):
     assert (most.double() - scores <= loose).all()
 
 
+def test_a_pass_that_would_decide_little_is_left_out(monkeypatch):
+    """A sample of the queries is looked at first; a pass is made only where it decides half of them."""
+    monkeypatch.setattr(reference, "PROBED", 4)
+    made = []
+    plain = reference.scanned
+
+    def scanned(queries, *rest):
+        made.append((len(queries), rest[-1]))
+        return plain(queries, *rest)
+
+    monkeypatch.setattr(reference, "scanned", scanned)
+    monkeypatch.setattr(reference, "score_dtypes", lambda device: [torch.float32, torch.float64])
+    for case, queried in (("unit rows", [4, 260]), ("tightest clusters", [4, 260])):
+        made.clear()
+        queries, database = hard_case(case, n=260, m=2000)
+        index, _, stats = nearest_rows(queries, database, impl="reference", return_stats=True)
+        assert torch.equal(index, brute_force(queries, database)[0])
+        assert [n for n, _ in made] == queried
+        assert made[-1][1] == (torch.float32 if case == "unit rows" else torch.float64)
+        assert stats["certified"] == 1
+
+
+def test_queries_that_need_another_pass_do_not_cost_the_others(monkeypatch):
+    """Once a block's queries all wait for the next dtype their products are no longer made."""
+    queries, database = hard_case("tight clusters", n=100, m=9000)
+    scan = passes.Scan(queries, *frame(queries, database), torch.bfloat16)
+    looked_at = []
+    monkeypatch.setattr(torch, "mm", lambda *a, mm=torch.mm, **k: looked_at.append(1) or mm(*a, **k))
+    for first in range(0, len(database), scan.rows):
+        scan.look_at(database[first : first + scan.rows], first)
+    assert bool(scan.many.all())
+    assert 0 < len(looked_at) < -(-len(database) // scan.rows)
+
+
 def test_candidates_are_pruned_while_they_are_collected(monkeypatch):
-    monkeypatch.setattr(reference, "PAIRS", 100)
+    monkeypatch.setattr(passes, "PAIRS", 100)
     queries, database = hard_case("tight clusters", n=200, m=5000)
     index, _ = nearest_rows(queries, database, impl="reference")
     assert torch.equal(index, brute_force(queries, database)[0])

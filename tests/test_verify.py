@@ -40,10 +40,69 @@ def test_the_reference_alone(monkeypatch, capsys):
     assert verify.report(shapes) == 6  # the video and both gradients, in two layouts
 
 
-def test_turned_signs_are_allowed_only_where_some_are_expected():
-    assert verify.turned_signs(3 * 32 * 32) == 0
-    for count, share in ((393_216, 1e-2), (5_898_240, 5e-3)):
-        assert 0 < verify.turned_signs(count) < share
+def stand_in(wrong=0.0):
+    """`composite_laplacian_loss` as a kernel does it for bfloat16: float32 inside, gradients rounded at the end."""
+    plain = verify.composite_laplacian_loss
+
+    def loss(head, background, clips, index, impl, **options):
+        if impl == "reference":
+            return plain(head, background, clips, index, impl=impl, **options)
+        value = plain(head.float(), background.float(), clips, index, impl="reference", **options)
+        return value + wrong * head[0, 0, 0, 0, 0].float()
+
+    return loss
+
+
+def test_gradients_in_bfloat16_are_compared_where_they_are_decided(monkeypatch):
+    """What a GPU will show: the reference rounds the video and turns signs, a kernel does not and keeps its limit."""
+    shapes = verify.Shapes(batch=2, frames=2, size=64, device="cpu")
+    monkeypatch.setattr(verify, "_dtypes", lambda: [torch.bfloat16])
+    monkeypatch.setattr(verify, "composite_laplacian_loss", stand_in())
+    torch.manual_seed(0)
+    gradients = [line for line in verify.composite_laplacian(shapes) if line.quantity.startswith("grad")]
+    for line in gradients:
+        assert line.ok, str(line)
+        assert line.reference_error > 10 * line.error  # so twice that would forgive anything
+        assert line.limit < 0.02
+    assert sum(line.left_out for line in gradients) < 0.2
+
+
+def test_one_wrong_value_of_a_gradient_is_found(monkeypatch):
+    shapes = verify.Shapes(batch=1, frames=1, size=32, device="cpu")
+    monkeypatch.setattr(verify, "_dtypes", lambda: [torch.float32])
+    monkeypatch.setattr(verify, "composite_laplacian_loss", stand_in(wrong=1e-4))
+    lines = list(verify.composite_laplacian(shapes))
+    assert not any(line.ok for line in lines if line.quantity == "grad_head")
+    assert all(line.ok for line in lines if line.quantity == "grad_background")
+
+
+def test_what_a_band_near_zero_reaches_is_undecided():
+    shapes = verify.Shapes(size=16, levels=1)
+    difference = torch.full((1, 16, 16), 5.0, dtype=torch.float64)
+    difference += 10 * (torch.arange(16) % 2).double()  # all bands are large
+    difference.requires_grad_()
+    assert not verify.undecided(difference, [difference], shapes, 1e-6)[0].any()
+    level = torch.zeros(1, 16, 16, dtype=torch.float64)
+    level[:, :, 8:] = 1  # level but for an edge: bands are 0 up to two columns from it
+    level.requires_grad_()
+    (out,) = verify.undecided(level, [level], shapes, 1e-6)
+    assert out.any(dim=1)[0].tolist() == [True] * 16
+    assert not verify.Line("op", "case", "grad", 0.0, 0.0, 1.0, left_out=0.6).ok
+
+
+def test_a_search_that_errs_is_found(monkeypatch):
+    shapes = verify.Shapes(device="cpu", latent_dim=8)
+    assert all(line.ok for line in verify.nearest(shapes))
+    plain = verify.nearest_rows
+
+    def last_of_equals(queries, database, impl):
+        index, squared = plain(queries, database.flip(0), impl=impl)
+        return len(database) - 1 - index, squared
+
+    monkeypatch.setattr(verify, "nearest_rows", last_of_equals)
+    wrong = [line.case for line in verify.nearest(shapes) if not line.ok]
+    assert {case.split(", ")[0] for case in wrong} >= {"reference"}
+    assert all(case.endswith("ties") for case in wrong)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -71,7 +130,7 @@ def test_the_command_line_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all within their limits" in done.stdout
     assert "bfloat16: not shown" in done.stdout
-    for op in ("composite ", "laplacian ", "composite_laplacian ", "latent_adam "):
+    for op in ("composite ", "laplacian ", "composite_laplacian ", "latent_adam ", "nearest "):
         assert f"\n{op}" in done.stdout
 
 

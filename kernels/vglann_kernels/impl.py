@@ -175,11 +175,15 @@ def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, W
 def chosen(op: str, impl: str | None, device: Any, unsupported: str | None = None) -> str:
     """`resolve(...).impl`, for the ops: reports each new choice once, to the logger `vglann_kernels`.
 
-    Under `torch.compile` the ops call this as a constant, so nothing is logged from inside a graph.
+    Under `torch.compile` its result is a constant, so nothing is logged from inside a graph.
     """
     choice = resolve(op, impl, device, unsupported)
     _report(choice)
     return choice.impl
+
+
+# What torch.compiler.assume_constant_result does; but calling that imports torch._dynamo, which takes a second.
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _report(choice: Choice) -> None:

@@ -3,8 +3,8 @@
     python -m vglann_kernels.resources [--out FILE] [--check]
 
 writes `kernels/RESOURCES.md`: registers per thread, stack bytes per thread (spills), shared memory and warps
-per program, for each configuration of `configurations()` on each target. `--check` compares with the
-committed table instead and exits with 1 when a row got worse or the table belongs to other sources.
+per program, matrix-unit instructions, for each of `configurations(target)` on each target. `--check` compares
+with the committed table instead and exits with 1 when a row got worse or the table belongs to other sources.
 Needs triton, whose wheel brings the assembler and `cuobjdump`; must not run under TRITON_INTERPRET=1.
 """
 
@@ -26,12 +26,16 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 INFORMATIONAL = (75, "gfx942")  # below the minimum, and another vendor: nothing is promised for them
 TOO_LARGE = "128x128"  # left out there: on 75 each such configuration compiles for minutes, into spills
 DEFAULT_TABLE = Path(__file__).parents[1] / "RESOURCES.md"
-COLUMNS = ("op", "configuration", "target", "registers", "stack", "shared", "warps")
+COLUMNS = ("op", "configuration", "target", "registers", "stack", "shared", "warps", "mma")
+MATRIX_UNIT = r"[HU]\w*MMA"  # HMMA up to 89 and on 120, HGMMA on 90, UTCHMMA on 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `target` is a compute capability such as "90", or "gfx942" (registers -1)."""
+    """One line of the table; `target` is a compute capability such as "90", or "gfx942" (registers -1).
+
+    `mma` counts the instructions of the disassembly that run on the matrix units, loops once.
+    """
 
     op: str
     configuration: str
@@ -40,6 +44,7 @@ class Row:
     stack: int
     shared: int
     warps: int
+    mma: int
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,16 @@ class Configuration:
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 3
 
 
-def configurations() -> list[Configuration]:
-    """What is compiled: per op the defaults of the presets `modern` (binomial) and `paper` (seed), B =
-    256."""
-    return [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+def configurations(target: int | str) -> list[Configuration]:
+    """What is compiled for a target: per op the defaults of the presets `modern` (binomial) and `paper` (seed),
+    B = 256. The search is tuned for each target, and left out on the informational ones."""
+    made = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+    if target in INFORMATIONAL:
+        return [c for c in made if TOO_LARGE not in c.name]
+    return [*made, *_nearest(divmod(int(target), 10))]
 
 
 def _composite() -> Iterator[Configuration]:
@@ -163,6 +172,38 @@ def _latent_adam() -> Iterator[Configuration]:
     yield Configuration("latent_adam", "flush", kernel._flush_kernel, flush, {"TERMS": 8, **d})
 
 
+def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
+    """What a search launches at d = 100, 128 and 512."""
+    from .nearest import kernel
+
+    sizes = (77, 77, 77)  # neither 1 nor a multiple of 16: no launch makes these arguments special
+    for name, d, parts in (
+        ("scan d=100", 100, 1),
+        ("scan d=128", 128, 1),
+        ("scan d=512", 512, 1),
+        ("wider scan d=100", 100, 2),
+        ("wider scan d=512", 512, 2),
+    ):
+        k = kernel.packed_columns(d, parts)
+        options = kernel.scan_options(capability, k, parts)
+        tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
+        constants = {"K": k, "QUERIES": options["QUERIES"]}
+        if parts == 1 and k <= kernel.RESIDENT:
+            scan, values, constants["COUNT"] = kernel._scan_kernel, 2, kernel.tiles_of(k)
+        else:
+            scan, values, constants["PARTS"] = kernel._stepped_scan_kernel, 4, parts
+        pointers = (*["*fp16"] * values, "*fp32")
+        yield Configuration("nearest", name, scan, (*pointers, *sizes), constants, **tuned)
+    packed = ("*fp32", "*fp64", "*fp16", "*fp16", *["*fp32"] * 4, *sizes)
+    for name, parts, queries in (("rows", 1, False), ("queries", 1, True), ("rows, two parts", 2, False)):
+        constants = {"K": 112, "PARTS": parts, "QUERIES": queries}
+        yield Configuration("nearest", f"pack {name}", kernel._pack_kernel, packed, constants)
+    select = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
+    yield Configuration("nearest", "select", kernel._select_kernel, select, {"MOST": 16, **kernel.SELECT})
+    tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
+    yield Configuration("nearest", "decide", kernel._decide_kernel, tables, {"MOST": 16})
+
+
 def compile_one(configuration: Configuration, target: int | str) -> Row:
     """Compile for one target as a launch with these arguments would and read the resources of the result."""
     import triton
@@ -192,31 +233,34 @@ def compile_one(configuration: Configuration, target: int | str) -> Row:
     source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = isinstance(target, str)
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", target, 32)
-    made = triton.compile(source, target=gpu, options={"num_warps": configuration.warps})
-    registers, stack = (-1, -1) if amd else _usage(made.asm["cubin"])
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    made = triton.compile(source, target=gpu, options=options)
+    registers, stack, mma = (-1, -1, -1) if amd else _usage(made.asm["cubin"])
     named = (configuration.op, configuration.name, str(target))
-    return Row(*named, registers, stack, made.metadata.shared, configuration.warps)
+    return Row(*named, registers, stack, made.metadata.shared, configuration.warps, mma)
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) per thread, from `cuobjdump` of triton's own wheel."""
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """(registers and stack bytes per thread, matrix-unit instructions), from `cuobjdump` of triton's own wheel."""
     import triton.backends.nvidia as nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        usage, listing = (
+            subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
-    return int(found[1]), int(found[2])
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    return int(found[1]), int(found[2]), len(re.findall(rf"\s{MATRIX_UNIT}\b", listing))
 
 
 def source_hash() -> str:
     """sha256 (16 digits) of the kernels in the table."""
-    ops = sorted({configuration.op for configuration in configurations()})
+    ops = sorted({configuration.op for configuration in configurations(TARGETS[0])})
     files = [Path(__file__).parent / op / "kernel.py" for op in ops]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
@@ -227,10 +271,11 @@ def write_table(rows: list[Row], path: Path) -> None:
 
     head = (
         "# What the kernels take\n\n"
-        "Registers and stack bytes per thread, shared memory bytes and warps per program, compiled ahead of time.\n"
-        "A stack over 0 is spilling. Made by `python -m vglann_kernels.resources`.\n"
-        "Targets 75 (no bfloat16 units, below the minimum) and gfx942 (registers and stack not read: -1) are for\n"
-        "information, without planes of 128x128; no kernel was run on either.\n\n"
+        "Registers and stack bytes per thread, shared memory bytes and warps per program, and the instructions\n"
+        "for the matrix units in the code (mma), compiled ahead of time. A stack over 0 is spilling.\n"
+        "Made by `python -m vglann_kernels.resources`. Targets 75 (no bfloat16 units, below the minimum) and\n"
+        "gfx942 (registers, stack and mma not read: -1) are for information, without planes of 128x128 and the\n"
+        "search; no kernel was run on either.\n\n"
         f"triton {triton.__version__}, sources {source_hash()}\n\n"
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -248,33 +293,29 @@ def read_table(path: Path = DEFAULT_TABLE) -> tuple[str, list[Row]]:
     return stamp, rows
 
 
-def _job(job: tuple[int, int | str]) -> Row:
-    return compile_one(configurations()[job[0]], job[1])
+def _job(job: tuple[str, int | str]) -> Row:
+    name, target = job
+    (configuration,) = (c for c in configurations(target) if f"{c.op} {c.name}" == name)
+    return compile_one(configuration, target)
 
 
 def compile_all(targets: tuple[int | str, ...] = TARGETS, only: str = "") -> list[Row]:
-    """Every configuration whose "op name" contains `only`, for every target, in two processes.
-
-    Planes of 128x128 are left out on the informational targets.
-    """
-    chosen = [(i, c) for i, c in enumerate(configurations()) if only in f"{c.op} {c.name}"]
-    jobs = [
-        (i, target)
-        for i, c in chosen
-        for target in targets
-        if target not in INFORMATIONAL or TOO_LARGE not in c.name
-    ]
+    """Every configuration whose "op name" contains `only`, for every target, in two processes."""
+    compiled = {target: [f"{c.op} {c.name}" for c in configurations(target)] for target in targets}
+    names = [name for name in max(compiled.values(), key=len) if only in name]
+    jobs = [(name, target) for name in names for target in targets if name in compiled[target]]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         return list(pool.map(_job, jobs))
 
 
 def worse(rows: list[Row], committed: list[Row]) -> list[str]:
-    """What got worse than the committed rows: more stack or shared memory, or a row that is missing there."""
+    """What got worse than the committed rows: more stack or shared memory, fewer matrix-unit instructions, or a row
+    that is missing there."""
     known = {(row.op, row.configuration, row.target): row for row in committed}
     found = []
     for row in rows:
         before = known.get((row.op, row.configuration, row.target))
-        if before is None or row.stack > before.stack or row.shared > before.shared:
+        if before is None or row.stack > before.stack or row.shared > before.shared or row.mma < before.mma:
             found.append(f"{row} was {before}")
     return found
 

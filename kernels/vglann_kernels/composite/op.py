@@ -12,7 +12,6 @@ from . import reference
 
 switch.register("composite", "reference")
 switch.register("composite", "triton", why_no_triton)
-_chosen = torch.compiler.assume_constant_result(switch.chosen)
 
 
 @torch.library.custom_op("vglann_kernels::mask_composite", mutates_args=())
@@ -73,6 +72,6 @@ def mask_composite(head: Tensor, background: Tensor, *, impl: str | None = None)
     check_shape("background", background, (head.shape[0], 3, *head.shape[3:]))
     check_same_device("head", head, "background", background)
     unsupported = "head: expected a 16- or 32-bit float, got float64" if head.dtype == torch.float64 else None
-    if _chosen("composite", impl, head.device, unsupported) == "triton":
+    if switch.chosen("composite", impl, head.device, unsupported) == "triton":
         return torch.ops.vglann_kernels.mask_composite(head, background)
     return reference.mask_composite(head, background)

@@ -15,7 +15,6 @@ from . import reference
 
 switch.register("composite_laplacian", "reference")
 switch.register("composite_laplacian", "triton", why_no_triton)
-_chosen = torch.compiler.assume_constant_result(switch.chosen)
 
 
 @torch.library.custom_op("vglann_kernels::composite_laplacian", mutates_args=())
@@ -63,21 +62,9 @@ def _gradient_unit(head: Tensor, frames: int, weights: tuple[float, ...], reduct
 
 @_composite_laplacian.register_fake
 def _(
-    head: Tensor,
-    background: Tensor,
-    clips: Tensor,
-    index: Tensor,
-    frames: int,
-    mask_weight: float,
-    levels: int,
-    blur: str,
-    sigma: float,
-    level_weights: Sequence[float],
-    target_range: Sequence[float],
-    reduction: str,
-    with_gradient: bool,
-    with_video: bool,
+    head: Tensor, background: Tensor, clips: Tensor, index: Tensor, frames: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, reduction, with_gradient, with_video = options
     shape = (head.shape[0], 3, frames) if reduction == "none" else ()
     return (
         head.new_empty(shape, dtype=torch.float32),
@@ -170,7 +157,7 @@ def composite_laplacian_loss(
         raise ValueError("mask_weight: expected 0 with reduction 'none', whose values are per plane")
     with_gradient = torch.is_grad_enabled() and (head.requires_grad or background.requires_grad)
     unsupported = _triton_refuses(head, reduction, with_gradient)
-    if _chosen("composite_laplacian", impl, head.device, unsupported) == "triton":
+    if switch.chosen("composite_laplacian", impl, head.device, unsupported) == "triton":
         loss, _, _, video = torch.ops.vglann_kernels.composite_laplacian(
             head, background, clips, index, frames, float(mask_weight), levels, blur, sigma, weights,
             target_range, reduction, with_gradient, return_video,

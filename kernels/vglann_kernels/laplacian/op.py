@@ -19,7 +19,6 @@ TRITON_SIZES = (32, 64, 128)
 
 switch.register("laplacian", "reference")
 switch.register("laplacian", "triton", why_no_triton)
-_chosen = torch.compiler.assume_constant_result(switch.chosen)
 
 
 @torch.library.custom_op("vglann_kernels::laplacian_pyramid", mutates_args=())
@@ -93,17 +92,8 @@ def saved_times_upstream(ctx: Any, upstream: Tensor, factor: float) -> tuple[Ten
 
 
 @_laplacian.register_fake
-def _(
-    video: Tensor,
-    target: Tensor,
-    levels: int,
-    blur: str,
-    sigma: float,
-    level_weights: Sequence[float],
-    target_range: Sequence[float],
-    reduction: str,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+def _(video: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, with_gradient = options
     gradient = torch.empty_like(video) if with_gradient else video.new_empty(0)
     return video.new_empty(video.shape[:-2] if reduction == "none" else (), dtype=torch.float32), gradient
 
@@ -204,7 +194,7 @@ def laplacian_pyramid_loss(
     check_same_device("video", video, "target", target)
     height, width = video.shape[-2:]
     weights = check_options(height, width, levels, blur, sigma, level_weights, target_range, reduction)
-    if _chosen("laplacian", impl, video.device, triton_refuses(video)) == "triton":
+    if switch.chosen("laplacian", impl, video.device, triton_refuses(video)) == "triton":
         with_gradient = torch.is_grad_enabled() and (video.requires_grad or target.requires_grad)
         return torch.ops.vglann_kernels.laplacian_pyramid(
             video, target, levels, blur, sigma, weights, target_range, reduction, with_gradient

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import device_guard
-from .reference import Betas, series_terms
+from .rule import Betas, series_terms
 
 DENSE_ROWS = 8  # rows of the table per program in dense mode
 

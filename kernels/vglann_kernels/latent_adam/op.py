@@ -17,7 +17,6 @@ RETRACTIONS = (None, "sphere", "ball")
 
 switch.register("latent_adam", "reference")
 switch.register("latent_adam", "triton", why_no_triton)
-_chosen = torch.compiler.assume_constant_result(switch.chosen)
 
 
 @torch.library.custom_op("vglann_kernels::latent_gather", mutates_args=())
@@ -147,7 +146,7 @@ def latent_gather(
             raise ValueError("lr: latent_gather needs it in catchup mode")
     else:
         _check_lr(latents, lr)
-    if _chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
+    if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         tables = (latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
         catchup = state.mode == "catchup"
         return torch.ops.vglann_kernels.latent_gather(*tables, index, lr, betas, eps, catchup)
@@ -203,7 +202,7 @@ def latent_adam_step(
         check_tensor("skip", skip, (torch.bool,))
         check_shape("skip", skip, ())
         check_same_device("latents", latents, "skip", skip)
-    if _chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
+    if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         torch.ops.vglann_kernels.latent_adam_step(
             latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step, state.arrived,
             index, grad, lr, betas, eps, state.mode, retraction, skip,
@@ -232,7 +231,7 @@ def latent_flush(
     _check_lr(latents, lr)
     if state.mode != "catchup":
         return
-    if _chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
+    if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         tables = (latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
         torch.ops.vglann_kernels.latent_flush(*tables, lr, betas, eps)
     else:

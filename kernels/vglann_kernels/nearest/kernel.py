@@ -134,7 +134,8 @@ def _scan_kernel(
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     first = tl.program_id(1).to(tl.int64) * per_program
     own = _tiles(q, query, K, 0)
-    for group in range(first, tl.minimum(first + per_program, groups)):
+    for number in range(first, tl.minimum(first + per_program, groups)):
+        group = tl.cast(number, tl.int64)
         rows = group * GROUP + tl.arange(0, GROUP)
         tiles = _tiles(c, rows, K, 0)
         scores = tl.zeros([QUERIES, GROUP], tl.float32)
@@ -154,7 +155,8 @@ def _stepped_scan_kernel(
     """
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     first = tl.program_id(1).to(tl.int64) * per_program
-    for group in range(first, tl.minimum(first + per_program, groups)):
+    for number in range(first, tl.minimum(first + per_program, groups)):
+        group = tl.cast(number, tl.int64)
         row = group * GROUP + tl.arange(0, GROUP)
         scores = tl.zeros([QUERIES, GROUP], tl.float32)
         small = tl.zeros([QUERIES, GROUP], tl.float32)
@@ -350,32 +352,3 @@ def decide(queries: Tensor, database: Tensor, slots: Tensor, count: Tensor) -> t
         queries, database, slots, count, rows, found, len(database), d, MOST=slots.shape[1], num_warps=4
     )
     return rows, found
-
-
-def configurations(capability: tuple[int, int]) -> list[tuple[str, object, tuple, dict, int, int]]:
-    """What a search launches at d = 100, 128 and 512, to be compiled ahead of time: name, kernel, arguments (a
-    pointer as "*fp16" and so on), constants, warps, stages."""
-    made: list[tuple[str, object, tuple, dict, int, int]] = []
-    for name, kernel, pointers, k, parts in (
-        ("scan d=100", _scan_kernel, ("*fp16", "*fp16", "*fp32"), 112, 1),
-        ("scan d=128", _scan_kernel, ("*fp16", "*fp16", "*fp32"), 144, 1),
-        ("scan d=512", _stepped_scan_kernel, (*["*fp16"] * 4, "*fp32"), 544, 1),
-        ("wider scan d=100", _stepped_scan_kernel, (*["*fp16"] * 4, "*fp32"), 128, 2),
-        ("wider scan d=512", _stepped_scan_kernel, (*["*fp16"] * 4, "*fp32"), 544, 2),
-    ):
-        options = scan_options(capability, k, parts)
-        count = {"COUNT": tiles_of(k)} if kernel is _scan_kernel else {"PARTS": parts}
-        constants = {"K": k, "QUERIES": options["QUERIES"], **count}
-        made.append(
-            (name, kernel, (*pointers, 77, 77, 77), constants, options["num_warps"], options["num_stages"])
-        )
-    packed = ("*fp32", "*fp64", "*fp16", "*fp16", *["*fp32"] * 4, 77, 77, 77)
-    for name, parts, queries in (("rows", 1, False), ("queries", 1, True), ("rows, two parts", 2, False)):
-        made.append(
-            (f"pack {name}", _pack_kernel, packed, {"K": 112, "PARTS": parts, "QUERIES": queries}, 4, 3)
-        )
-    numbers = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
-    made.append(("select", _select_kernel, numbers, {"MOST": 16, **SELECT}, 4, 3))
-    tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
-    made.append(("decide", _decide_kernel, tables, {"MOST": 16}, 4, 3))
-    return made

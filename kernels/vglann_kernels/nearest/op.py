@@ -52,8 +52,8 @@ def nearest_rows(
     3.4e38).
 
     float32 or float64 inputs of one dtype on one device, M < 2^31. Waits for the device; not for graph capture.
-    `return_stats` adds a dict: "impl" that ran; "certified", the share of queries whose answer its first,
-    cheapest pass was sure to contain; "candidates_per_query" decided in float64; "scratch_bytes" of its large
+    `return_stats` adds a dict: "impl" that ran; "certified", the share of queries whose answer its first
+    pass over all of them was sure to contain; "candidates_per_query" decided in float64; "scratch_bytes" of its large
     buffers. `impl`: "auto", "reference", "faiss" or "triton" (d up to 512).
     Raises TypeError on a wrong dtype; ValueError on a wrong shape, mixed devices, an empty database or values
     that are not finite.

@@ -1,0 +1,128 @@
+"""Offsets of more than 2^31 elements, kernel by kernel, in the interpreter; run by test_kernels_interpreted.py.
+
+Tables are reserved at their full size and only their ends are written, so they take no memory; only the programs
+of the ends run. An offset that wraps around at 32 bits misses them, or the process. `laplacian` takes strides and has
+a probe in its own file; `select`, and the dense and flushing steps of `latent_adam`, read whole tables: not probed.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from vglann_kernels import latent_adam_state, latent_adam_step, latent_gather
+from vglann_kernels.composite import kernel as composite
+from vglann_kernels.composite_laplacian import kernel as composite_laplacian
+from vglann_kernels.latent_adam.state import LatentAdamState
+from vglann_kernels.nearest import kernel as nearest
+
+FAR = 2**31
+
+
+@contextmanager
+def only(module, name, grid, first):
+    """Launches of a kernel run `grid` programs, numbered from `first`, instead of all."""
+    kernel, plain = getattr(module, name), InterpreterBuilder.create_get_program_id
+
+    class Launched:
+        def __getitem__(self, _):
+            return kernel[grid]
+
+    def shifted(builder, axis):
+        handle = plain(builder, axis)
+        return TensorHandle(handle.data + handle.data.dtype.type(first[axis]), handle.dtype)
+
+    setattr(module, name, Launched())
+    InterpreterBuilder.create_get_program_id = shifted
+    try:
+        yield
+    finally:
+        setattr(module, name, kernel)
+        InterpreterBuilder.create_get_program_id = plain
+
+
+def ending_with(rows, count, dtype=None):
+    """A table of `count` rows of which only the last are written, with `rows`."""
+    table = torch.empty(count, *rows.shape[1:], dtype=dtype or rows.dtype)
+    table[-len(rows) :] = rows
+    return table
+
+
+def test_composite():
+    torch.manual_seed(0)
+    batch = FAR // (4 * 32 * 32) + 2
+    head, background = torch.randn(1, 4, 1, 32, 32).half(), torch.randn(1, 3, 32, 32).half()
+    upstream, mean = torch.randn(1, 3, 1, 32, 32).half(), torch.randn(1)
+    far_head, far_background = ending_with(head, batch), ending_with(background, batch)
+    with only(composite, "_composite_fwd_kernel", (2, 1, 1), (0, 0, batch - 1)):
+        video, _ = composite.composite_fwd(far_head, far_background)
+    assert torch.equal(video[-1:], composite.composite_fwd(head, background)[0])
+    with only(composite, "_composite_bwd_kernel", (2, 1), (0, batch - 1)):
+        far = composite.composite_bwd(
+            far_head, far_background, ending_with(upstream, batch), ending_with(mean, batch)
+        )
+    for ours, near in zip(far, composite.composite_bwd(head, background, upstream, mean), strict=True):
+        assert torch.equal(ours[-1:], near)
+
+
+def test_composite_laplacian():
+    """The last group of frames of the last video, and the last clip of the table."""
+    torch.manual_seed(0)
+    frames, batch = 64, FAR // (4 * 64 * 32 * 32) + 2
+    count = FAR // (3 * 64 * 32 * 32) + 2
+    head, background = torch.randn(1, 4, frames, 32, 32).half(), torch.randn(1, 3, 32, 32).half()
+    clip = torch.randint(0, 256, (1, 3, frames, 32, 32), dtype=torch.uint8)
+    rest = (frames, 0.1, 3, "binomial", 2.0, (1.0,) * 4, (-1.0, 1.0), 1.0, True, False)
+    name, last = "_composite_laplacian_kernel", 3 * frames - 12
+    with only(composite_laplacian, name, (12, 1), (last, 0)):
+        near = composite_laplacian.composite_laplacian_fwd(head, background, clip, torch.tensor([0]), *rest)
+    index = ending_with(torch.tensor([count - 1]), batch)
+    with only(composite_laplacian, name, (12, 1), (last, batch - 1)):
+        far = composite_laplacian.composite_laplacian_fwd(
+            ending_with(head, batch), ending_with(background, batch), ending_with(clip, count), index, *rest
+        )
+    assert torch.equal(far[0][-1, :, -4:], near[0][0, :, -4:])
+    assert torch.equal(far[2][-1, :, -4:], near[2][0, :, -4:])
+    assert near[2][0, :, -4:].any()
+
+
+@pytest.mark.parametrize("mode", ["row", "catchup"])
+def test_latent_adam(mode):
+    torch.manual_seed(0)
+    rows, count = torch.randn(2, 128), FAR // 128 + 2
+    index, grad, lr = torch.tensor([0, 1]), torch.randn(2, 128), torch.tensor(0.1)
+    near, small = rows.clone(), latent_adam_state(rows, mode)
+    table = ending_with(rows, count)
+    tables = {name: ending_with(x, count) for name, x in small.tensors().items() if x.ndim}
+    state = LatentAdamState(mode=mode, **tables, step=small.step.clone(), arrived=small.arrived.clone())
+    for _ in range(2):
+        latent_adam_step(near, small, index, grad, lr=lr, impl="triton")
+        latent_adam_step(table, state, index + count - 2, grad, lr=lr, impl="triton")
+        read = latent_gather(table, state, index + count - 2, lr=lr, impl="triton")
+        assert torch.equal(read, latent_gather(near, small, index, lr=lr, impl="triton"))
+    assert torch.equal(table[-2:], near)
+    assert not torch.equal(near, rows)
+
+
+def test_nearest():
+    torch.manual_seed(0)
+    count = FAR // 128 + 256
+    rows, queries = torch.randn(256, 128), torch.randn(3, 128)
+    offset = torch.zeros(128, dtype=torch.float64)
+    table = ending_with(rows, count)
+    groups = count // 128
+    with only(nearest, "_pack_kernel", (2,), (groups - 2,)):
+        far = nearest.Packed(table, offset, 0, 1, count, False)
+    near = nearest.Packed(rows, offset, 0, 1, 256, False)
+    assert torch.equal(far.high[-256:], near.high)
+    assert torch.equal(far.numbers[:, -2:], near.numbers)
+    q = nearest.Packed(queries, offset, 0, 1, 256, True)
+    options = {"QUERIES": 256, "num_warps": 8, "num_stages": 3}
+    per_program = nearest.PER_PROGRAM
+    with only(nearest, "_scan_kernel", (1, 1), (0, (groups - 1) // per_program)):
+        maxima = nearest.scan(q, far, 1, options)
+    assert torch.equal(maxima[-2:], nearest.scan(q, near, 1, options))
+    slots = torch.tensor([[groups - 1, groups - 2]] * 3, dtype=torch.int32)
+    found = nearest.decide(queries, table, slots, torch.full((3,), 2, dtype=torch.int32))
+    few = nearest.decide(queries, rows, slots - groups + 2, torch.full((3,), 2, dtype=torch.int32))
+    assert torch.equal(found[0][:, :1], few[0][:, :1] + count - 256)
