@@ -2,7 +2,7 @@
 
     python bench/compare_mappings.py RUN [--only imle,gmm] [--held-out 0.1] [--seed 0] [--device cpu]
 
-All are fitted to the same latents, and the same share is set aside. As many samples are drawn as there are latents to
+All are fitted to the same latents, and the same shots are set aside; gmm and the flows also choose by them. As many samples are drawn as there are latents to
 fit, for
 
 coverage    share of the fitted latents with a sample within the distance of their fifth neighbour among themselves
@@ -31,8 +31,9 @@ from vglann_kernels import nearest_rows
 
 from vglann_fast.config import PRESETS
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.mapping.fit import KINDS, set_aside
+from vglann_fast.mapping.fit import KINDS
 from vglann_fast.mapping.gap import SAMPLES, measure_gap
+from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping_options import MapOptions
 from vglann_fast.metrics.coverage import density_coverage
 from vglann_fast.run_dir import RunDir
@@ -98,8 +99,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
-    trained = load_trained(RunDir.open(a.run), a.device)
-    fitted, held_out = set_aside(trained.latents, a.held_out, a.seed)
+    run = RunDir.open(a.run)
+    trained = load_trained(run, a.device)
+    fitted, held_out = set_aside(trained.latents, run_shots(run, trained.ids), a.held_out, a.seed)
     if held_out is None:
         parser.error("--held-out: expected above 0")
     print(
