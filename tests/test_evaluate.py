@@ -231,10 +231,20 @@ def test_comparing_a_set_with_itself_is_warned_of():
     assert not compare(rows[:20], rows[20:])["warnings"]
 
 
+def test_no_more_are_compared_than_there_are_training_clips(tmp_path):
+    """The floor takes as many training clips as there are real ones."""
+    training = ClipSet.open(mixed_folder(tmp_path / "clips", 5, 9), "train")
+    sides, _ = module.prepare(training, [], None, "cpu", [])
+    assert sides.n == len(sides.training_rows[sides.floor]) == 5
+    with pytest.raises(VglannError, match="9 test clips and 5 others: 5 at most"):
+        module.prepare(training, [], 6, "cpu", [])
+
+
 def test_the_spread_is_over_disjoint_quarters():
     real, made = torch.randn(67, 3, dtype=torch.float64), torch.randn(70, 3, dtype=torch.float64) + 1
     figures = compare(real, made)
     assert figures["n"] == 67
+    assert any("67 real and 70 made" in line for line in figures["warnings"])
     pairs = [(real[i * 16 : i * 16 + 16], made[i * 16 : i * 16 + 16]) for i in range(4)]
     expected = [frechet_distance(FeatureMoments.of(a), FeatureMoments.of(b)) for a, b in pairs]
     assert figures["quarters"]["values"] == pytest.approx(expected)

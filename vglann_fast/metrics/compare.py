@@ -66,11 +66,11 @@ def measure(
 
 
 def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
-    """Features [n, d] of real videos against those of made ones. Of both the same number is taken, from the top.
+    """Features [n, d] of real videos against those of made ones.
 
     Returns, JSON-able:
 
-        n, frechet         videos on each side, and the distance
+        n, frechet         videos on each side, the fewer if they differ, and the distance
         quarters           {"n", "values", "mean", "sd"}: the distance over disjoint quarters of both; each is of
                            fewer videos, so the mean lies above `frechet`; null with fewer than 32 videos
         precision, recall  k = 3; density, coverage: k = 5; null with 5 videos or fewer
@@ -79,7 +79,6 @@ def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
     Raises `VglannError` as `frechet_distance` and `check_features`.
     """
     n = min(len(real), len(made))
-    real, made = real[:n], made[:n]
     sides = FeatureMoments.of(real), FeatureMoments.of(made)
     distance = frechet_distance(*sides)
     figures: dict[str, Any] = {"n": n, "frechet": distance, "quarters": _quarters(real, made)}
@@ -94,7 +93,7 @@ def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
 
 
 def _quarters(real: Tensor, made: Tensor) -> dict[str, Any] | None:
-    size = len(real) // QUARTERS
+    size = min(len(real), len(made)) // QUARTERS
     if size < _FEWEST:
         return None
     pairs = [(real[at : at + size], made[at : at + size]) for at in range(0, QUARTERS * size, size)]

@@ -5,8 +5,10 @@ stands its floor: as many training clips against the same held-out clips. The ma
 and, so that generator and mapping can be told apart, videos made from the run's own training latents: a mapping
 that hits their distribution does as well as they.
 
-Nothing here depends on batches or on the order of clips: of real and training clips those of the lowest ids are
-taken, which are hashes, and what is drawn comes from the seed. The records are specified in `record.py`.
+Nothing here depends on the batches of measuring or on the order of clips: of real and training clips those of the
+lowest ids are taken, which are hashes, and what is drawn comes from the seed. A video that is made with
+batchnorm="train", as preset `paper` does, depends on those it is made with, and so on n. The records are specified in
+`record.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -169,9 +171,13 @@ def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
             f"{held_out} clips are held out in {training.folder}: half of the training clips stand for real ones, "
             "so nothing is said about clips it has not seen; pack with a larger --test-share"
         )
-    if n is not None and n > len(rows):
-        raise VglannError(f"-n: {n} videos on each side asked for, but there are {len(rows)} {split} clips")
-    chosen = rows[: FVD_VIDEOS if n is None else n]
+    most = min(len(rows), len(training) - others)  # as many training clips are the floor
+    if n is not None and n > most:
+        raise VglannError(
+            f"-n: {n} videos on each side asked for, but there are {len(rows)} {split} clips and "
+            f"{len(training) - others} others: {most} at most"
+        )
+    chosen = rows[: min(most, FVD_VIDEOS) if n is None else n]
     if len(chosen) < 2:
         raise VglannError(f"-n: a comparison needs at least 2 videos on each side, here are {len(chosen)}")
     return Sides(real, chosen, training, order, split, others)
