@@ -6,11 +6,16 @@ this file raises for the content of a run; what cannot be shown becomes a line i
 
 import json
 import math
+import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# What NumPy raises for a .npy file whose header is broken in one way or another.
+NOT_NPY = (OSError, ValueError, EOFError, OverflowError, SyntaxError, TypeError, MemoryError, RecursionError,
+           tokenize.TokenError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Artefacts:
     nearest: np.ndarray | None  # uint8 (n, 3, T, H, W), the order of the samples
     interpolation: Media
     mappings: dict[str, dict[str, Any]]  # kind -> mapping.json
+    evaluations: dict[str, dict[str, Any]]  # source -> its record, see `vglann_fast.metrics.record`
     problems: list[str] = field(default_factory=list)
 
 
@@ -46,31 +52,34 @@ def read_artefacts(run: Path) -> Artefacts:
     media = run / "media"
     samples = _read_media(media / "samples", "samples", run, problems)
     nearest_file = media / "nearest" / "video.npy"
-    nearest = _read_array(nearest_file, 3, run, problems)
+    nearest = read_array(nearest_file, 3, run, problems)
     if nearest is not None and (samples.video is None or nearest.shape != samples.video.shape):
         _tell(problems, run, nearest_file, "does not belong to these samples")
         nearest = None
     return Artefacts(
-        options=_read_json(run / "options.json", run, problems),
-        environment=_read_json(run / "environment.json", run, problems),
+        options=read_json(run / "options.json", run, problems),
+        environment=read_json(run / "environment.json", run, problems),
         metrics=_read_metrics(run / "metrics.jsonl", run, problems),
         reconstruction=_read_media(media / "reconstruction", "reconstruction", run, problems),
         samples=samples,
         nearest=nearest,
         interpolation=_read_media(media / "interpolation", "interpolation", run, problems),
         mappings={
-            file.parent.name: _read_json(file, run, problems)
+            file.parent.name: read_json(file, run, problems)
             for file in sorted((run / "mapping").glob("*/mapping.json"))
+        },
+        evaluations={
+            file.stem: read_json(file, run, problems) for file in sorted((run / "evaluation").glob("*.json"))
         },
         problems=problems,
     )
 
 
 def _read_media(folder: Path, record: str, run: Path, problems: list[str]) -> Media:
-    video = _read_array(folder / "video.npy", 3, run, problems)
+    video = read_array(folder / "video.npy", 3, run, problems)
     others: dict[str, np.ndarray | None] = {}
     for name, channels in (("original", 3), ("foreground", 3), ("mask", 1), ("background", 3)):
-        array = _read_array(folder / f"{name}.npy", channels, run, problems, frames=name != "background")
+        array = read_array(folder / f"{name}.npy", channels, run, problems, frames=name != "background")
         if array is not None and video is not None:
             n, _, frames, height, width = video.shape
             time = () if name == "background" else (frames,)
@@ -78,10 +87,10 @@ def _read_media(folder: Path, record: str, run: Path, problems: list[str]) -> Me
                 _tell(problems, run, folder / f"{name}.npy", f"shape {array.shape} does not fit video.npy")
                 array = None
         others[name] = array if video is not None else None
-    return Media(video=video, **others, record=_read_json(folder / f"{record}.json", run, problems))
+    return Media(video=video, **others, record=read_json(folder / f"{record}.json", run, problems))
 
 
-def _read_array(
+def read_array(
     file: Path, channels: int, run: Path, problems: list[str], frames: bool = True
 ) -> np.ndarray | None:
     """Map a uint8 array (n, channels, T, H, W), or (n, channels, H, W) without `frames`."""
@@ -89,8 +98,8 @@ def _read_array(
         return None
     try:
         # Mapped, so that a header that promises more than the file holds costs nothing.
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, SyntaxError) as error:
+        array = np.lib.format.open_memmap(file, mode="r")
+    except NOT_NPY as error:
         _tell(problems, run, file, str(error))
         return None
     expected = 5 if frames else 4
@@ -100,7 +109,8 @@ def _read_array(
     return array
 
 
-def _read_json(file: Path, run: Path, problems: list[str]) -> dict[str, Any]:
+def read_json(file: Path, run: Path, problems: list[str]) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is none; what is wrong goes to `problems`, named within `run`."""
     if not file.is_file():
         return {}
     try:

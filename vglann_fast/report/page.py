@@ -4,61 +4,26 @@ Videos, styles and the script are inside the page; its content security policy f
 else. Sections whose artefacts a run does not have say which command makes them.
 """
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vglann_fast import __version__
 from vglann_fast.atomic import atomic_file
 from vglann_fast.errors import VglannError
+from vglann_fast.report.ablation import ablation
 from vglann_fast.report.artefacts import Artefacts, Media, number, numbers, read_artefacts, seconds_spent
-from vglann_fast.report.filmstrip import Filmstrip, filmstrip
-from vglann_fast.report.plots import Series, chart
+from vglann_fast.report.evaluation import Table, at, distance_charts, motion_charts, number_tables, shown
+from vglann_fast.report.filmstrip import filmstrip
+from vglann_fast.report.gallery import MOST_CARDS, Card, Gallery, View, view
+from vglann_fast.report.mappings import Comparison, compare_mappings
+from vglann_fast.report.plots import Chart, Series, chart, scatter
+from vglann_fast.report.rendering import render_page
+from vglann_fast.report.table_page import distance_tables, paper_note, read_table
 
-MOST_CARDS = 24  # clips shown per section; keeps the page within what a mail or a browser takes
 _MOST_DEPTH = 8
 _MOST_TEXT = 1000
-
-
-@dataclass(frozen=True)
-class View:
-    """One picture of a card: its column's name, what it shows in words, and its frames."""
-
-    label: str
-    alt: str
-    strip: Filmstrip
-
-
-@dataclass(frozen=True)
-class Card:
-    """One clip: the views to compare, its streams in small, and facts (text, explanation) beneath."""
-
-    main: list[View]
-    streams: list[View]
-    facts: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Cards of one section, all with the same columns, and how many clips the section's arrays hold."""
-
-    cards: list[Card] = field(default_factory=list)
-    total: int = 0
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart with its title, the names of its series and the last value of the first one."""
-
-    title: str
-    labels: list[str]
-    last: str
-    svg: str
 
 
 def write_report(run: str | Path) -> Path:
@@ -70,7 +35,9 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise VglannError(f"{run} is not a run folder; make one with `vglann train`")
-    html = render(run.resolve().name, read_artefacts(run))
+    artefacts = read_artefacts(run)
+    comparison = compare_mappings(run, artefacts.mappings, artefacts.problems)
+    html = render(run.resolve().name, artefacts, comparison, _beside(run, artefacts.problems))
     page = run / "report" / "index.html"
     with atomic_file(page) as temporary:
         # A folder's name or a JSON string may hold what is no Unicode text.
@@ -78,26 +45,23 @@ def write_report(run: str | Path) -> Path:
     return page
 
 
-def render(name: str, run: Artefacts) -> str:
-    """The page of a run called `name`, as text."""
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError as error:
-        raise VglannError("the report needs jinja2: pip install 'vglann-fast[video,report]'") from error
-    loader = jinja2.PackageLoader("vglann_fast.report")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style, script = (loader.get_source(environment, file)[0] for file in ("page.css", "page.js"))
-    script = script.replace("\r\n", "\n")  # as a browser reads it before it compares the digest
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return environment.get_template("page.html").render(
-        version=__version__,
-        style=Markup(style),
-        script=Markup(script),
-        script_sha256=digest,
-        svg=Markup,
+def _beside(run: Path, problems: list[str]) -> dict[str, Any]:
+    """What the table that the run is of, and an ablation in its folder or the one around it, have to show."""
+    run = run.resolve()
+    table = read_table(run.parent, problems)
+    found = distance_tables(table) if table is not None and run.name in table.losses else []
+    ablations = [ablation(folder, problems) for folder in (run, run.parent)]
+    return {
+        "tables": found,
+        "paper_note": paper_note(found),
+        "ablation": next((one for one in ablations if one[0]), None),
+    }
+
+
+def render(name: str, run: Artefacts, comparison: Comparison | None, beside: dict[str, Any]) -> str:
+    """The page of a run called `name`, as text. beside: what `_beside` found."""
+    return render_page(
+        "page.html",
         name=name,
         facts=_header_facts(run),
         figures=_headline_figures(run),
@@ -108,9 +72,14 @@ def render(name: str, run: Artefacts) -> str:
         interpolation_ends=_ends(run.interpolation.record),
         training=_training_charts(run),
         mappings=_mappings(run),
+        comparison=_comparison_table(comparison, run.mappings),
+        scatters=_scatters(comparison),
+        evaluation_tables=number_tables(run.evaluations),
+        evaluation=[*distance_charts(run.evaluations), *motion_charts(run.evaluations)],
         settings=setting_rows(run.options),
         environment=setting_rows(run.environment),
         problems=run.problems,
+        **beside,
     )
 
 
@@ -162,10 +131,6 @@ def duration(seconds: float) -> tuple[str, str]:
     return f"{minutes // 60}:{minutes % 60:02d}", "h"
 
 
-def _view(label: str, of: str, video: np.ndarray, quality: int) -> View:
-    return View(label, f"{label} of {of}", filmstrip(video, quality))
-
-
 def _streams(media: Media, i: int, of: str) -> list[View]:
     """Foreground, mask and background of clip i, as far as they are there."""
     views = []
@@ -176,7 +141,7 @@ def _streams(media: Media, i: int, of: str) -> list[View]:
     ):
         if array is not None:
             video = array[i][:, None] if array.ndim == 4 else array[i]  # a still is a video of one frame
-            views.append(_view(label, of, video, 82))
+            views.append(view(label, of, video, 82))
     return views
 
 
@@ -191,13 +156,13 @@ def _reconstructions(media: Media) -> Gallery:
     for i in range(min(len(media.video), MOST_CARDS)):
         clip = _text_at(shown, i)
         of = f"clip {clip or i + 1}"
-        pair = [] if media.original is None else [_view("Original", of, media.original[i], 88)]
+        pair = [] if media.original is None else [view("Original", of, media.original[i], 88)]
         facts = [(clip, "clip id")] if clip else []
         if (value := psnr.get(clip)) is not None:
             facts.append((f"{value:.2f} dB", "PSNR of the reconstruction"))
             if (base := flat.get(clip)) is not None:
                 facts.append((f"{value - base:+.2f} dB", "above the clip’s mean colour"))
-        pair.append(_view("Reconstruction", of, media.video[i], 88))
+        pair.append(view("Reconstruction", of, media.video[i], 88))
         cards.append(Card(pair, _streams(media, i, of), facts))
     return Gallery(cards, len(media.video))
 
@@ -217,7 +182,7 @@ def _samples(media: Media, nearest: np.ndarray | None) -> Gallery:
             facts.append((f"distance {distance:.3f}", "between the latents of the sample and of that clip"))
         if (psnr := _number_at(found.get("pixel_psnr"), i)) is not None:
             facts.append((f"{psnr:.2f} dB", "PSNR between the sample and that clip: high means a copy"))
-        pair = [_view("Sample", of, media.video[i], 88)]
+        pair = [view("Sample", of, media.video[i], 88)]
         if nearest is not None:
             clip_view = filmstrip(nearest[i], 88)
             pair.append(View("Nearest clip", f"Training clip nearest to sample {i + 1}", clip_view))
@@ -292,6 +257,47 @@ def _mappings(run: Artefacts) -> list[tuple[str, list[Chart], list[tuple[int, st
         rest = {key: value for key, value in record.items() if not (key == "epochs" and rows)}
         found.append((kind, [one for one in charts if one is not None], setting_rows(rest)))
     return found
+
+
+def _comparison_table(found: Comparison | None, records: dict[str, dict[str, Any]]) -> Table | None:
+    """A row for each mapping: how its samples cover the training latents, and how near they come to held-out ones."""
+    if found is None or not found.mappings:
+        return None
+    head = [
+        "mapping",
+        "coverage",
+        "density",
+        "hubness",
+        "distance, fitted",
+        "set aside",
+        "NLL, fitted",
+        "set aside",
+    ]
+    rows = []
+    for kind, one in found.mappings.items():
+        gap = records.get(kind, {}).get("gap")
+        gaps = [at(gap, part, key) for key in ("distance", "nll") for part in ("fitted", "held_out")]
+        rows.append([kind, *map(shown, (one.coverage, one.density, one.hubness, *gaps))])
+    return head, rows
+
+
+def _scatters(found: Comparison | None) -> list[Chart]:
+    """For each mapping its samples over the training latents, along the principal axes of these."""
+    charts: list[Chart] = []
+    if found is None:
+        return charts
+    every = np.concatenate([found.latents, *(one.points for one in found.mappings.values())])
+    corners = [tuple(every.min(0).tolist()), tuple(every.max(0).tolist())]
+    for kind, one in found.mappings.items():
+        groups = [("training latents", found.latents), ("samples", one.points)]
+        series = [Series(label, points[:, 0].tolist(), points[:, 1].tolist()) for label, points in groups]
+        first, second = (f"{100 * share:.0f} % of the variance" for share in found.shares)
+        try:
+            svg = scatter(series, x_label=first, y_label=second, cover=corners)
+        except ValueError:
+            continue
+        charts.append(Chart(kind, [label for label, _ in groups], "", svg))
+    return charts
 
 
 def _curve(

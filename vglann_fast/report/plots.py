@@ -1,4 +1,4 @@
-"""Small line charts as SVG that follows the page: its style sheet colours them, so light and dark both work.
+"""Small charts as SVG that follows the page: its style sheet colours them, so light and dark both work.
 
 Hand-made rather than drawn by a plotting library: a chart is a few kilobytes of text that wraps, scales and
 recolours with the page, and its points are there for the page's script to read out under the pointer.
@@ -13,6 +13,18 @@ from xml.etree import ElementTree
 _WIDTH, _HEIGHT = 360, 212
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 8, 10, 38
 _MOST_POINTS = 240
+_MOST_DOTS = 400
+_NAMES, _BAR_ROW = 112, 22  # of a bar chart: width of its names, height of a bar and the gap beneath
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title, the names of its series and the last value of the first one."""
+
+    title: str
+    labels: list[str]
+    last: str
+    svg: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,86 @@ def chart(
     for i, one in enumerate(drawn):
         _draw_series(svg, one, across, up, i, line)
     return ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False)
+
+
+def bars(values: Sequence[tuple[str, float]], *, x_label: str, mark: tuple[str, float] | None = None) -> str:
+    """Draw (name, value) pairs as bars from zero, one under the other, each with its value beside it.
+
+    mark: a name and a value that a line across all bars shows, e.g. the least there can be.
+    Values that are negative, not finite or beyond 1e±30 are left out. Returns and raises as `chart`.
+    """
+    drawn = [(name, value) for name, value in values if _drawable(value) and value >= 0]
+    if not drawn:
+        raise ValueError("a chart needs at least one finite point")
+    marked = [mark] if mark is not None and _drawable(mark[1]) and mark[1] >= 0 else []
+    base = _TOP + 12 * len(marked) + _BAR_ROW * len(drawn)
+    top = max(value for _, value in (*drawn, *marked)) or 1.0
+    across = _axis(0, top, _NAMES, _WIDTH - 44, log=False, room=4, pad=0)
+    svg = ElementTree.Element(
+        "svg", {"class": "chart", "viewBox": f"0 0 {_WIDTH} {base + _BOTTOM}", "role": "img"}
+    )
+    told = [f"{name}: {tick_label(_short(value))}" for name, value in (*drawn, *marked)]
+    svg.set("aria-label", f"{x_label}. " + "; ".join(told))
+    grid = ElementTree.SubElement(svg, "g", {"class": "grid", "aria-hidden": "true"})
+    for tick in across.ticks:
+        x = f"{across.place(tick):.1f}"
+        ElementTree.SubElement(grid, "line", {"x1": x, "x2": x, "y1": f"{_TOP}", "y2": f"{base}"})
+        _text(grid, across.place(tick), base + 15, tick_label(tick), "middle")
+    _text(grid, (_NAMES + _WIDTH - 44) / 2, base + _BOTTOM - 6, x_label, "middle")
+    group = ElementTree.SubElement(svg, "g", {"class": "series series-0", "aria-hidden": "true"})
+    for i, (name, value) in enumerate(drawn):
+        y, end = base - _BAR_ROW * (len(drawn) - i), across.place(value)
+        size = {"x": f"{_NAMES}", "y": f"{y}", "width": f"{end - _NAMES:.1f}", "height": f"{_BAR_ROW - 8}"}
+        ElementTree.SubElement(group, "rect", size)
+        _text(group, _NAMES - 6, y + 11, name, "end")
+        _text(group, end + 5, y + 11, f"{value:.4g}", "start")
+    for name, value in marked:
+        x = f"{across.place(value):.1f}"
+        ElementTree.SubElement(svg, "line", {"class": "mark", "x1": x, "x2": x, "y1": "14", "y2": f"{base}"})
+        _text(svg, across.place(value), 10, f"{name} {value:.4g}", "middle")
+    return ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False)
+
+
+def scatter(
+    groups: Sequence[Series], *, x_label: str, y_label: str, cover: Sequence[tuple[float, float]] = ()
+) -> str:
+    """Draw groups of points in one frame, the first beneath the others; of each at most 400, evenly spaced.
+
+    Both axes count alike, so that angles and distances are as they are. cover: points (x, y) that the frame reaches
+    though they are not drawn, for several with one frame. Returns and raises as `chart`.
+    """
+    drawn = []
+    for group in groups:
+        pairs = zip(group.x, group.y, strict=True)
+        points = [(x, y) for x, y in pairs if _drawable(x) and _drawable(y)]
+        drawn.append(points[:: -(-len(points) // _MOST_DOTS) or 1])
+    every = [point for points in drawn for point in points]
+    if not every:
+        raise ValueError("a chart needs at least one finite point")
+    across, up = _square_axes([*every, *cover])
+    svg = ElementTree.Element("svg", {"class": "chart", "viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img"})
+    counts = "; ".join(f"{group.label}: {len(group.x)} points" for group in groups)
+    svg.set("aria-label", f"{y_label} against {x_label}. {counts}")
+    _draw_axes(svg, across, up, x_label, y_label)
+    for i, points in enumerate(drawn):
+        dots = ElementTree.SubElement(svg, "g", {"class": f"series series-{i % 4} cloud"})
+        for x, y in points:
+            place = {"cx": f"{across.place(x):.1f}", "cy": f"{up.place(y):.1f}", "r": "1.8"}
+            ElementTree.SubElement(dots, "circle", place)
+    return ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False)
+
+
+def _square_axes(points: Sequence[tuple[float, float]]) -> tuple[_Axis, _Axis]:
+    """Axes about all points, a unit of one as long as a unit of the other."""
+    sides = [(min(values), max(values)) for values in zip(*points, strict=True)]
+    room = (_WIDTH - _RIGHT - _LEFT, _HEIGHT - _BOTTOM - _TOP)
+    unit = max((high - low) / r for (low, high), r in zip(sides, room, strict=True)) * 1.08 or 1.0
+    (left, right), (low, high) = (
+        ((a + b) / 2 - unit * r / 2, (a + b) / 2 + unit * r / 2)
+        for (a, b), r in zip(sides, room, strict=True)
+    )
+    across = _axis(left, right, _LEFT, _WIDTH - _RIGHT, log=False, room=6, pad=0)
+    return across, _axis(low, high, _HEIGHT - _BOTTOM, _TOP, log=False, room=5, pad=0)
 
 
 def tick_label(value: float) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 from vglann_fast.atomic import atomic_dir
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
+from vglann_fast.report.artefacts import NOT_NPY
 from vglann_fast.report.study_database import FILE, Source, Study, Trial, Video, create
 from vglann_fast.report.study_page import study_page
 from vglann_fast.run_dir import RunDir
@@ -105,8 +106,8 @@ def _samples(run: Path) -> np.ndarray:
     if not file.is_file():
         raise VglannError(f"{run} has no samples to show; make them with `vglann sample {run}`")
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, SyntaxError) as error:
+        array = np.lib.format.open_memmap(file, mode="r")
+    except NOT_NPY as error:
         raise VglannError(f"{file}: damaged ({error}); run `vglann sample {run}` again") from error
     if array.dtype != np.uint8 or array.ndim != 5 or array.shape[1] != 3 or 0 in array.shape:
         raise VglannError(f"{file}: holds no videos ({array.dtype} {array.shape}); run `vglann sample` again")

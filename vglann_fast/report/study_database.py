@@ -17,7 +17,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +134,8 @@ class Study:
         self.sources = {number: Source(number, label, kind) for number, label, kind in rows}
         # In the order of their random ids, which tells nothing about what is in them.
         self.trials = [Trial(*row) for row in connection.execute("select * from trials order by id")]
+        if not isinstance(self.facts.get("id"), str):
+            raise ValueError("it has no id")
         self._videos_of = {trial.id: (trial.left, trial.right) for trial in self.trials}
 
     @classmethod
@@ -209,6 +211,16 @@ class Study:
         ]
 
 
+def _schema(connection: sqlite3.Connection) -> set[tuple[Any, ...]]:
+    return set(connection.execute("select type, name, tbl_name, sql from sqlite_master").fetchmany(100))
+
+
+def _own_schema() -> set[tuple[Any, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(_TABLES)
+        return _schema(connection)
+
+
 def _check(connection: sqlite3.Connection) -> None:
     """Raise ValueError or sqlite3.Error unless this is a whole study of this version that can be written."""
     ((application,),) = connection.execute("pragma application_id").fetchall()
@@ -217,6 +229,9 @@ def _check(connection: sqlite3.Connection) -> None:
         raise ValueError("not a file of vglann-fast")
     if version != VERSION:
         raise ValueError(f"version {version}, this program reads {VERSION}")
+    # Exactly our tables: a view in place of one may never end, a trigger does what its author wants.
+    if _schema(connection) != _own_schema():
+        raise ValueError("its tables are not those of a study")
     if connection.execute("pragma quick_check(1)").fetchall() != [("ok",)]:
         raise ValueError("its pages are inconsistent")
     if connection.execute("pragma foreign_key_check").fetchone():
@@ -232,7 +247,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite and a damaged file raise into `VglannError`."""
     try:
         yield
-    except (sqlite3.Error, ValueError, TypeError) as error:
+    except (sqlite3.Error, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         code = getattr(error, "sqlite_errorname", "")
         known = (hint for name, hint in _ACTIONABLE.items() if code.startswith(name))
         damaged = f"damaged, or not a study of this version ({error}); restore a copy of it or make a new one"

@@ -115,6 +115,7 @@
       points: [...line.points].map(({ x, y }) => ({ x, y })),
       values: line.dataset.values.split(",").map((pair) => pair.split(" ")),
     }));
+    if (!lines.length) continue; // bars: their values are written beside them
     const layer = make("g", chart);
     chart.addEventListener("pointerleave", () => layer.replaceChildren());
     chart.addEventListener("pointermove", (event) => {
