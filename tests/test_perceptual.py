@@ -28,6 +28,7 @@ from vglann_fast.run_dir import RunDir, sha256, write_json
 from vglann_fast.samples.invert import invert
 
 CPU = torch.device("cpu")
+OTHER_WEIGHTS = r"other weights of lite0 \(sha256 aaaaaaaaaaaa, now bbbbbbbbbbbb\)"
 
 
 def random_weights(name):
@@ -203,16 +204,42 @@ def test_clip_by_clip_saves_memory_alone(name, real):
     assert relative_l2(gradients[1], gradients[0]) < 1e-4
 
 
-def test_bf16_is_near(real):
-    options = PRESETS["modern"].train
-    values = []
-    for precision in ("fp32", "bf16"):
-        loss = FeatureLoss(random_weights("lite0"), options, CPU, precision)
-        value = loss.against(real)(close_video(real, options))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["l1", "l2", "lite0", "l2:0.5,lite0"])
+def test_half_precision_is_near(spec, dtype, real, imported):
+    """Of the same logits: nothing of the loss but a network's arithmetic may be in half precision."""
+    options = replace(PRESETS["modern"].train, loss=spec, mask_weight=0.0)
+    noise = torch.Generator().manual_seed(3)
+    head = torch.randn(2, 4, 8, 32, 32, generator=noise).to(dtype)
+    background = torch.randn(2, 3, 32, 32, generator=noise).to(dtype)
+    batch = data.Batch(real, torch.arange(2), torch.arange(2))
+
+    def loss(precision, *logits):
+        features = load_features(options, CPU, precision=precision)
+        value = glo_loss(*logits, batch, options, features, with_video=False)[0]
         assert value.dtype == torch.float32
-        values.append(value.item())
-    assert values[0] != values[1]
-    assert values[0] == pytest.approx(values[1], rel=0.02)
+        return value.item()
+
+    exact = loss("fp32", head.float(), background.float())
+    near = loss("fp32", head, background)
+    assert near == pytest.approx(exact, rel=1e-4)
+    if "lite0" in spec and dtype == torch.bfloat16:
+        assert near != loss("bf16", head, background) == pytest.approx(exact, rel=0.005)
+
+
+@pytest.mark.parametrize("spec", ["l1", "l2", "lite0"])
+def test_a_half_precision_video_is_compared_in_float32(spec, real):
+    """A target rounded to bf16 turns the signs of small differences around."""
+    options = replace(PRESETS["modern"].train, loss=spec)
+    half = close_video(real, options).detach().bfloat16().requires_grad_()
+    full = half.detach().float().requires_grad_()
+    if spec == "lite0":
+        losses = [FeatureLoss(random_weights(spec), options, CPU).against(real)(v) for v in (half, full)]
+    else:
+        losses = [reconstruction_loss(v, real, options) for v in (half, full)]
+    sum(losses).backward()
+    assert torch.equal(*losses)
+    assert torch.equal(half.grad, full.grad.bfloat16())
 
 
 def steps_of(training, count):
@@ -231,6 +258,21 @@ def test_kept_features_change_no_bit(clips, tmp_path, imported, monkeypatch):
         losses.append(steps_of(training, 5))
         assert len(looks) == {"off": 10, "on": 5}[wish]  # both videos of a step, or the made one alone
     assert torch.equal(*losses)
+
+
+def test_out_of_memory_names_kept_features(clips, tmp_path, imported, caplog):
+    taken = []
+    for wish in ("off", "on"):
+        options = tiny_options("modern", loss="lite0", cache_features=wish)
+        training = Training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / wish, {}))
+        with caplog.at_level("INFO", "vglann_fast"):
+            message = str(training.out_of_memory())
+        assert message.startswith("out of memory; try --cache-features off,") == (wish == "on")
+        taken.append(training.features["lite0"].nbytes)
+    assert caplog.text.count("networks, kept features") == 2
+    levels = training.features["lite0"].levels(torch.zeros(7, 3, 16, 32, 32))
+    assert taken[1] - taken[0] == sum(4 * level.numel() for level in levels)
+    assert taken[0] >= sum(4 * p.numel() for p in training.features["lite0"].network.parameters())
 
 
 def test_features_that_do_not_fit(clips, tmp_path, imported, monkeypatch, caplog):
@@ -275,9 +317,7 @@ def test_resumed_with_the_same_weights_or_not_at_all(clips, tmp_path, imported):
     again.restore()
     assert torch.equal(steps_of(again, 2), whole[3:])
     import_lite0(tmp_path / "weights", sha="b" * 64)
-    with pytest.raises(
-        VglannError, match=r"other weights of lite0 \(sha256 aaaaaaaaaaaa, now bbbbbbbbbbbb\)"
-    ):
+    with pytest.raises(VglannError, match=OTHER_WEIGHTS):
         Training(opened, options, run).restore()
 
 
@@ -293,6 +333,11 @@ def test_inversion_by_features(clips, tmp_path, imported):
     plain = invert(replace(trained, options=replace(options, loss="l2")), video, starts=1, steps=3)
     assert found.psnr.isfinite().all()
     assert not torch.equal(found.latents, plain.latents)
+    import_lite0(tmp_path / "weights", sha="b" * 64)
+    with pytest.raises(VglannError, match=OTHER_WEIGHTS):
+        invert(trained, video, starts=1, steps=1)
+    unrecorded = invert(replace(trained, weights={}), video, starts=1, steps=3)  # as of an older run
+    assert torch.equal(unrecorded.latents, found.latents)
 
 
 def test_no_graph_with_a_network():

@@ -1,12 +1,16 @@
 """`vglann replay RUN`: what was made once comes out again, bit for bit, and what did not is named."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import moving_squares, write_clip_folder
 
+from vglann_fast import verbs
 from vglann_fast.cli import main
+from vglann_fast.replay import _stretches
 from vglann_fast.run_dir import RunDir, sha256
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
@@ -33,8 +37,6 @@ def made(tmp_path_factory):
 
 def stop_at(run, step):
     """As if the finished training had been stopped there."""
-    import shutil
-
     from vglann_fast.clips.dataset import ClipSet
     from vglann_fast.config import TrainOptions, options_from_json
     from vglann_fast.glo.train import Training
@@ -60,8 +62,6 @@ def test_everything_comes_out_the_same(made, tmp_path, capsys):
 
 def test_what_was_changed_is_named(made, tmp_path, capsys):
     """A latent, a metric and a video, and a picture that nobody recorded."""
-    import shutil
-
     run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
     checkpoint = run.path / "checkpoints" / "step-00000012"
     tensors = load_file(checkpoint / "latents.safetensors")
@@ -85,8 +85,6 @@ def test_what_was_changed_is_named(made, tmp_path, capsys):
 
 
 def test_moved_clips_have_to_be_given(made, tmp_path, capsys):
-    import shutil
-
     run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
     shutil.rmtree(run.path / "media")
     run.options["clips"] = str(tmp_path / "gone")
@@ -97,3 +95,72 @@ def test_moved_clips_have_to_be_given(made, tmp_path, capsys):
     other = write_clip_folder(tmp_path / "other", moving_squares(5))
     assert main(["replay", str(run.path), "--clips", str(other), "--device", "cpu"]) == 2
     assert "the clip set changed" in capsys.readouterr().err
+
+
+def test_training_after_a_resume_from_an_older_step_is_left_out():
+    """Rates of 1, then from step 30 of 2, from step 100 of 3; the last resume went on from step 50 with 4."""
+    rates = [(30, [1, 2]), (100, [2, 3]), (50, [3, 4])]
+    resumed = [{"step": step, "changed": {"lr_latents": pair}} for step, pair in rates]
+    found = list(_stretches({"train": {"lr_latents": 4}, "resumed": resumed}, 200))
+    assert found == [(30, {"lr_latents": 1}), (50, {"lr_latents": 2}), (200, {"lr_latents": 4})]
+
+
+RESUME = {"step": 7, "changed": {}, "environment": {}}
+UNREPEATABLE = {
+    "begun by two": ({"processes": 2}, {}, "by 2 processes"),
+    "resumed by four": ({}, {"environment": {"processes": [1, 4]}}, "by 4 processes"),
+    "other clips": ({}, {"latents_on_mismatch": "keep"}, "--latents-on-mismatch keep"),
+}
+
+
+@pytest.mark.parametrize(("began", "resume", "message"), UNREPEATABLE.values(), ids=UNREPEATABLE)
+def test_a_training_that_cannot_be_repeated_is_one_line(made, tmp_path, capsys, began, resume, message):
+    run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
+    there = json.loads((run.path / "environment.json").read_text())
+    (run.path / "environment.json").write_text(json.dumps(there | began))
+    run.options["resumed"].append(RESUME | resume)
+    (run.path / "options.json").write_text(json.dumps(run.options))
+    assert main(["replay", str(run.path), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_replay_needs_to_know_of_a_resume_is_recorded(made, tmp_path):
+    run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
+    RunDir.open(run.path).resumed(12, "init")
+    assert RunDir.open(run.path).options["resumed"][-1]["latents_on_mismatch"] == "init"
+    assert json.loads((run.path / "environment.json").read_text())["processes"] == 1
+
+
+def test_an_older_run_without_metrics(made, tmp_path, capsys):
+    run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
+    shutil.rmtree(run.path / "media")
+    shutil.rmtree(run.path / "mapping")
+    there = json.loads((run.path / "environment.json").read_text())
+    del there["processes"]
+    (run.path / "environment.json").write_text(json.dumps(there))
+    (run.path / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    assert main(["replay", str(run.path), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "SKIP metrics: no common lines" in printed
+    assert "SAME checkpoint 12, generator" in printed
+
+
+def test_each_step_is_deterministic_or_not_as_recorded(made, tmp_path, capsys, monkeypatch):
+    """One was made with --deterministic, the later ones without."""
+    run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
+    lines = run.history()
+    for line in lines:
+        line["options"]["deterministic"] = line["verb"] == "sample"
+    (run.path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    modes = {}
+    for verb in ("map", "sample", "interpolate"):
+
+        def noting(a, verb=verb, do=verbs.VERBS[verb]):
+            do(a)
+            modes[verb] = torch.are_deterministic_algorithms_enabled()
+
+        monkeypatch.setitem(verbs.VERBS, verb, noting)
+    assert main(["replay", str(run.path), "--device", "cpu"]) == 0
+    assert modes == {"map": False, "sample": True, "interpolate": False}

@@ -213,6 +213,8 @@ def preset(name: str) -> Preset:
 def options_from_json(cls: type, values: dict[str, Any]) -> Any:
     """A dataclass of options from a JSON object. An option that is missing, since the file is of an earlier
     version, has its default; unknown names are refused with `VglannError`."""
+    if not isinstance(values, dict):
+        raise VglannError("options: not a JSON object; the file was changed")
     odd = sorted(values.keys() - {f.name for f in fields(cls)})
     if odd:
         raise VglannError(f"options: unknown {', '.join(odd)}; made by another version?")

@@ -9,14 +9,18 @@ from vglann_fast.errors import VglannError
 
 
 def device_and_kernels(a: Namespace) -> Any:
-    """The torch device of --device; --kernels and --deterministic hold for the process from here on."""
+    """The torch device of --device; --kernels and --deterministic hold for the process from here on.
+
+    Products are in float32: PyTorch would allow TensorFloat-32 to convolutions. A training has its --precision.
+    """
     from vglann_kernels import ImplUnavailable, choices, use_impl
 
-    device = device_of(a)
-    if a.deterministic:
-        from vglann_fast.glo.determinism import make_deterministic
+    from vglann_fast.glo.determinism import set_deterministic
+    from vglann_fast.glo.precision import set_float32_products
 
-        make_deterministic()
+    device = device_of(a)
+    set_deterministic(bool(a.deterministic))  # off too: `replay` does several verbs
+    set_float32_products("fp32", device)
     try:
         if a.kernels is not None:
             use_impl(a.kernels)

@@ -7,16 +7,17 @@ from typing import Any, Literal
 from vglann_fast.errors import VglannError
 from vglann_fast.options import check_choices, option, require
 
+HELD_OUT = (
+    "share of the latents that is set aside, whole shots, to measure how well the mapping does on latents it has not "
+    "seen; gmm and the flows also choose by them, so do a little better there; 0 to below 1"
+)
+
 
 @dataclass(frozen=True)
 class MapOptions:
-    """What every kind of mapping has."""
+    """What every kind of mapping has. Kinds that choose nothing by latents set aside have none by default."""
 
-    held_out: float = option(
-        0.1,
-        "share of the latents that is set aside, to measure how well the mapping does on latents it has not seen "
-        "and, gmm and the flows, to choose by; 0 to below 1",
-    )
+    held_out: float = option(0.0, HELD_OUT)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -113,6 +114,7 @@ class GaussianOptions(MapOptions):
 class GmmOptions(MapOptions):
     """A mixture of normal distributions with full covariances. Defaults: preset `modern`."""
 
+    held_out: float = option(0.1, HELD_OUT)
     components: str = option(
         "1,4,16,64",
         "normal distributions in the mixture; of several numbers the one that gives the latents set aside the "
@@ -155,6 +157,7 @@ class GmmOptions(MapOptions):
 class AutoregressiveOptions(MapOptions):
     """The masked autoregressive flow. Defaults: preset `modern`."""
 
+    held_out: float = option(0.1, HELD_OUT)
     transforms: int = option(4, "invertible steps one after the other")
     hidden: int = option(128, "hidden units of the mapping's networks")
     epochs: int = option(100, "passes over the latents")

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vglann_fast.environment import environment
 from vglann_fast.errors import VglannError
-from vglann_fast.run_dir import RunDir, environment, read_json
+from vglann_fast.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,8 @@ def replay(
         out: folder for the second run, which stays; without it there is a temporary one.
         clips: where the run's clips are now, if they were moved.
 
-    Raises `VglannError` when the clips are gone or others, when several processes trained the run, and as training.
+    Raises `VglannError` when the clips are gone or others, when several processes trained the run, when a resume
+    had --latents-on-mismatch, and as training.
     """
     run = RunDir.open(path)
     if clips is not None:
@@ -111,32 +113,54 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
 
 def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     from vglann_fast.config import TrainOptions, options_from_json
+    from vglann_fast.glo.determinism import deterministic_or_named, set_deterministic
     from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
     from vglann_fast.glo.train import Training
 
     state, _ = run.load_checkpoint()
+    _check_repeatable(run, state["processes"])
     stretches = list(_stretches(run.options, state["step"]))
     original = {name: value for name, value in run.options.items() if name not in ("resumed", "train")}
     second = RunDir.new(folder, {**original, "train": stretches[0][1]}).begin()
     if not has_clips(run):  # imported: there was no training
         shutil.copytree(run.path / "checkpoints", folder / "checkpoints")
         return second
-    if state["processes"] != 1:
-        raise VglannError(f"{run.path} was trained by {state['processes']} processes; a replay is one")
     clips = open_clips(run, verify=True)
     check_same_clips(state["ids"], clips.ids)
     every = min([row["step"] for row in run.metrics("glo")], default=10)
     for until, train in stretches:
         options: TrainOptions = options_from_json(TrainOptions, train)
-        training = Training(clips, options, second, seed=run.options["seed"], device=device)
-        training.resume()
-        training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)
+        set_deterministic(options.deterministic)
+        with deterministic_or_named():
+            training = Training(clips, options, second, seed=run.options["seed"], device=device)
+            training.resume()
+            training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)
         training.source.close()
     return second
 
 
+def _check_repeatable(run: RunDir, processes: int) -> None:
+    """Raise `VglannError` for a training, ended by `processes`, that one process on its clips cannot repeat."""
+    resumes = run.options.get("resumed", [])
+    file = run.path / "environment.json"
+    began = read_json(file).get("processes") if file.is_file() else None
+    counts = [processes, began, *(entry["environment"].get("processes", [1, 1])[1] for entry in resumes)]
+    if several := [count for count in counts if count not in (None, 1)]:
+        raise VglannError(f"{run.path} was trained by {several[0]} processes; a replay is one")
+    for entry in resumes:
+        choice = entry.get("latents_on_mismatch", "error")
+        if choice != "error":
+            raise VglannError(
+                f"{run.path} was resumed at step {entry['step']} with --latents-on-mismatch {choice}; the clips "
+                "before that are not on record, so it cannot be replayed"
+            )
+
+
 def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step up to which, options) of each part of the training, between resumes that changed something."""
+    """(step up to which, options) of each part of the training, between resumes that changed something.
+
+    What was trained after a resume is not part of it if a later resume went on from an earlier step.
+    """
     resumes = options.get("resumed", [])
     train, before = dict(options["train"]), []
     for entry in reversed(resumes):
@@ -145,8 +169,12 @@ def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dic
             train.pop(name, None)
             if name != "clips" and old is not None:
                 train[name] = old
-    ends = [min(entry["step"], last) for entry in resumes] + [last]
-    yield from zip(ends, [train, *reversed(before)], strict=True)
+    parts, end = [], last
+    for start, part in zip([e["step"] for e in reversed(resumes)] + [0], [*before, train], strict=True):
+        if start <= end:
+            parts.append((end, part))
+            end = start
+    yield from reversed(parts)
 
 
 def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | None, str]]:
@@ -194,6 +222,9 @@ def _compare_training(run: RunDir, second: RunDir) -> Iterator[Verdict]:
     if run.options["clips"] is not None:
         ours, theirs = ({row["step"]: _timeless(row) for row in r.metrics("glo")} for r in (run, second))
         steps = sorted(ours.keys() & theirs.keys())
+        if not steps:
+            yield Verdict("metrics", None, "no common lines")
+            return
         wrong = [step for step in steps if ours[step] != theirs[step]]
         detail = f"{len(wrong)} of {len(steps)} lines, the first at step {wrong[0]}" if wrong else ""
         yield Verdict("metrics", not wrong, detail)

@@ -3,7 +3,8 @@
     options.json       {"format": "vglann-run", "version": 1, "preset", "seed", "clips": folder or null,
                        "frames", "size", "train": {...}}; null for a run that was imported without clips. As they
                        are now; a resume that changed some of them is in "resumed": [{"step": it went on from,
-                       "changed": {name: [before, after]}, "environment": {name: [before, after]}}]
+                       "changed": {name: [before, after]}, "environment": {name: [before, after]},
+                       "latents_on_mismatch": "keep" or "init" where given}]
     environment.json   versions and hardware of the machine that started the run
     history.jsonl      one line for each command that made something of the run later, for `replay`:
                        {"verb", "options": {name: value}, "environment": {...}}
@@ -29,15 +30,11 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vglann_fast import __version__
 from vglann_fast.atomic import (
     actionable_os_errors,
     atomic_dir,
@@ -47,6 +44,7 @@ from vglann_fast.atomic import (
     remove_dir,
     remove_strays,
 )
+from vglann_fast.environment import environment
 from vglann_fast.errors import VglannError
 
 if TYPE_CHECKING:
@@ -86,6 +84,7 @@ class RunDir:
         path = Path(path)
         if path.exists() and (not path.is_dir() or not all(map(_is_of_no_run_yet, path.iterdir()))):
             raise _taken(path)
+        _check_links(path)
         name, version = RUN_FORMAT
         return cls(path, {"format": name, "version": version, **options})
 
@@ -107,6 +106,7 @@ class RunDir:
         path = Path(path)
         if not (path / "options.json").is_file():
             raise VglannError(f"{path} is not a run: it has no options.json; make one with `vglann train`")
+        _check_links(path)
         options = read_json(path / "options.json")
         if not isinstance(options, dict) or (options.get("format"), options.get("version")) != RUN_FORMAT:
             raise VglannError(f"{path}/options.json: not a run of this version of vglann-fast")
@@ -129,7 +129,8 @@ class RunDir:
 
         with actionable_os_errors(self.path):
             make_folder(self.path)
-            file = (self.path / LOCK).open("a+")
+            # a link could lead to a file of the user's, which would be emptied
+            file = os.fdopen(os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +152,7 @@ class RunDir:
             file.flush()
             yield
 
-    def resumed(self, step: int) -> None:
+    def resumed(self, step: int, on_mismatch: str = "error") -> None:
         """Record, in options.json, what differs from there now that the run goes on from `step`."""
         saved = read_json(self.path / "options.json")
         before, after = ({**options["train"], "clips": options["clips"]} for options in (saved, self.options))
@@ -167,8 +168,9 @@ class RunDir:
             for name in now
             if name not in ("command", "started") and then.get(name) != now[name]
         }
-        if changed or moved:
-            entry = {"step": step, "changed": changed, "environment": moved}
+        asked = {} if on_mismatch == "error" else {"latents_on_mismatch": on_mismatch}
+        if changed or moved or asked:
+            entry = {"step": step, "changed": changed, "environment": moved, **asked}
             self.options["resumed"] = [*saved.get("resumed", []), entry]
             write_json(self.path / "options.json", self.options)
 
@@ -258,7 +260,15 @@ class RunDir:
         for folder in reversed(self._checkpoint_dirs()):
             try:
                 return _read_checkpoint(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                SafetensorError,
+                VglannError,
+            ) as error:
                 self._damaged.add(folder)
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
         hint = (
@@ -288,7 +298,7 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             yield value
@@ -303,6 +313,18 @@ def _taken(path: Path) -> VglannError:
     return VglannError(
         f"{path} is there already; continue that run with --resume {path}, or choose another --out"
     )
+
+
+def _check_links(path: Path) -> None:
+    """Raise `VglannError` for a link that leads out of the run: what is written into a run stays in it."""
+    top = path.resolve()
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(top):
+                raise VglannError(
+                    f"{entry} is a link out of the run folder; put what it leads to in its place"
+                )
 
 
 def _is_count(value: Any) -> bool:
@@ -326,11 +348,12 @@ def _are_resumes(entries: Any) -> bool:
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
     from safetensors.torch import load_file
 
-    state = json.loads((folder / "state.json").read_text())
+    state = read_json(folder / "state.json")
     if (state["format"], state["version"]) != CHECKPOINT_FORMAT:
         raise ValueError("not a checkpoint of this version")
     counts = [state["step"], *(state.get(name, 0) for name in ("epoch", "position", "processes"))]
-    if not all(map(_is_count, counts)) or not all(isinstance(clip, str) for clip in state["ids"]):
+    ids = state["ids"]
+    if not all(map(_is_count, counts)) or type(ids) is not list or not all(isinstance(i, str) for i in ids):
         raise ValueError("a number or the ids are damaged in state.json")
     parts = {}
     for name, digest in state["sha256"].items():
@@ -353,7 +376,9 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Hexadecimal SHA-256 of a file. Raises OSError for what is none: a pipe or a device would never end."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -366,33 +391,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON. Raises `VglannError` that names the file when it is not valid or not there."""
+    if not path.is_file():  # to read a pipe or a device would block for ever
+        raise VglannError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise VglannError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or nested or long beyond all bounds
         raise VglannError(f"{path} is not valid JSON: {error}") from error
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for environment.json."""
-    import torch
-    from vglann_kernels.impl import OPS, requested
-
-    found: dict[str, Any] = {"vglann-fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "triton", "faiss-cpu", "faiss-gpu-cu13-cuvs", "safetensors"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    found["platform"] = platform.platform()
-    found["cpu_threads"] = torch.get_num_threads()
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found["cuda"] = torch.version.cuda
-    try:
-        found["kernels"] = ",".join(f"{op}={requested(op)[0]}" for op in OPS)
-    except ValueError:  # VGLANN_KERNELS is wrong, which is said where it matters
-        found["kernels"] = None
-    found["command"] = " ".join(sys.argv)
-    found["started"] = datetime.now(UTC).isoformat(timespec="seconds")
-    return found

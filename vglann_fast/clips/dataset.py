@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,8 @@ class ClipSet:
 def read_index(folder: Path) -> dict[str, Any]:
     """The checked content of index.json. Raises `VglannError` naming the file and what is wrong."""
     file = folder / INDEX_FILE
+    if file.exists() and not file.is_file():  # to read a pipe or a device would block for ever
+        raise VglannError(f"{file}: not a regular file; pack the videos again")
     try:
         index = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -133,8 +136,10 @@ def _map_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any], verif
     file = folder / shard["file"]
     shape = (shard["clips"], 3, index["frames"], index["size"], index["size"])
     try:
-        if file.resolve().parent != folder.resolve():
+        if Path(os.path.realpath(file)).parent != folder.resolve():
             raise VglannError(f"{file}: leads out of the clip folder; pack the videos again")
+        if file.exists() and not file.is_file():  # to read a pipe would block for ever
+            raise ValueError("not a regular file")
         with file.open("rb") as stream:
             offset = _check_header(stream.read(10 + 2**16), shape)
             expected = offset + int(np.prod(shape, dtype=object))
@@ -157,7 +162,7 @@ def _check_header(head: bytes, shape: tuple[int, ...]) -> int:
         raise ValueError("not a .npy file of format 1.0")
     try:
         header = ast.literal_eval(head[10 : 10 + length].decode("latin1").strip())
-    except (SyntaxError, MemoryError, RecursionError) as error:
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError("its header cannot be read") from error
     if header != {"descr": "|u1", "fortran_order": False, "shape": shape}:
         raise ValueError(f"its header is {header}, not uint8 of {shape}")

@@ -131,7 +131,7 @@ def pack(
     """
     began = time.monotonic()
     finder, named = _shot_finder(shots)
-    limits = limits or DecodeLimits(seconds=STABILIZE_SECONDS if stabilize else DecodeLimits.seconds)
+    limits = limits or decode_limits(stabilize)
     options = PackOptions(
         frames,
         size,
@@ -163,6 +163,20 @@ def pack(
     with atomic_dir(out) as folder:
         index = _write(folder, found, options, limits, workers or min(os.cpu_count() or 1, 8), finder)
     return _report(out, index, began, reused=False)
+
+
+def decode_limits(
+    stabilize: bool,
+    frames: int = DecodeLimits.max_frames,
+    pixels: int = DecodeLimits.max_pixels,
+    seconds: float | None = None,
+) -> DecodeLimits:
+    """What one file may cost; without `seconds` more of them with `stabilize`, which takes longer than decoding.
+
+    Raises `VglannError` for a limit that is not above 0.
+    """
+    usual = STABILIZE_SECONDS if stabilize else DecodeLimits.seconds
+    return DecodeLimits(usual if seconds is None else seconds, max_frames=frames, max_pixels=pixels)
 
 
 def _shot_finder(method: str) -> tuple[ShotFinder, str]:

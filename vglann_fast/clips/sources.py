@@ -173,6 +173,6 @@ def _windows(folder: Path) -> dict[str, dict]:
                 "last_frame": last,
                 "credit": str(entry.get("credit", "")),
             }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise VglannError(f"{file}: not a valid list of sources ({error}); mend or remove it") from error
     return windows

@@ -15,7 +15,7 @@ It does not depend on how many processes trained: process 0 writes the latents o
 it hold a time: the same training writes the same bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from vglann_fast.config import OnMismatch, TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.generator import UPSAMPLING, TwoStreamGenerator
 from vglann_fast.glo.identity import check_clips, matched_latents
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.optimizer import GeneratorAdam
@@ -102,7 +102,7 @@ class Checkpoints:
         """
         state, parts = self.run.load_checkpoint()
         try:
-            check_weights(state.get("weights", {}), self.weights)
+            check_weights(dict(state.get("weights", {})), self.weights)
             learned.generator.load_state_dict(parts["generator"])
             learned.latents.lr.copy_(parts["latents"].pop("lr"))
             changes = check_clips(state["ids"], self.ids, on_mismatch)
@@ -133,6 +133,7 @@ class Trained:
     ids: list[str]
     options: TrainOptions
     step: int
+    weights: dict[str, str]  # of the networks in its loss, as `weight_records`; empty if not recorded
 
 
 def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
@@ -142,16 +143,33 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     """
     state, parts = run.load_checkpoint()
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
+    _check_size(run, options, parts.get("generator", {}))
     generator = new_generator(options, run.options["frames"], run.options["size"])
     try:
         generator.load_state_dict(parts["generator"])
         rows = parts["latents"]["rows"]
-    except (RuntimeError, KeyError) as error:
+        weights = dict(state.get("weights", {}))
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise _unfit(run, error) from error
-    if rows.shape != (len(state["ids"]), options.latent_dim):
-        raise _unfit(run, f"latents {list(rows.shape)} of {len(state['ids'])} clips")
+    if rows.shape != (len(state["ids"]), options.latent_dim) or rows.dtype != torch.float32:
+        raise _unfit(run, f"latents {rows.dtype} {list(rows.shape)} of {len(state['ids'])} clips")
     generator.to(device).channels_last().train(options.batchnorm == "train").requires_grad_(False)
-    return Trained(generator, rows.to(device), state["ids"], options, state["step"])
+    return Trained(generator, rows.to(device), state["ids"], options, state["step"], weights)
+
+
+def _check_size(run: RunDir, options: TrainOptions, saved: Mapping[str, Tensor]) -> None:
+    """Raise `VglannError` unless the two largest tensors are as wide as the options say, before as much memory is
+    taken: options may lie, and the file has no more than it has.
+    """
+    rows, columns = run.options["size"] // UPSAMPLING, run.options["frames"] // UPSAMPLING + 1
+    channels = 8 * options.width
+    wanted = {
+        "stem.weight": (rows * rows * columns * channels, options.latent_dim),
+        "video.conv2.weight": (channels, channels // 2, 4, 4, 4),
+    }
+    for name, shape in wanted.items():
+        if name not in saved or saved[name].shape != shape:
+            raise _unfit(run, f"{name} is not {list(shape)}")
 
 
 def _unfit(run: RunDir, reason: object) -> VglannError:

@@ -14,11 +14,12 @@ import torch
 from vglann_fast.errors import VglannError
 
 
-def make_deterministic() -> None:
-    """Let everything in this process, from here on, compute the same bits from the same bits."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
+def set_deterministic(on: bool) -> None:
+    """Whether everything in this process, from here on, computes the same bits from the same bits."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
     torch.backends.cudnn.benchmark = False
 
 

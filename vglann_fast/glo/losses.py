@@ -76,7 +76,7 @@ def reconstruction_loss(
     """The weighted sum of losses that `options.loss` names.
 
     Args:
-        video: [B, 3, T, H, W] floating, the generator's output.
+        video: [B, 3, T, H, W] floating, the generator's output; half precision is compared in float32.
         clips: [B, 3, T, H, W] uint8, mapped to `options.target_limits`, or floating and in that range.
         against: `FeatureLoss.against(clips)` of each network that the loss names.
 
@@ -85,6 +85,7 @@ def reconstruction_loss(
         all frames but the last. "laplacian": sum over pyramid bands of the mean absolute difference, see
         `vglann_kernels`. "l1": mean absolute difference. "l2": mean squared difference. Networks: `FeatureLoss`.
     """
+    video = video.to(torch.promote_types(video.dtype, torch.float32))
     terms = []
     for name, weight in options.loss_terms.items():
         loss = (

@@ -53,6 +53,7 @@ def memory_table(
     size: int,
     clips: int,
     half: bool,
+    features: int = 0,
 ) -> list[tuple[str, int]]:
     """(what, bytes) of the parts of a training; activations are counted from the layers, the rest is exact.
 
@@ -60,6 +61,7 @@ def memory_table(
         latents: the tensors of the latent table and its Adam.
         clips: how many are on the device.
         half: activations have 16 bits, not 32.
+        features: bytes of the networks in the loss and of the features kept for them.
     """
     weights = sum(p.numel() * p.element_size() for p in generator.parameters())
     kept = KEPT_CHECKPOINTED if options.checkpoint_activations else KEPT
@@ -75,12 +77,17 @@ def memory_table(
         ("latents and their Adam", sum(t.numel() * t.element_size() for t in latents)),
         ("activations (estimate)", batch_size * values * (2 if half else 4)),
         ("clips", clips * 3 * pixels),
+        ("networks, kept features", features),
     ]
 
 
-def out_of_memory(options: TrainOptions, batch_size: int, *, resident: bool, half: bool) -> VglannError:
+def out_of_memory(
+    options: TrainOptions, batch_size: int, *, resident: bool, half: bool, features_kept: bool = False
+) -> VglannError:
     """The error for a user whose device is full, with the three options that would help most."""
     helps = []
+    if features_kept:
+        helps.append("--cache-features off")
     if batch_size > 3:
         helps.append(f"--batch-size {batch_size // 2} --accumulate {2 * options.accumulate}")
     if not options.checkpoint_activations:

@@ -168,7 +168,7 @@ class FeatureLoss:
                 targets = [level.index_select(0, rows) for level in self._kept]
 
         def loss(video: Tensor) -> Tensor:
-            video = self._scored(video)
+            video = self._scored(video).to(torch.promote_types(video.dtype, torch.float32))
             pixels = (video - to_range(clips, video.dtype, self.options.target_limits)).abs().mean()
             distance = self._distance_by_clip if self.by_clip else self._distance
             total = pixels + distance(video, targets).mean()
@@ -213,6 +213,17 @@ class FeatureLoss:
                 self._kept = [level.new_empty((count, *level.shape[1:])) for level in levels]
             for kept, level in zip(self._kept, levels, strict=True):
                 kept[first : first + batch_size] = level[: count - first]
+
+    @property
+    def keeps_targets(self) -> bool:
+        """Whether the features of the clips are kept."""
+        return self._kept is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device: the network's weights and the features that are kept."""
+        tensors = [*self.network.parameters(), *self.network.buffers(), *(self._kept or [])]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def _fits(self, levels: list[Tensor], count: int, wish: str) -> bool:
         needed = sum(level[0].numel() * level.element_size() for level in levels) * count
@@ -287,10 +298,13 @@ def weight_records(features: Mapping[str, FeatureLoss]) -> dict[str, str]:
 
 
 def check_weights(recorded: Mapping[str, str], present: Mapping[str, str]) -> None:
-    """Raise `VglannError` if a network's weights are not those a checkpoint was made with; see `weight_records`."""
+    """Raise `VglannError` if a network's weights are not those a checkpoint was made with; see `weight_records`.
+
+    A network of which the checkpoint has no record, as older and imported ones, may have any.
+    """
     for name, sha256 in present.items():
-        if recorded.get(name) != sha256:
+        if recorded.get(name, sha256) != sha256:
             raise VglannError(
-                f"the run was trained with other weights of {name} (sha256 {str(recorded.get(name))[:12]}, now "
+                f"the run was trained with other weights of {name} (sha256 {str(recorded[name])[:12]}, now "
                 f"{sha256[:12]}); import that file: vglann weights import {name} FILE"
             )

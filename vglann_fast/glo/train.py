@@ -23,7 +23,7 @@ from vglann_fast.glo.checkpoint import Trained as Trained
 from vglann_fast.glo.checkpoint import load_trained as load_trained
 from vglann_fast.glo.combinations import batch_size_for, check_combinations, use_graph
 from vglann_fast.glo.data import Batch, batches_of, clip_order, open_source
-from vglann_fast.glo.determinism import deterministic_or_named, make_deterministic
+from vglann_fast.glo.determinism import deterministic_or_named, set_deterministic
 from vglann_fast.glo.distributed import Ranks, StopAgreement, sync_batch_norms
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.graph import GraphedStep
@@ -77,7 +77,7 @@ class Training:
         self.device = torch.device(device)
         self.ranks = ranks or Ranks()
         if options.deterministic:
-            make_deterministic()
+            set_deterministic(True)
         self.batch_size = batch_size_for(len(clips), options, self.ranks)
         self.steps_per_epoch = len(clips) // self.ranks.size // (self.batch_size * options.accumulate)
         self.precision = resolve_precision(options.precision, self.device)
@@ -311,10 +311,14 @@ class Training:
             size=self.clips.size,
             clips=len(self.own) if resident else self.batch_size,
             half=half,
+            features=sum(loss.nbytes for loss in self.features.values()),
         )
         for what, amount in table:
             log.info("%-24s %9.3f GB", what, amount / 1e9)
-        return memory.out_of_memory(self.options, self.batch_size, resident=resident, half=half)
+        kept = any(loss.keeps_targets for loss in self.features.values())
+        return memory.out_of_memory(
+            self.options, self.batch_size, resident=resident, half=half, features_kept=kept
+        )
 
     def _finish(self) -> None:
         """Statistics for eval mode, over the latents of all processes as they are now."""
@@ -361,7 +365,7 @@ def train(
             if resume:
                 training.resume(on_mismatch)
             if first:
-                run.resumed(training.step) if resume else run.begin()
+                run.resumed(training.step, on_mismatch) if resume else run.begin()
             if tensorboard and first:
                 run.start_tensorboard()
             training.loop(log_every=log_every, checkpoint_every=checkpoint_every)
@@ -369,4 +373,5 @@ def train(
         raise training.out_of_memory() from error
     finally:
         training.source.close()
+        set_float32_products("fp32", training.device)  # what comes next is no training
     return training

@@ -10,7 +10,6 @@ HED's first layer reads B, G, R, and is stored so; all others read R, G, B.
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from vglann_fast.atomic import atomic_file
 from vglann_fast.errors import VglannError
-from vglann_fast.interop.torch_file import MAX_BYTES, read_torch_file
+from vglann_fast.interop.torch_file import BAD_ZIP, MAX_BYTES, read_torch_file
 from vglann_fast.interop.weight_shapes import checked, expected_shapes
 from vglann_fast.nets.weights import FORMAT, VERSION, Network, weights_folder
 from vglann_fast.run_dir import read_json, save_tensors, sha256, write_json
@@ -87,7 +86,7 @@ def _only_weight_file(archive: Path, scratch: Path) -> tuple[Path, str]:
             with entries.open(found[0]) as inside, copy.open("wb") as out:
                 shutil.copyfileobj(inside, out)  # never more than the size the entry declares
             return copy, found[0].filename
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+    except BAD_ZIP as error:
         raise VglannError(f"{archive}: cannot be unpacked ({error}); get it again") from error
 
 
@@ -144,6 +143,6 @@ def _read_hed(path: Path, called: str) -> dict[str, Tensor]:
                     raise VglannError(f"{called}: {key} lies in another file; get it again")
                 tensor = torch.from_numpy(dataset[()])
                 tensors[key] = tensor if tensor.ndim == 1 else tensor.permute(3, 2, 0, 1)
-    except (OSError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise VglannError(f"{called}: not HED's Keras file ({error}); get it again") from error
     return tensors

@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from vglann_fast.config import options_from_json, options_to_json
+from vglann_fast.config import MOST, options_from_json, options_to_json
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping_options import MapOptions
-from vglann_fast.run_dir import save_tensors
+from vglann_fast.run_dir import read_json, save_tensors
 
 MAPPING_FORMAT = ("vglann-mapping", 1)
 HALVING_EPOCHS = 50
@@ -122,14 +122,16 @@ class Mapping(ABC, Generic[Options]):
         from safetensors.torch import load_file
 
         try:
-            record = json.loads((folder / "mapping.json").read_text())
+            record = read_json(folder / "mapping.json")
             if (record["format"], record["version"], record["kind"]) != (*MAPPING_FORMAT, cls.kind):
                 raise ValueError("not a mapping of this kind and version")
             options = options_from_json(cls.options_class, record["options"])
+            if type(record["latent_dim"]) is not int or not 1 <= record["latent_dim"] <= MOST["latent_dim"]:
+                raise ValueError(f"latents of length {record['latent_dim']!r}")
             mapping = cls(record["latent_dim"], options, device)
             mapping.restore(load_file(folder / "mapping.safetensors", device=str(device)))
             mapping.epochs, mapping.gap = record["epochs"], record.get("gap")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (VglannError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise VglannError(
                 f"{folder}: not a mapping that can be read ({error}); run `vglann map` again"
             ) from error

@@ -122,12 +122,14 @@ def _spread(latents: Tensor, k: int, generator: torch.Generator) -> Tensor:
     chance = latents.new_ones(len(latents))
     rows: list[Tensor] = []
     for _ in range(k):
-        if not chance.sum() > 0:
+        # On the CPU, for a GPU's cumulative sum has no fixed order.
+        summed = chance.cpu().cumsum(0)
+        if not summed[-1] > 0:
             raise VglannError(f"--components: {k} need as many different latents, there are {len(rows)}")
         # By the cumulative sum: torch.multinomial takes no more than 2^24 categories.
-        place = torch.rand((), generator=generator, device=latents.device, dtype=latents.dtype)
-        chosen = torch.searchsorted(chance.cumsum(0), place * chance.sum(), right=True)
-        rows.append(latents[chosen.clamp(max=len(latents) - 1)])
+        place = torch.rand((), generator=generator, device=latents.device, dtype=latents.dtype).cpu()
+        chosen = int(torch.searchsorted(summed, place * summed[-1], right=True))
+        rows.append(latents[min(chosen, len(latents) - 1)])
         squared = (latents - rows[-1]).square().sum(1)
         chance = squared if len(rows) == 1 else torch.minimum(chance, squared)
     return torch.stack(rows)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vglann_fast.atomic import atomic_dir
 from vglann_fast.errors import VglannError
@@ -16,6 +15,7 @@ from vglann_fast.mapping.gap import measure_gap
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
+from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
 from vglann_fast.mapping_options import MapOptions
 from vglann_fast.progress import Progress
@@ -37,18 +37,22 @@ def fit_mapping(
 ) -> Path:
     """Fit the mapping `kind` to the latents of a run and store it under mapping/<kind>/; returns that folder.
 
-    `options.held_out` of the latents are set aside, and how near the mapping comes to these and to the others is
-    measured. With several `ranks` each searches its share of imle's noise, all take the same steps, and the first
-    one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in metrics.jsonl, are
-    replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that are not finite.
+    Whole shots with `options.held_out` of the latents are set aside, and how near the mapping comes to these and to
+    the others is measured. With several `ranks` each searches its share of imle's noise, all take the same steps, and
+    the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
+    metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that
+    are not finite.
     """
     run = RunDir.open(run_path)
     if ranks is not None and ranks.size > 1 and kind != IMLE.kind:
         raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
-    latents = load_trained(run, device).latents
+    trained = load_trained(run, device)
+    latents = trained.latents
     mapping = _mapping_class(kind)(latents.shape[1], options, device, seed=seed)
     mapping.check_latents(latents)
-    fitted, held_out = set_aside(latents, options.held_out, seed)
+    fitted, held_out = latents, None
+    if options.held_out > 0:
+        fitted, held_out = set_aside(latents, run_shots(run, trained.ids), options.held_out, seed)
     generator = torch.Generator(device).manual_seed(seed)
     destination = run.path / "mapping" / kind
     if ranks is not None and ranks.rank > 0:
@@ -70,24 +74,6 @@ def fit_mapping(
     with atomic_dir(destination) as folder:
         mapping.save(folder)
     return destination
-
-
-def set_aside(latents: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Latents [N, d] -> those to fit [N-n, d] and `share` of them to set aside [n, d], drawn with `seed`.
-
-    At least one is set aside if any is to be, and both parts keep the order of the latents. Raises `VglannError`
-    when fewer than two would be left to fit.
-    """
-    if share == 0:
-        return latents, None
-    count = max(1, round(share * len(latents)))
-    if len(latents) - count < 2:
-        raise VglannError(
-            f"--held-out {share:g}: of {len(latents)} latents that leaves fewer than 2; lower it to 0"
-        )
-    order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))
-    aside, rest = (rows.sort().values.to(latents.device) for rows in (order[:count], order[count:]))
-    return latents[rest], latents[aside]
 
 
 def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> Mapping:

@@ -40,7 +40,7 @@ class Gaussian(Mapping[GaussianOptions]):
         _, values, axes = torch.linalg.svd(centred.T @ centred / (len(rows) - 1))
         self.factor = values.sqrt()[:, None] * axes
         density = self.log_density(latents)
-        if density is None:
+        if density is None and self.latent_dim > 1:
             log_line(
                 f"gaussian: the covariance of {len(rows)} latents in {self.latent_dim} dimensions is singular: "
                 "samples stay in the span of the latents, and there is no likelihood"
@@ -60,7 +60,9 @@ class Gaussian(Mapping[GaussianOptions]):
         return F.normalize(self.mean + noise @ self.factor, dim=1).to(self.dtype)
 
     def log_density(self, latents: Tensor) -> Tensor | None:
-        """See `Mapping.log_density`; None where the covariance is singular."""
+        """See `Mapping.log_density`; None where the covariance is singular, and in one dimension."""
+        if self.latent_dim == 1:
+            return None
         lower, failed = torch.linalg.cholesky_ex(self.factor.T @ self.factor)
         if failed or lower.diagonal().min() < 1e-7 * lower.diagonal().max():
             return None

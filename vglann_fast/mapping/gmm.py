@@ -60,11 +60,13 @@ class GMM(Mapping[GmmOptions]):
             raise VglannError(
                 "--components: several numbers need latents set aside to choose by; raise --held-out"
             )
+        if len(sizes) > 1 and self.latent_dim == 1:
+            raise VglannError("--components: expected one number for latents of one dimension")
         rows, least = latents.double(), float("inf")
         for size in sizes:
             mixture, epochs = self._fit_size(rows, size, generator, log)
             loss = epochs[-1]["loss"]
-            if held_out is not None:
+            if held_out is not None and self.latent_dim > 1:
                 loss = -_log_density(mixture, held_out).mean().item()
                 epochs[-1]["held_out_loss"] = loss
             if size == sizes[0] or loss < least:
@@ -122,9 +124,9 @@ class GMM(Mapping[GmmOptions]):
             latents[rows] = mixture.means[k] + noise[rows] @ factor.T
         return F.normalize(latents, dim=1).to(self.dtype)
 
-    def log_density(self, latents: Tensor) -> Tensor:
-        """See `Mapping.log_density`."""
-        return _log_density(self.mixture, latents)
+    def log_density(self, latents: Tensor) -> Tensor | None:
+        """See `Mapping.log_density`; None in one dimension."""
+        return _log_density(self.mixture, latents) if self.latent_dim > 1 else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, means and covariances."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
-from vglann_fast.mapping.match import match
+from vglann_fast.mapping.match import match, same_everywhere
 from vglann_fast.mapping.regression import Regression
 from vglann_fast.mapping_options import ImleOptions
 
@@ -115,7 +115,9 @@ class IMLE(Mapping[ImleOptions]):
     ) -> None:
         """Fit to latents [N, d]; nothing is chosen by `held_out`."""
         self.check_latents(latents)
+        self._matched = None  # of other latents, should this object have been fitted before
         for epoch in range(self.options.epochs):
+            same_everywhere([*self.network.parameters(), *self.network.buffers()])
             order = torch.randperm(len(latents), generator=generator, device=latents.device)
             self.note(self.train_epoch(latents, self.draw_pool(len(latents), generator), order, epoch), log)
         self.network.eval()

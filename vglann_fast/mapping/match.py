@@ -1,5 +1,7 @@
 """The matching of IMLE: which noise vector of a pool each latent gets."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -7,6 +9,7 @@ from vglann_kernels import nearest_rows
 from vglann_kernels.nearest.sharded import nearest_rows_sharded
 
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.distributed import Ranks
 
 
 def search(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,6 +22,15 @@ def search(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor]:
     parts = torch.tensor_split(database, dist.get_world_size())
     rank = dist.get_rank()
     return nearest_rows_sharded(queries, parts[rank], sum(map(len, parts[:rank])))
+
+
+def same_everywhere(tensors: Iterable[Tensor]) -> None:
+    """Under torchrun overwrite `tensors` by those of process 0.
+
+    Processes take the same steps, but rounding may part them, and then each would search what another network made.
+    """
+    if dist.is_available() and dist.is_initialized():
+        Ranks(dist.get_rank(), dist.get_world_size()).broadcast(tensors)
 
 
 def match(

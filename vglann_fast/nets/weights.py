@@ -85,6 +85,10 @@ def load_weights(name: str) -> Weights:
         raise VglannError(f"{record_file}: damaged; {again}")
     if not tensors_file.is_file() or sha256(tensors_file) != record.get("tensors_sha256"):
         raise VglannError(f"{tensors_file}: missing, or does not match its checksum; {again}")
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return Weights(name, load_file(tensors_file), record["sha256"])
+    try:
+        return Weights(name, load_file(tensors_file), record["sha256"])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise VglannError(f"{tensors_file}: damaged ({error}); {again}") from error

@@ -29,7 +29,7 @@ from vglann_fast.glo.checkpoint import Trained, latent_batches, load_trained
 from vglann_fast.glo.generator import UPSAMPLING, recompute_batchnorm
 from vglann_fast.glo.latents import BETAS
 from vglann_fast.glo.losses import psnr, reconstruction_loss, to_uint8
-from vglann_fast.glo.perceptual import FeatureLoss, load_features
+from vglann_fast.glo.perceptual import FeatureLoss, check_weights, load_features, weight_records
 from vglann_fast.progress import Progress
 from vglann_fast.run_dir import RunDir
 from vglann_fast.samples.nearest import nearest_clips
@@ -52,7 +52,8 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     """The latents of `clips`, uint8 (n, 3, T, H, W) of the size the generator makes.
 
     starts: latents tried for each clip, all at once. steps: gradient steps. The same in gives the same out.
-    Raises `VglannError` for clips of another size, or starts or steps below 1, and as `load_features`.
+    Raises `VglannError` for clips of another size, or starts or steps below 1, and as `load_features`
+    and `check_weights`.
     """
     trained = _in_eval_mode(trained)
     # Every frame of a new clip counts.
@@ -64,6 +65,7 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     if clips.shape[1:] != shape:
         raise VglannError(f"clips of {clips.shape[2:]} (frames, rows, columns): the run makes {shape[1:]}")
     features = load_features(trained.options, device)
+    check_weights(trained.weights, weight_records(features))
     candidates = _candidates(trained)
     pictures = _small(render(trained, candidates).video).to(device)
     found, quality = [], []

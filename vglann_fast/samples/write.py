@@ -218,12 +218,20 @@ def write_videos(
         arrays["latents"] = latents
     with atomic_dir(folder) as temporary:
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
+            _save_array(temporary / f"{name}.npy", array)
         for name, record in (records or {}).items():
             text = json.dumps(finite(record), indent=1, allow_nan=False)
             (temporary / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         _write_pictures(temporary, videos, original, fps)
     return Path(folder)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """What `np.save` writes; that one raises an error without a number where the disk is full."""
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def _write_pictures(folder: Path, videos: np.ndarray, original: np.ndarray | None, fps: float) -> None:
