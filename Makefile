@@ -3,6 +3,7 @@
 #   make demo    real video in, new video out: prints the path of the report page
 #   make test    the tests               make bench   the benchmarks
 #   make lint    ruff, mypy, file sizes  make resources   registers, stack and shared memory of every kernel
+#   make faults  break it on purpose: writes docs/faults.md; hours, and as root, for full disks and other users
 #
 # Without an NVIDIA driver the CPU build of PyTorch is installed. Where plain pip would give the CUDA build
 # all the same, name PyTorch's CPU index in TORCH_INDEX.
@@ -16,7 +17,7 @@ CLIPS := runs/demo-clips
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench lint resources clean
+.PHONY: demo test bench lint resources faults clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report/index.html
@@ -37,6 +38,9 @@ lint: $(VENV)/installed-lint
 
 resources: $(VENV)/installed-test
 	$(BIN)/python -m vglann_kernels.resources
+
+faults: $(VENV)/installed-test
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.report $(PARTS)
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-clips

@@ -2,8 +2,8 @@
 
     python bench/compare_mappings.py RUN [--only imle,gmm] [--held-out 0.1] [--seed 0] [--device cpu]
 
-All are fitted to the same latents, and the same shots are set aside; gmm and the flows also choose by them. As many samples are drawn as there are latents to
-fit, for
+All are fitted to the same latents, and the same shots are set aside; gmm and the flows also choose by these. As many
+samples are drawn as there are latents to fit, for
 
 coverage    share of the fitted latents with a sample within the distance of their fifth neighbour among themselves
 density     how many such balls a sample lies in, over five; about 1 for samples distributed as the latents

@@ -13,7 +13,7 @@ from vglann_fast.cli import main
 from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.distributed import Ranks
-from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping, set_aside
+from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.gap import describe_gap, measure_gap
 from vglann_fast.mapping_options import MAP_KINDS, map_options
 from vglann_fast.run_dir import RunDir
@@ -44,6 +44,21 @@ def test_every_kind_has_options_in_every_preset():
         assert tuple(preset.map) == MAP_KINDS
         assert all(type(preset.map[kind]) is KINDS[kind].options_class for kind in KINDS)
     assert all(options.held_out == 0 for options in PRESETS["paper"].map.values())
+
+
+def test_only_kinds_that_choose_by_latents_set_them_aside_unasked():
+    aside = {kind for kind, options in PRESETS["modern"].map.items() if options.held_out > 0}
+    assert aside == {"gmm", "flow", "autoregressive"}
+
+
+def test_nothing_set_aside_still_tells_the_distance(run, capsys):
+    assert main(["map", str(run), "--kind", "gaussian"]) == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert line.startswith("distance to the nearest of 4096 samples: ")
+    assert "from latents it was fitted to" in line
+    assert "set aside" not in line
+    gap = json.loads((run / "mapping" / "gaussian" / "mapping.json").read_text())["gap"]
+    assert (gap["fitted"]["latents"], gap["held_out"]) == (10, None)
 
 
 @pytest.mark.parametrize("kind", SHORT)
@@ -138,17 +153,6 @@ def test_other_kinds_do_not_share_their_work(run):
     options = PRESETS["modern"].map["vae"]
     with pytest.raises(VglannError, match="--kind vae: only imle runs in several processes"):
         fit_mapping(run, "vae", options, ranks=Ranks(0, 2))
-
-
-def test_what_is_set_aside():
-    latents = torch.arange(100.0)[:, None]
-    fitted, aside = set_aside(latents, 0.25, seed=3)
-    assert (len(fitted), len(aside)) == (75, 25)
-    assert torch.equal(torch.cat([fitted, aside]).sort(0).values, latents)
-    assert torch.equal(aside, set_aside(latents, 0.25, seed=3)[1])
-    assert not torch.equal(aside, set_aside(latents, 0.25, seed=4)[1])
-    assert set_aside(latents, 0.0, seed=3)[1] is None
-    assert len(set_aside(latents, 0.001, seed=3)[1]) == 1
 
 
 class ByHeart:

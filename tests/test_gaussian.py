@@ -48,6 +48,14 @@ def test_a_singular_covariance_warns_and_has_no_likelihood(caplog):
     assert torch.linalg.matrix_rank(stacked, atol=1e-5) == torch.linalg.matrix_rank(latents.double())
 
 
+def test_one_dimension_has_no_density_of_directions(caplog):
+    latents = torch.tensor([[1.0], [-1], [1], [1]])
+    mapping = fitted(latents)
+    assert mapping.log_density(latents) is None
+    assert mapping.epochs == [{"epoch": 0}]
+    assert not caplog.text
+
+
 def test_save_and_load(tmp_path):
     mapping = fitted(golden("sample_gaussian")["W"])
     mapping.save(tmp_path)

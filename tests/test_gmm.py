@@ -156,6 +156,15 @@ def test_paper_warns_of_flat_components(caplog):
     assert torch.isfinite(mapping.log_density(latents)).all()
 
 
+def test_one_dimension_has_no_density_of_directions():
+    latents = torch.tensor([[1.0], [-1], [1], [1]])
+    mapping = fitted(latents, held_out=latents[:2], components="1")
+    assert mapping.log_density(latents) is None
+    assert "held_out_loss" not in mapping.epochs[-1]
+    with pytest.raises(VglannError, match="--components: expected one number for latents of one dimension"):
+        fitted(latents, held_out=latents[:2], components="1,2")
+
+
 def test_bad_sets():
     latents = blobs(10)[0]
     with pytest.raises(VglannError, match="--components 11: more than there are latents, 10"):

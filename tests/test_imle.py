@@ -121,6 +121,15 @@ def test_save_and_load(fitted, tmp_path):
     assert loaded.epochs == mapping.epochs
 
 
+def test_a_second_fit_matches_anew():
+    mapping = IMLE(8, replace(PRESETS["modern"].map["imle"], noise_dim=4, hidden=32, epochs=3, rematch=0.5))
+    for sign in (1, -1):
+        rows = []
+        mapping.fit(sign * clustered_latents()[0], torch.Generator().manual_seed(1), rows.append)
+        assert rows[0]["rematched"] == 1
+        assert rows[1]["rematched"] < 1
+
+
 def test_normalised_mapping_stays_on_the_sphere():
     mapping = IMLE(8, replace(PRESETS["modern"].map["imle"], noise_dim=4, hidden=32))
     samples = mapping.sample(50, torch.Generator().manual_seed(0))

@@ -68,15 +68,21 @@ def test_bad_options(value):
         ImleOptions(rematch=value * 2)
 
 
-def fitted(**changes):
-    """(mapping, rows of its log) on 200 unit latents in 8 dimensions."""
+def fitted(after_epoch=None, **changes):
+    """(mapping, rows of its log) on 200 unit latents in 8 dimensions; `after_epoch` gets the network."""
     latents = F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     options = replace(
         PRESETS["modern"].map["imle"], noise_dim=4, hidden=32, epochs=6, batch_size=20, lr=5e-3, **changes
     )
     mapping = IMLE(8, options)
     rows = []
-    mapping.fit(latents, torch.Generator().manual_seed(1), rows.append)
+
+    def log(row):
+        rows.append(row)
+        if after_epoch is not None:
+            after_epoch(mapping.network)
+
+    mapping.fit(latents, torch.Generator().manual_seed(1), log)
     return mapping, rows
 
 
@@ -188,9 +194,18 @@ def answers():
 alone = answers()
 dist.init_process_group("gloo", init_method=sys.argv[1], world_size=2, rank=int(sys.argv[2]))
 together = answers()
+
+@torch.no_grad()
+def drift(network):
+    if dist.get_rank() == 1:
+        for tensor in network.state_dict().values():
+            tensor.add_(1)
+
+parted = fitted(drift, reject_quantile=0.2, rematch=0.9)[1]
 dist.destroy_process_group()
 assert all(map(torch.equal, alone[0], together[0]))
 assert alone[1] == together[1]
+assert alone[1] == parted  # every epoch begins with the network of the first process
 """
 
 

@@ -1,0 +1,116 @@
+"""Every JSON file that is read, broken in its values and its bytes."""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from faults.case import Case, part_of
+from faults.fuzz_run import rendered, run_with_mappings, weights_at, weights_of_lite0
+from faults.mutations import Reader, fuzz
+from tiny_study import answer_all, prefer, tiny_study
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.sources import find_sources
+from vglann_fast.glo.checkpoint import load_trained
+from vglann_fast.glo.identity import has_clips, open_clips
+from vglann_fast.glo.train import train
+from vglann_fast.interop.weights import describe
+from vglann_fast.mapping.fit import load_mapping
+from vglann_fast.nets.weights import load_weights
+from vglann_fast.report.page import write_report
+from vglann_fast.report.study_database import Study
+from vglann_fast.report.study_results import report_study
+from vglann_fast.run_dir import RunDir
+
+FULL = 600  # broken files for each reader
+
+
+def cases(share: float) -> Iterable[Case]:
+    """`FULL` for each reader."""
+    with tempfile.TemporaryDirectory() as root:
+        yield from fuzz(readers(Path(root)), part_of(FULL, share))
+
+
+def readers(root: Path) -> Iterable[Reader]:
+    """All of them; `root` is for the good files."""
+    run = run_with_mappings(root / "made")
+    clips, study = root / "made" / "clips", tiny_study(root / "study")
+    lists = _source_list(root / "sources")
+    yield Reader("index.json", clips, ("index.json",), lambda folder: ClipSet.open(folder, "train").read([0]))
+    yield Reader("sources.json", lists, ("sources.json",), find_sources)
+    yield Reader("options.json", run, ("options.json",), _trained)
+    state = (_newest(run) + "/state.json",)
+    yield Reader("state.json", run, state, lambda folder: load_trained(RunDir.open(folder)))
+    yield Reader("state.json, resumed", run, state, _resumed, share=0.1)
+    for kind in ("imle", "gmm"):
+        file = f"mapping/{kind}/mapping.json"
+        yield Reader(f"{kind}/mapping.json", run, (file,), partial(_mapped, kind=kind))
+    yield Reader("history.jsonl and metrics.jsonl", run, ("history.jsonl", "metrics.jsonl"), _logged)
+    records = tuple(sorted(str(file.relative_to(run)) for file in run.glob("evaluation/*.json")))
+    several = ("options.json", "environment.json", "metrics.jsonl", "mapping/imle/mapping.json", *records)
+    yield Reader("JSON of a report", run, (*several, "table.json", "ablation.json"), write_report, share=0.3)
+    yield Reader("weights record", weights_of_lite0(root / "weights"), ("lite0.json",), _weights)
+    yield Reader("answers to a study", _answered(study, root), ("answers.json",), _answers)
+
+
+def _newest(run: Path) -> str:
+    return str(sorted((run / "checkpoints").iterdir())[-1].relative_to(run))
+
+
+def _source_list(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "film.mp4").write_bytes(b"no film")
+    entry = {"file": "film.mp4", "first_frame": 3, "last_frame": 40, "credit": "nobody"}
+    (folder / "sources.json").write_text(
+        json.dumps({"format": "vglann-sources", "version": 1, "sources": [entry]})
+    )
+    return folder
+
+
+def _trained(folder: Path) -> None:
+    """What sample and reconstruct read of a run."""
+    run = RunDir.open(folder)
+    load_trained(run)
+    if has_clips(run):
+        open_clips(run)
+
+
+def _resumed(folder: Path) -> None:
+    run = RunDir.open(folder)
+    train(open_clips(run), run, resume=True)
+    rendered(run)
+
+
+def _mapped(folder: Path, kind: str) -> None:
+    load_mapping(RunDir.open(folder), kind).sample(2, torch.Generator().manual_seed(0))
+
+
+def _logged(folder: Path) -> None:
+    run = RunDir.open(folder)
+    run.history()
+    run.metrics("glo")
+    run.drop_metrics("glo", 1)
+
+
+def _weights(folder: Path) -> None:
+    with weights_at(folder):
+        load_weights("lite0")
+        describe(folder / "lite0.safetensors")
+
+
+def _answered(study: Path, root: Path) -> Path:
+    """A study that one has answered, and the answers of another in a file."""
+    opened = Study.open(study)
+    answer_all(opened, "a" * 16, prefer("real", "hazel", "maple", "noised copy"))
+    answers = [{"trial": t.id, "chosen": t.left, "side": "left"} for t in opened.trials]
+    content = {"format": "vglann-study-answers", "version": 1, "study": opened.facts["id"]}
+    opened.close()
+    (study / "answers.json").write_text(json.dumps({**content, "rater": "b" * 16, "answers": answers}))
+    return study
+
+
+def _answers(folder: Path) -> None:
+    report_study(folder, [folder / "answers.json"])

@@ -1,0 +1,120 @@
+"""The good run and the good weights whose files are broken, and reading all of a run that makes videos."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny import moving_squares, new_run, tiny_options, write_clip_folder
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.checkpoint import load_trained
+from vglann_fast.glo.train import train
+from vglann_fast.interop.weight_shapes import expected_shapes
+from vglann_fast.interop.weights import import_weights
+from vglann_fast.mapping.base import Mapping
+from vglann_fast.mapping.fit import fit_mapping
+from vglann_fast.mapping_options import MAP_PRESETS, map_options
+from vglann_fast.run_dir import RunDir
+from vglann_fast.samples.sample import draw_latents, render
+
+KINDS = {
+    "imle": {"hidden": 4, "epochs": 1, "noise_dim": 2},
+    "gmm": {"components": "2"},
+    "gaussian": {},
+    "vae": {"hidden": 4, "epochs": 1},
+}
+
+
+def run_with_mappings(root: Path) -> Path:
+    """A run of two epochs on eight clips, its mappings, and beside it JSON of all that a report shows."""
+    torch.set_num_threads(1)
+    clips = write_clip_folder(root / "clips", moving_squares(8))
+    run = new_run(root / "run", clips, tiny_options(width=2, latent_dim=4, levels=1, epochs=2))
+    train(ClipSet.open(clips, "train"), run, checkpoint_every=1, log_every=1)
+    for kind, values in KINDS.items():
+        fit_mapping(run.path, kind, map_options(MAP_PRESETS["demo"], kind, {"held_out": 0.0, **values}))
+    run.remember("sample", {"n": 4, "seed": 0, "kind": "imle"})
+    figures = {
+        "n": 8,
+        "frechet": 2.5,
+        "precision": 0.5,
+        "recall": 1.0,
+        "density": 1.0,
+        "coverage": 0.5,
+        "warnings": [],
+        "quarters": {"n": 2, "mean": 3.0, "sd": 0.1},
+    }
+    features = {
+        "frechet[lite0]": {
+            "made": figures,
+            "floor": figures,
+            "nearest_training_clip": {"made": {"median": 1.0}},
+        }
+    }
+    motion = {
+        name: {"energy": {"mean": 1.0, "p05": 0.5, "p95": 2.0}, "last_frame_jump": 1.0, "steps": [1.0, 2.0]}
+        for name in ("made", "real")
+    }
+    head = {"format": "vglann-evaluation", "version": 1, "step": 4}
+    quality = {"clips": 8, "psnr": 20.0, "psnr_last_frame": 19.0, "ssim": 0.5, "l1": 9.0, "laplacian": 0.1}
+    records = {
+        "reconstruction": {**head, "name": "reconstruction", "train": quality, "held_out": quality},
+        "imle": {**head, "name": "imle", "features": features, "motion": motion},
+    }
+    _write(run.path / "evaluation", records)
+    rows = [
+        {"regime": "20", "row": name, "seed": 0, "psnr": 20.0, "ssim": 0.5} for name in ("modern", "paper")
+    ]
+    table = {
+        "format": "vglann-table",
+        "version": 1,
+        "preset": "demo",
+        "seed": 0,
+        "losses": ["run"],
+        "mappings": ["imle"],
+        "train": {"width": 2},
+        "clips": "clips",
+        "runs": {"run": {"records": records}},
+    }
+    _write(run.path, {"ablation": {"runs": rows}, "table": table})
+    return run.path
+
+
+def _write(folder: Path, values: dict[str, object]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, value in values.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+
+def rendered(run: RunDir, mapping: Mapping | None = None) -> None:
+    """Make two videos with what was read of a run, from a mapping or from its own latents."""
+    trained = load_trained(run)
+    latents = trained.latents[:2] if mapping is None else draw_latents(trained, mapping, 2, 0)
+    render(trained, latents)
+
+
+def weights_of_lite0(folder: Path) -> Path:
+    """A folder of weights that has those of lite0, zeros."""
+    folder.mkdir()
+    file = folder.with_suffix(".safetensors")
+    save_file({name: torch.zeros(shape) for name, shape in expected_shapes("lite0").items()}, file)
+    with weights_at(folder):
+        import_weights("lite0", file)
+    return folder
+
+
+@contextmanager
+def weights_at(folder: Path) -> Iterator[None]:
+    """The folder of weights is this one."""
+    before = os.environ.get("VGLANN_WEIGHTS")
+    os.environ["VGLANN_WEIGHTS"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["VGLANN_WEIGHTS"]
+        if before is not None:
+            os.environ["VGLANN_WEIGHTS"] = before
