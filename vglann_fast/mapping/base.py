@@ -131,7 +131,15 @@ class Mapping(ABC, Generic[Options]):
             mapping = cls(record["latent_dim"], options, device)
             mapping.restore(load_file(folder / "mapping.safetensors", device=str(device)))
             mapping.epochs, mapping.gap = record["epochs"], record.get("gap")
-        except (VglannError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (
+            VglannError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             raise VglannError(
                 f"{folder}: not a mapping that can be read ({error}); run `vglann map` again"
             ) from error
