@@ -29,7 +29,7 @@ from vglann_fast.run_dir import RunDir
 BAD_CUDNN = (90800, 91500)  # from, up to: conv3d in bfloat16, contiguous layout, is wrong or slow
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu13-cuvs")
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs")
-CODECS = (
+CODECS: tuple[tuple[str, Literal["r", "w"]], ...] = (
     ("h264", "r"),
     ("hevc", "r"),
     ("vp9", "r"),
@@ -180,7 +180,7 @@ def codecs() -> Finding:
     missing = []
     for name, mode in CODECS:
         try:
-            Codec(name, mode)  # type: ignore[arg-type]
+            Codec(name, mode)
         except (FFmpegError, ValueError):
             missing.append(f"{'reads' if mode == 'r' else 'writes'} no {name}")
     advice = f"PyAV {', '.join(missing)}; pip install --force-reinstall av"
