@@ -34,6 +34,15 @@ def clips(tmp_path_factory):
     return write_clip_folder(tmp_path_factory.mktemp("data") / "clips", moving_squares(CLIPS))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes started here: two threads sum in another order, and Adam enlarges the difference."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
