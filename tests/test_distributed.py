@@ -283,11 +283,13 @@ from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.glo.distributed import joined
 from vglann_fast.glo.train import Training
 from vglann_fast.run_dir import RunDir
-run = RunDir.open(sys.argv[1])
-options = options_from_json(TrainOptions, run.options["train"])
-with joined(torch.device("cpu")) as ranks:
-    clips = ClipSet.open(run.options["clips"], "train")
-    Training(clips, options, run, ranks=ranks).loop(max_steps=3, log_every=1)
+def main():  # a group of processes that outlives the interpreter ends in an abort, at times
+    run = RunDir.open(sys.argv[1])
+    options = options_from_json(TrainOptions, run.options["train"])
+    with joined(torch.device("cpu")) as ranks:
+        clips = ClipSet.open(run.options["clips"], "train")
+        Training(clips, options, run, ranks=ranks).loop(max_steps=3, log_every=1)
+main()
 """
 
 
