@@ -162,6 +162,11 @@ def test_a_cache_on_the_network(installed, tmp_path, monkeypatch):
     assert doctor.file_system(tmp_path, str(tmp_path / "none")) is None
     monkeypatch.setattr(doctor, "file_system", lambda path: "nfs4")
     assert "TRITON_CACHE_DIR" in bad()["Triton's cache"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = tmp_path / "vglann-fast"  # weights and features lie in it
+    monkeypatch.setattr(doctor, "file_system", lambda path: "nfs4" if path == ours else "ext4")
+    assert bad()["our cache"].startswith(f"{ours} is on nfs4")
+    assert "Triton's cache" not in bad()
 
 
 @pytest.mark.usefixtures("no_self_test")
@@ -194,10 +199,10 @@ def test_verify_without_triton_says_so_and_compares_the_references(run, monkeypa
 def test_verify_takes_the_shapes_of_the_run(run, monkeypatch):
     seen = []
     monkeypatch.setattr(verify, "report", lambda shapes: seen.append(shapes) or 1)
-    assert main(["verify", str(run), "--device", "cpu"]) == 1  # a wrong line
+    assert main(["verify", str(run), "--device", "cpu", "--seed", "3"]) == 1  # a wrong line
     (shapes,) = seen
     assert (shapes.batch, shapes.frames, shapes.size, shapes.levels) == (2, 2, 32, 2)
-    assert (shapes.blur, shapes.latent_dim, shapes.impl) == ("seed", 8, "reference")
+    assert (shapes.blur, shapes.latent_dim, shapes.impl, shapes.seed) == ("seed", 8, "reference", 3)
 
 
 def test_verify_of_no_run(tmp_path, capsys):

@@ -134,6 +134,14 @@ def test_the_command_line_in_the_interpreter():
         assert f"\n{op}" in done.stdout
 
 
+def test_the_seed_draws_the_inputs():
+    shapes = [
+        verify.Shapes(1, 1, 32, latent_dim=4, device="cpu", impl="reference", seed=s) for s in (0, 0, 1)
+    ]
+    first, again, other = ([line.error for line in verify.verify(one)] for one in shapes)
+    assert first == again != other
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_this_gpu():
     for line in verify.verify(verify.Shapes(batch=2, frames=4)):

@@ -121,7 +121,7 @@ def new_parser() -> ArgumentParser:
 
     p = verb("profile", "take a few training steps of a run and show where the time goes")
     p.add_argument("run", type=str)
-    p.add_argument("--steps", type=PositiveInt, default=20, help="steps to measure, after 3 that are not")
+    p.add_argument("--steps", type=PositiveInt, default=20, help="steps to measure, after 4 that are not")
     _add_common(p)
 
     p = verb("map", "fit a mapping from noise to the latents of a run")
@@ -242,6 +242,7 @@ def new_parser() -> ArgumentParser:
 
     p = verb("verify", "compare the kernels with float64 at a run's shapes; exit code 1 if one is wrong")
     p.add_argument("run", type=str)
+    p.add_argument("--seed", type=Seed, default=0, help="of the random inputs")
     _add_device(p)
     return parser
 

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from vglann_fast.clips.fetch import default_cache
 from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.environment import environment
 from vglann_fast.errors import VglannError
@@ -188,15 +189,16 @@ def codecs() -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     user = f"torchinductor_{os.environ.get('USER', 'root')}"
-    places = {
+    theirs = {
         "Triton's cache": ("TRITON_CACHE_DIR", Path.home() / ".triton"),
         "torch.compile's cache": ("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / user),
-        "our cache": ("XDG_CACHE_HOME", cache),
     }
-    for name, (variable, default) in places.items():
-        folder = Path(os.environ.get(variable) or default)
+    places = {
+        name: (set_by, Path(os.environ.get(set_by) or usual)) for name, (set_by, usual) in theirs.items()
+    }
+    places["our cache"] = ("XDG_CACHE_HOME", default_cache())  # of videos, weights and features
+    for name, (variable, folder) in places.items():
         kind = file_system(folder)
         advice = (
             f"{folder} is on {kind}, where processes spoil it for each other; set {variable} to a local disk"
@@ -294,8 +296,9 @@ def file_system(path: Path, mounts: str = "/proc/self/mounts") -> str | None:
     return kind
 
 
-def verify_run(path: str | Path, device: Any) -> int:
-    """Compare the kernels with float64 at the shapes of the run at `path`; prints one line a quantity.
+def verify_run(path: str | Path, device: Any, seed: int = 0) -> int:
+    """Compare the kernels with float64 at the shapes of the run at `path`, on random inputs drawn from `seed`; prints
+    one line a quantity.
 
     Where no Triton kernel can run it says so and compares the references alone. Returns 1 when a line is over its
     limit, else 0. Raises `VglannError` when `path` is no run or the kernels do not take its shapes.
@@ -317,6 +320,7 @@ def verify_run(path: str | Path, device: Any) -> int:
         latent_dim=train.latent_dim,
         device=str(device),
         impl="reference" if why else "triton",
+        seed=seed,
     )
     try:
         return 1 if report(shapes) else 0

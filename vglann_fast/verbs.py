@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 
 from vglann_fast.arguments import new_parser
 from vglann_fast.config import TrainOptions, options_to_json, preset
@@ -243,12 +243,14 @@ def _replay(a: Namespace) -> int:
     from vglann_fast.replay import replay
 
     def again(verb: str, options: Mapping[str, Any], run: Path) -> None:
-        values = new_parser().parse_args([verb, str(run)])[
-            verb
-        ]  # options of later versions have their defaults
-        for name in options.keys() & values.as_dict().keys():
-            values[name] = options[name]
-        values["run"], values["device"] = str(run), a.device
+        parser = new_parser()
+        known = parser.parse_args([verb, str(run)])[verb]  # options of later versions have their defaults
+        given = {name: options[name] for name in known.as_dict() if options.get(name) is not None}
+        given |= {"run": str(run), "device": a.device}
+        try:
+            values = parser.parse_object({"verb": verb, verb: given})[verb]
+        except ArgumentError as error:
+            raise VglannError(f"{a.run}/history.jsonl: the options of {verb} are damaged: {error}") from error
         with redirect_stdout(sys.stderr):
             perform(verb, values)
 
@@ -295,7 +297,7 @@ def _doctor(a: Namespace) -> int:
 def _verify(a: Namespace) -> int:
     from vglann_fast.doctor import verify_run
 
-    return verify_run(a.run, device_of(a))
+    return verify_run(a.run, device_of(a), a.seed)
 
 
 def _only_writer(path: str, ranks: Any) -> AbstractContextManager[None]:

@@ -66,7 +66,7 @@ class Line:
 class Shapes:
     """What is verified: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
 
-    `impl` is what is compared with float64: "triton", or "reference" alone.
+    `impl` is what is compared with float64: "triton", or "reference" alone. `seed`: of the random inputs.
     """
 
     batch: int = 4
@@ -77,6 +77,7 @@ class Shapes:
     latent_dim: int = 100
     device: str = "cuda"
     impl: str = "triton"
+    seed: int = 0
 
 
 def relative_l2(x: Tensor, exact: Tensor) -> float:
@@ -301,7 +302,7 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
 
 def verify(shapes: Shapes) -> Iterator[Line]:
     """Every op at these shapes. Raises nothing: a kernel that fails to run ends with its own error."""
-    torch.manual_seed(0)
+    torch.manual_seed(shapes.seed)
     for op in (composite, laplacian, composite_laplacian, latent_adam, nearest):
         yield from op(shapes)
 
@@ -323,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m vglann_kernels.verify")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("batch", "frames", "size", "levels", "latent_dim"):
+    for name in ("batch", "frames", "size", "levels", "latent_dim", "seed"):
         default = getattr(Shapes, name)
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=default, help=f"default {default}")
