@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tiny import moving_squares, new_run, tiny_options, write_clip_folder
+from tiny import COLOURS, mean_colours, moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
@@ -19,6 +19,7 @@ from vglann_fast.metrics import evaluate as module
 from vglann_fast.metrics import reconstruction
 from vglann_fast.metrics.compare import compare, measure
 from vglann_fast.metrics.evaluate import evaluate
+from vglann_fast.metrics.features import extract
 from vglann_fast.metrics.frechet import FeatureMoments, frechet_distance
 from vglann_fast.metrics.record import doubts, tables
 from vglann_fast.metrics.temporal import frame_steps, motion_statistics
@@ -28,23 +29,20 @@ from vglann_fast.samples.nearest import nearest_clips
 from vglann_fast.samples.sample import sample
 
 
-@dataclass
-class MeanColours:
-    """Mean red, green and blue of a clip, and of its frame steps."""
+def colours_of(clips):
+    return extract({"x": COLOURS}, clips)["x"]
 
-    protocol: dict = field(default_factory=lambda: {"name": "colours", "dimensions": 4})
-    dimensions: int = 4
-    min_frames: int = 2
 
-    def __call__(self, clips):
-        clips = torch.as_tensor(clips).double()
-        return torch.cat([clips.mean((2, 3, 4)), clips.diff(dim=2).abs().mean((1, 2, 3, 4))[:, None]], 1)
+def instead_of_networks(patch, cache, extractor=COLOURS):
+    """The networks' weights are the user's, and so is his cache: every name is that of `extractor` now."""
+    patch.setattr(module, "load_extractors", lambda names, device: dict.fromkeys(names, extractor))
+    patch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture(autouse=True)
-def colours_only(monkeypatch):
-    """The networks' weights are the user's; here every name is that of `MeanColours`. Inversion is cut short."""
-    monkeypatch.setattr(module, "extractor", lambda name, device: MeanColours())
+def colours_only(monkeypatch, tmp_path):
+    """Inversion is cut short, too."""
+    instead_of_networks(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(reconstruction, "invert", partial(invert, starts=2, steps=2))
 
 
@@ -92,16 +90,16 @@ def test_a_whole_evaluation(run, capsys):
     assert record["made"]["clips"] == 33
     assert record["training"]["clips"] == 40
     compared = record["features"]["frechet[lite0]"]
-    assert compared["protocol"] == MeanColours().protocol
+    assert compared["protocol"] == COLOURS.protocol
     assert compared["made"]["n"] == compared["floor"]["n"] == 33
     assert compared["made"]["quarters"]["n"] == 8
     assert len(compared["made"]["quarters"]["values"]) == 4
 
     # the same numbers, the long way round
     sample(run.path, n=33, seed=3, kind="imle")
-    made = MeanColours()(np.load(run.path / "media" / "samples" / "video.npy"))
+    made = colours_of(np.load(run.path / "media" / "samples" / "video.npy"))
     clips = ClipSet.open(run.path.parent / "clips")
-    real, known = (MeanColours()(ClipSet.open(clips.folder, split).read()) for split in ("test", "train"))
+    real, known = (colours_of(ClipSet.open(clips.folder, split).read()) for split in ("test", "train"))
     expected = frechet_distance(FeatureMoments.of(real), FeatureMoments.of(made))
     assert compared["made"]["frechet"] == pytest.approx(expected, rel=1e-3)  # batches of another size
     lowest = np.argsort(ClipSet.open(clips.folder, "train").ids)[:33]
@@ -139,11 +137,11 @@ def test_the_seed_decides_alone(run, monkeypatch):
 def test_the_order_of_clips_does_not_matter(run, tmp_path):
     clips = ClipSet.open(run.options["clips"], "test")
     rows = np.argsort(clips.ids)
-    real = measure("a", [clips.read(rows[:20]), clips.read(rows[20:])], 33, {"x": MeanColours()})
-    same = measure("b", [clips.read(rows[::-1])], 33, {"x": MeanColours()})
+    real = measure("a", [clips.read(rows[:20]), clips.read(rows[20:])], 33, {"x": COLOURS})
+    same = measure("b", [clips.read(rows[::-1])], 33, {"x": COLOURS})
     assert real.sha256 == same.sha256
     assert torch.equal(real.features["x"], same.features["x"].flip(0))
-    other = measure("c", [clips.read(rows[1:])], 32, {"x": MeanColours()})
+    other = measure("c", [clips.read(rows[1:])], 32, {"x": COLOURS})
     assert other.sha256 != real.sha256
 
 
@@ -194,7 +192,7 @@ def test_mistakes(run, capsys, arguments, message):
 
 
 def test_mistakes_of_the_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "extractor", lambda name, device: MeanColours(min_frames=17))
+    instead_of_networks(monkeypatch, tmp_path, replace(COLOURS, min_frames=17))
     with pytest.raises(VglannError, match="at least 17 frames, the run's have 16"):
         evaluate(run.path, features=["i3d-16"])
     with pytest.raises(VglannError, match="not a run"):
@@ -210,12 +208,8 @@ def test_sixteen_videos_have_a_name_of_their_own(run):
     assert record["features"]["frechet[i3d, 16 videos]"]["made"]["n"] == 16
 
 
-def test_constant_features_are_an_error_that_names_their_source(run, monkeypatch):
-    class Blind(MeanColours):
-        def __call__(self, clips):
-            return torch.ones(len(clips), 4, dtype=torch.float64)
-
-    monkeypatch.setattr(module, "extractor", lambda name, device: Blind())
+def test_constant_features_are_an_error_that_names_their_source(run, tmp_path, monkeypatch):
+    instead_of_networks(monkeypatch, tmp_path, replace(COLOURS, network=torch.ones_like, reduce=mean_colours))
     with pytest.raises(
         VglannError, match=r"frechet\[lite0\] of the floor: the features of all 33 real videos"
     ):
@@ -223,7 +217,7 @@ def test_constant_features_are_an_error_that_names_their_source(run, monkeypatch
 
 
 def test_comparing_a_set_with_itself_is_warned_of():
-    rows = MeanColours()(moving_squares(40))
+    rows = colours_of(moving_squares(40))
     figures = compare(rows, rows)
     assert figures["frechet"] < 1e-8
     assert (figures["precision"], figures["coverage"]) == (1, 1)

@@ -1,6 +1,7 @@
 """metrics/features.py: each protocol against its definition, written out here, and independent of batching."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny import moving_squares
 from vglann_fast.errors import VglannError
 from vglann_fast.interop.weight_shapes import expected_shapes
 from vglann_fast.metrics import features
-from vglann_fast.metrics.features import extractor, i3d_input, transnetv2_input
+from vglann_fast.metrics.features import extract, i3d_input, load_extractors, transnetv2_input
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.transnetv2 import TransNetV2
 from vglann_fast.nets.weights import Weights
@@ -39,6 +40,10 @@ def clips():
     return moving_squares(3, frames=4, size=32)
 
 
+def features_by(name, clips):
+    return extract(load_extractors([name]), clips)[name]
+
+
 def test_i3d_sees_what_cd_fvd_shows_it():
     expected = golden("fvd_preprocess")
     clip = expected["video_uint8"][0].permute(3, 0, 1, 2)
@@ -52,11 +57,10 @@ def test_i3d_takes_nine_frames(imported, weights, clips):
     shapes = expected_shapes("i3d")
     weights["i3d"] = {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
     weights["i3d"]["logits.conv3d.bias"] = torch.arange(400.0)
-    take = extractor("i3d")
     longer = clips[:1].repeat(3, axis=2)[:, :, :9]
-    assert torch.equal(take(longer)[0], torch.arange(400.0).double())
+    assert torch.equal(features_by("i3d", longer)[0], torch.arange(400.0).double())
     with pytest.raises(VglannError, match="at least 9 frames, these have 8"):
-        take(longer[:, :, :8])
+        features_by("i3d", longer[:, :, :8])
 
 
 def test_transnetv2_sees_means_of_areas(clips):
@@ -72,7 +76,7 @@ def test_transnetv2_sees_means_of_areas(clips):
 
 def test_transnetv2(imported, weights, clips):
     network = TransNetV2.loaded(weights["transnetv2"])
-    found = extractor("transnetv2")(clips)
+    found = features_by("transnetv2", clips)
     assert found.shape == (3, 256)
     assert found.dtype == torch.float64
     with torch.inference_mode():
@@ -86,29 +90,48 @@ def test_lite0(imported, weights, clips):
     large = torch.nn.functional.interpolate(frames, size=features.LITE0_SIZE, mode="bilinear")
     with torch.inference_mode():
         each = network(large).double()
-    torch.testing.assert_close(extractor("lite0")(clips)[2], each.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features_by("lite0", clips)[2], each.mean(0), rtol=1e-4, atol=1e-4)
     steps = (each[1:] - each[:-1]).abs().sum(0) / 3
-    torch.testing.assert_close(extractor("lite0-step")(clips)[2], steps, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(features_by("lite0-step", clips)[2], steps, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_two_protocols_runs_once(imported, clips):
+    extractors = load_extractors(["lite0-step", "lite0"])
+    (network,) = {one.network for one in extractors.values()}
+    seen = []
+
+    def counted(clip):
+        seen.append(clip)
+        return network(clip)
+
+    together = extract({name: replace(one, network=counted) for name, one in extractors.items()}, clips)
+    assert len(seen) == len(clips)
+    for name, rows in together.items():
+        assert torch.equal(rows, features_by(name, clips))
 
 
 @pytest.mark.parametrize("name", ["lite0", "lite0-step", "transnetv2"])
 def test_features_do_not_depend_on_the_batching(imported, clips, name):
-    take = extractor(name)
+    extractors = load_extractors([name])
+
+    def take(some):
+        return extract(extractors, some)[name]
+
     together = take(clips)
     assert torch.equal(together, torch.cat([take(clips[:1]), take(torch.from_numpy(clips[1:]))]))
     assert torch.equal(together.flip(0), take(clips[::-1].copy()))
-    assert take(clips[:0]).shape == (0, take.dimensions)
+    assert take(clips[:0]).shape == (0, extractors[name].dimensions)
     assert together.std(0).max() > 0
 
 
 def test_a_still_clip_has_no_steps(imported, clips):
     still = np.repeat(clips[:, :, :1], 3, axis=2)
-    assert extractor("lite0-step")(still).max() < 1e-4
+    assert features_by("lite0-step", still).max() < 1e-4
 
 
 def test_the_record_says_all(imported):
     for name, network in (("lite0", "lite0"), ("lite0-step", "lite0"), ("transnetv2", "transnetv2")):
-        take = extractor(name)
+        take = load_extractors([name])[name]
         assert json.loads(json.dumps(take.protocol)) == take.protocol
         assert take.protocol["sha256"] == f"sha of {network}"
         assert take.protocol["name"] == name
@@ -119,14 +142,14 @@ def test_the_record_says_all(imported):
 def test_clips_that_are_not(imported, clips):
     for wrong in (clips[0], clips.astype(np.float32), clips[:, :2]):
         with pytest.raises(VglannError, match="takes uint8 clips"):
-            extractor("lite0")(wrong)
+            features_by("lite0", wrong)
     with pytest.raises(VglannError, match="at least 2 frames, these have 1"):
-        extractor("lite0-step")(clips[:, :, :1])
+        features_by("lite0-step", clips[:, :, :1])
 
 
 def test_names_and_weights_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("VGLANN_WEIGHTS", str(tmp_path))
     with pytest.raises(VglannError, match="no features 'vgg'; there are i3d"):
-        extractor("vgg")
+        load_extractors(["vgg"])
     with pytest.raises(VglannError, match="weights import lite0 FILE"):
-        extractor("lite0-step")
+        load_extractors(["lite0-step"])

@@ -1,4 +1,4 @@
-"""Small things that several tests need: a clip folder made in a moment, and options that train on it."""
+"""Small things that several tests need: a clip folder made in a moment, options that train on it, an extractor."""
 
 import hashlib
 import json
@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import PRESETS, TrainOptions, options_to_json
+from vglann_fast.metrics.features import Extractor
 from vglann_fast.run_dir import RunDir
 
 FRAMES, SIZE = 16, 32
@@ -82,3 +84,14 @@ def new_run(path: Path, clips: Path, options: TrainOptions, preset: str = "demo"
         "size": opened.size,
     }
     return RunDir.new(path, record).begin()
+
+
+def mean_colours(clip: torch.Tensor) -> torch.Tensor:
+    """[4]: mean red, green and blue of a clip, and of its frame steps."""
+    clip = clip.double()
+    return torch.cat([clip.mean((1, 2, 3)), clip.diff(dim=1).abs().mean()[None]])
+
+
+COLOURS = Extractor(
+    {"name": "colours", "dimensions": 4}, 4, 2, torch.device("cpu"), mean_colours, lambda rows: rows
+)

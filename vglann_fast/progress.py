@@ -42,5 +42,5 @@ class Progress:
             return
         self._line_at = now
         rate = (self._done - self._first) / max(now - self._started, 1e-9)
-        line = f"{self._name}: {self._unit} {self._done}/{self._total}, {text}, {rate:.3g} {self._unit}s/s"
-        print(line, file=sys.stderr, flush=True)
+        parts = [f"{self._unit} {self._done}/{self._total}", text, f"{rate:.3g} {self._unit}s/s"]
+        print(f"{self._name}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Sets of videos, boiled down to a few numbers each, and every figure of how like two of them are."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.metrics.coverage import density_coverage, precision_recall
-from vglann_fast.metrics.features import Extractor
+from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.metrics.frechet import FeatureMoments, frechet_distance, frechet_warnings
 from vglann_fast.metrics.temporal import frame_steps
 from vglann_fast.progress import Progress
@@ -31,14 +31,19 @@ class Measured:
     distances: (
         Tensor  # float64 [n]: root mean square difference to the nearest training clip, in 1/255; or [0]
     )
-    sha256: str  # of the videos, whatever their order
+    digests: list[bytes]  # sha256 of each video
+
+    @property
+    def sha256(self) -> str:
+        """Of the videos, whatever their order."""
+        return hashlib.sha256(b"".join(sorted(self.digests))).hexdigest()
 
 
 def measure(
     name: str,
     videos: Iterable[np.ndarray],
     n: int,
-    extractors: dict[str, Extractor],
+    extractors: Mapping[str, Extractor],
     training: ClipSet | None = None,
     device: torch.device | str = "cpu",
 ) -> Measured:
@@ -51,8 +56,8 @@ def measure(
     steps, distances, digests = [], [torch.zeros(0, dtype=torch.float64)], []
     with Progress(name, n, "video") as progress:
         for block in videos:
-            for key, extractor in extractors.items():
-                features[key].append(extractor(block))
+            for key, rows in extract(extractors, block).items():
+                features[key].append(rows)
             steps.append(frame_steps(torch.from_numpy(block)))
             if training is not None:
                 distances.append(nearest_clips(block, training, device)[1].sqrt())
@@ -60,9 +65,8 @@ def measure(
             for _ in block:
                 progress.advance()
             progress.show(motion=steps[-1].mean().item())
-    together = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-    rows = {key: torch.cat(parts) for key, parts in features.items()}
-    return Measured(rows, torch.cat(steps), torch.cat(distances), together)
+    together = {key: torch.cat(parts) for key, parts in features.items()}
+    return Measured(together, torch.cat(steps), torch.cat(distances), digests)
 
 
 def compare(real: Tensor, made: Tensor) -> dict[str, Any]:

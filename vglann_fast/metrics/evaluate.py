@@ -8,11 +8,11 @@ that hits their distribution does as well as they.
 Nothing here depends on the batches of measuring or on the order of clips: of real and training clips those of the
 lowest ids are taken, which are hashes, and what is drawn comes from the seed. A video that is made with
 batchnorm="train", as preset `paper` does, depends on those it is made with, and so on n. The records are specified in
-`record.py`.
+`record.py`. Features of clips, real and training ones, are computed once for all runs, see `kept_features.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from vglann_fast.glo.identity import open_clips
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.metrics.compare import Measured, compare, measure
 from vglann_fast.metrics.coverage import nearest_distances
-from vglann_fast.metrics.features import Extractor, extractor
+from vglann_fast.metrics.features import Extractor, load_extractors
+from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
@@ -113,7 +114,7 @@ def evaluate(
 
     Args:
         kinds: mappings to sample from; none: all that were fitted.
-        features: names that `metrics.features.extractor` knows, or "i3d-16"; none: no distances of features.
+        features: names that `metrics.features` has, or "i3d-16"; none: no distances of features.
         n: videos on each side; by default all that are held out, at most 2,048.
         held_out: held-out clips to invert; 0 for none.
 
@@ -154,7 +155,9 @@ def prepare(
     `evaluate`.
     """
     sides = _sides(training, n, warnings)
-    return sides, [_protocol(name, device, sides) for name in dict.fromkeys(features)]
+    names = list(dict.fromkeys(features))
+    found = load_extractors(dict.fromkeys(map(_full, names)), device)
+    return sides, [_protocol(name, found[_full(name)], sides) for name in names]
 
 
 def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
@@ -183,10 +186,13 @@ def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
     return Sides(real, chosen, training, order, split, others)
 
 
-def _protocol(name: str, device: torch.device | str, sides: Sides) -> Protocol:
+def _full(name: str) -> str:
+    """The features behind a name of --features."""
+    return "i3d" if name == "i3d-16" else name
+
+
+def _protocol(name: str, found: Extractor, sides: Sides) -> Protocol:
     """The protocol `name`. Raises `VglannError` for fewer videos or frames than it needs."""
-    few = name == "i3d-16"
-    found = extractor("i3d" if few else name, device)
     if sides.training.frames < found.min_frames:
         raise VglannError(
             f"--features {name}: takes clips of at least {found.min_frames} frames, the run's have "
@@ -197,7 +203,7 @@ def _protocol(name: str, device: torch.device | str, sides: Sides) -> Protocol:
             f"--features i3d: FVD takes at least {FVD_VIDEOS} videos on each side, here are {sides.n}; hold out "
             "more clips, or compare by transnetv2, lite0 or, as the paper did, i3d-16"
         )
-    if few:
+    if name == "i3d-16":
         return Protocol(f"frechet[i3d, {PAPER_VIDEOS} videos]", found, PAPER_VIDEOS)
     return Protocol("FVD" if name == "i3d" else f"frechet[{name}]", found)
 
@@ -234,14 +240,27 @@ def _rendered(trained: Trained, latents: Tensor) -> Iterator[np.ndarray]:
 def _known(sides: Sides, protocols: list[Protocol], device: torch.device | str) -> Known:
     """Measure the clips of both sides."""
     networks = {p.title: p.extractor for p in protocols}
-    training_clips = _read(sides.training, sides.training_rows)
-    training = measure("training clips", training_clips, len(sides.training), networks)
-    real_clips = _read(sides.real, sides.real_rows)
-    real = measure("real clips", real_clips, sides.n, networks, sides.training, device)
+    training = _measured("training clips", sides.training, sides.training_rows, networks)
+    real = _measured("real clips", sides.real, sides.real_rows, networks, sides.training, device)
     floors = {
         p.title: _distance("the floor", p, real, training.features[p.title][sides.floor]) for p in protocols
     }
     return Known(sides, protocols, training, real, floors)
+
+
+def _measured(
+    name: str,
+    clips: ClipSet,
+    rows: np.ndarray,
+    networks: dict[str, Extractor],
+    training: ClipSet | None = None,
+    device: torch.device | str = "cpu",
+) -> Measured:
+    """`measure` of clips, whose features may be known."""
+    found = measure(name, _read(clips, rows), len(rows), {}, training, device)
+    shape = (3, clips.frames, clips.size, clips.size)
+    features = features_of_clips(name, _read(clips, rows), shape, found.digests, networks)
+    return replace(found, features=features)
 
 
 def _compared(source: str, made: Measured, known: Known) -> dict[str, Any]:

@@ -135,6 +135,7 @@ def _number(value: float | None) -> str:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table whose columns line up as plain text, too; all but the first are numbers."""
+    head, *rows = [[escaped(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
@@ -145,3 +146,10 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """A line of Markdown that shows this text, whatever it is: no HTML, no link, no cell of a table."""
+    for special, instead in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("](", "]\\(")):
+        text = text.replace(special, instead)
+    return " ".join(text.split())
