@@ -58,10 +58,10 @@ def test_perceptual(benchmark, timing, name, shape):
     clips = torch.randint(0, 256, (batch, 3, frames, size, size), dtype=torch.uint8, device=DEVICE)
     video = torch.randn(clips.shape, device=DEVICE).tanh().requires_grad_()
     rows = torch.arange(batch, device=DEVICE)
-    options = TrainOptions(loss=name)
+    options = TrainOptions(loss=name, cache_features="on")
     losses = {p: FeatureLoss(weights, options, torch.device(DEVICE), p) for p in ("fp32", "bf16")}
     for loss in losses.values():
-        loss.keep_targets(Given(clips), batch, batch, "on")
+        loss.keep_targets(Given(clips), batch, batch)
 
     def contender(loss, kept):
         def call():

@@ -210,6 +210,8 @@ def test_classifiers_of_other_classes_are_left_out():
         found = checked("resnet50-3d", state, "net.pth")
         assert ("fc.weight" in found) == kept
         assert not any("num_batches" in key for key in found)
+    state["fc.bias"] = torch.tensor(0.0)  # a scalar has no length
+    assert "fc.weight" not in checked("resnet50-3d", state, "net.pth")
     vgg = vgg16_state() | {"classifier.0.weight": torch.zeros(2, 2)}
     assert checked("vgg16", vgg, "vgg.pth").keys() == vgg16_state().keys()
 
