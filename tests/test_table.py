@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import MeanColours, mixed_folder
+from test_evaluate import instead_of_networks, mixed_folder
 from tiny import new_run, tiny_options
 
 from vglann_fast import table as module
@@ -16,7 +16,6 @@ from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import preset
 from vglann_fast.glo.train import Training
-from vglann_fast.metrics import evaluate
 from vglann_fast.report.evaluation import shown
 from vglann_fast.report.table_page import COLUMN, as_markdown, distance_tables, read_table, write_table_page
 from vglann_fast.table import CONTINUE, KEEP, NEW, Grid, plan_table
@@ -25,9 +24,8 @@ TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3
 
 
 @pytest.fixture(autouse=True)
-def colours_only(monkeypatch):
-    """The networks' weights are the user's; here every name is that of `MeanColours`."""
-    monkeypatch.setattr(evaluate, "extractor", lambda name, device: MeanColours())
+def colours_only(monkeypatch, tmp_path):
+    instead_of_networks(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def grid(clips, out, losses=("laplacian", "l1"), kinds=("imle", "gaussian"), **o
 def made(clips, tmp_path_factory):
     out = tmp_path_factory.mktemp("table") / "table"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "extractor", lambda name, device: MeanColours())
+        instead_of_networks(patch, out.parent / "cache")
         assert main(command(clips, out)) == 0
     return out
 
@@ -234,12 +232,19 @@ def test_the_papers_values_stand_beside_fvd_alone(tmp_path):
 
 
 def test_hostile_and_damaged_tables_do_no_harm(tmp_path):
-    attack = "\"'><script>alert(1)</script>"
-    table_of(tmp_path, attack, [attack], [attack, "imle"])
+    attack = "\"'><script>alert(1)</script>|[x](javascript:alert(1))"
+    odd = [attack, "../../secret", "/etc", "javascript:alert(1)//", "x" * 5000, "a\0b", "\ud800"]
+    table = table_of(tmp_path, attack, [*odd, "l1", "l1"], [*odd, "imle", "imle", "training-latents"])
+    assert (table.losses, table.mappings) == (["l1"], ["imle"])
     write_table_page(tmp_path)
     page = (tmp_path / "table.html").read_text()
     assert page.count("<script") == 1
     assert "&lt;script&gt;alert(1)" in page
+    assert "&#39;../../secret&#39; is no name" in page
+    assert 'href="l1/report/index.html"' in page
+    assert 'href="javascript' not in page
+    text = (tmp_path / "table.md").read_text()
+    assert "&lt;script>alert(1)&lt;/script>\\|[x]\\(javascript" in text
     (tmp_path / "table.json").write_text(
         json.dumps(
             {"format": "vglann-table", "losses": [3, "l1"], "mappings": 7, "runs": {"l1": [], "x": {}}}
@@ -250,6 +255,20 @@ def test_hostile_and_damaged_tables_do_no_harm(tmp_path):
     (tmp_path / "table.json").write_text("{")
     write_table_page(tmp_path)
     assert "Files that could not be shown" in (tmp_path / "table.html").read_text()
+
+
+@pytest.mark.parametrize("part", ["features", "motion", "nearest_training_clip"])
+def test_damaged_records_are_said_to_be(made, tmp_path, part):
+    """Those of one run; the other's are shown."""
+    content = json.loads((made / "table.json").read_text())
+    for value in (None, "x", 10**400, [], {}, {"made": 3}, {"FVD": {"made": {"warnings": 7}}}):
+        content["runs"]["l1"]["records"]["imle"][part] = value
+        (tmp_path / "table.json").write_text(json.dumps(content))
+        whole, damaged = write_table_page(tmp_path).read_text().split("## l1")
+        assert "training clips" in whole
+        assert "damaged" not in whole
+        assert damaged.split() == ["Its", "records", "are", "damaged."]
+        assert "imle" in (tmp_path / "table.html").read_text()
 
 
 def test_the_documented_commands_are_commands():

@@ -1,8 +1,10 @@
 """The results of `vglann table`: table.md and the page table.html, and what a run's own page shows of them.
 
-All from table.json, whose format is that of `vglann_fast/table.py`; what a run's page shows of it is read leniently.
+All from table.json, whose format is that of `vglann_fast/table.py`. It is read leniently: nothing here raises for
+what is in it, and what cannot be shown is said.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from vglann_fast.atomic import atomic_file
-from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, doubts, markdown, tables
+from vglann_fast.metrics.record import (
+    RECONSTRUCTION,
+    TRAINING_LATENTS,
+    doubts,
+    escaped,
+    markdown,
+    tables,
+)
 from vglann_fast.report.artefacts import read_array, read_json
 from vglann_fast.report.evaluation import (
     FLOOR,
@@ -33,6 +42,9 @@ PAPER = {
 }
 COMPARABLE = "FVD"  # title of the one protocol whose values may stand beside the paper's
 COLUMN = "the paper’s FVD"
+# What the tables of records that are damaged raise.
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # of a loss or mapping, and so of folders
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ def read_table(folder: Path, problems: list[str]) -> Table | None:
     content = read_json(folder / "table.json", folder, problems)
     if content.get("format") != "vglann-table":
         return None
-    losses, mappings = (_texts(content.get(name)) for name in ("losses", "mappings"))
+    losses, mappings = (_names(content.get(name), problems) for name in ("losses", "mappings"))
     runs = content.get("runs")
     records: dict[str, dict[str, dict[str, Any]]] = {}
     for loss in losses:
@@ -162,7 +174,7 @@ def write_table_page(folder: str | Path) -> Path:
             for loss, records in table.records.items()
         ],
         warnings=_warnings(table),
-        doubts=[f"{loss}, {line}" for loss, records in table.records.items() for line in doubts(records)],
+        doubts=_doubts(table, problems),
         problems=problems,
     )
     with atomic_file(folder / "table.html") as temporary:
@@ -173,7 +185,7 @@ def write_table_page(folder: str | Path) -> Path:
 def as_markdown(table: Table) -> str:
     """The whole of the results as Markdown."""
     found = distance_tables(table)
-    parts = ["# Mappings by losses", ", ".join(table.facts) + "."]
+    parts = ["# Mappings by losses", escaped(", ".join(table.facts)) + "."]
     for one in found:
         rows = [
             [f"**{cell}**" if (i, j) in one.best else cell for j, cell in enumerate(row)]
@@ -183,12 +195,29 @@ def as_markdown(table: Table) -> str:
     parts.append(
         f"Lower is nearer to real clips, held out from training; **bold**: the nearest mapping. {paper_note(found)}"
     )
-    parts += [f"**But:** {line}." for line in _warnings(table)]
+    parts += [f"**But:** {escaped(line)}." for line in _warnings(table)]
     for loss, records in table.records.items():
         if RECONSTRUCTION in records and len(records) > 1:
-            parts += [f"## {loss}", tables(records)]
-            parts += [f"- {line}" for line in doubts(records)]
+            parts += [f"## {loss}", *_as_measured(records)]
     return "\n\n".join(parts) + "\n"
+
+
+def _as_measured(records: dict[str, dict[str, Any]]) -> list[str]:
+    """The tables of a run as `vglann evaluate` prints them, and what makes them doubtful."""
+    try:
+        return [tables(records), *(f"- {escaped(line)}" for line in doubts(records))]
+    except DAMAGED:
+        return ["Its records are damaged."]
+
+
+def _doubts(table: Table, problems: list[str]) -> list[str]:
+    lines = []
+    for loss, records in table.records.items():
+        try:
+            lines += [f"{loss}, {line}" for line in doubts(records)]
+        except DAMAGED:
+            problems.append(f"table.json: the records of {loss} are damaged")
+    return lines
 
 
 def _warnings(table: Table) -> list[str]:
@@ -208,6 +237,14 @@ def _strips(folder: Path, place: str, of: str, problems: list[str]) -> Gallery:
         return Gallery()
     cards = [Card([view("Video", f"{i + 1}: {of}", one, 84)], [], []) for i, one in enumerate(video)]
     return Gallery(cards, len(cards))
+
+
+def _names(value: Any, problems: list[str]) -> list[str]:
+    """Those of a list that are names of losses or mappings, each once: they become paths and links."""
+    names = dict.fromkeys(_texts(value))
+    odd = [name for name in names if not _NAME.fullmatch(name) or name == TRAINING_LATENTS]
+    problems += [f"table.json: {name[:100]!r} is no name" for name in odd]
+    return [name for name in names if name not in odd]
 
 
 def _texts(value: Any) -> list[str]:
