@@ -35,12 +35,14 @@ def blur_taps(blur: str, sigma: float, size: int = 5) -> list[tuple[Taps, Taps]]
 
 def band_matrix(n: int, taps: Taps, like: Tensor) -> Tensor:
     """[n,n]: `band_matrix @ column` is the column filtered with `taps`, edge values replicated outside."""
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    rows = torch.arange(n)
+    # On the device: a matrix copied there would make every loss wait for the host, and no graph could capture it.
+    matrix = torch.zeros(n, n, dtype=torch.float64, device=like.device)
+    reach = len(taps) // 2
+    rows = torch.arange(-reach, n + reach, device=like.device).clamp(0, n - 1)
+    impulses = torch.eye(n, dtype=torch.float64, device=like.device)[rows]  # [n + 2 reach, n]
     for i, tap in enumerate(taps):
-        columns = (rows + i - len(taps) // 2).clamp(0, n - 1)
-        matrix.index_put_((rows, columns), torch.tensor(tap, dtype=torch.float64), accumulate=True)
-    return matrix.to(like)
+        matrix += tap * impulses[i : i + n]
+    return matrix.to(like.dtype)
 
 
 def blurred(planes: Tensor, terms: list[tuple[Taps, Taps]]) -> Tensor:
