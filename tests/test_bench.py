@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import moving_squares, write_clip_folder
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -17,6 +18,7 @@ import clocks  # noqa: E402
 import compare  # noqa: E402
 import interleaved  # noqa: E402
 import report  # noqa: E402
+import twin  # noqa: E402
 
 
 def result(path, times, name="test_loss[full]"):
@@ -134,6 +136,20 @@ def test_a_group_is_timed_in_turns_and_says_who_could_not_run(monkeypatch):
     assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / found["copy_gb_per_s"])
 
 
+def test_trainings_that_differ_are_told_by_the_exit_code(tmp_path, monkeypatch, capsys):
+    clips = write_clip_folder(tmp_path / "clips", moving_squares(4))
+    command = ["--clips", str(clips), "--device", "cpu", "--steps", "3", "--width", "4", "--batch", "2"]
+    assert twin.main(command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["4", "fp32", "bf16", "all"]
+    monkeypatch.setattr(twin, "MOST_APART", 1e-9)
+    assert twin.main(command) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("apart: bf16")
+    monkeypatch.setitem(twin.ROWS_ON, "cpu", ("fp32", "bf16 kernels"))
+    assert twin.main(command) == 1
+    assert "TRITON_INTERPRET" in capsys.readouterr().out.splitlines()[-2]  # what is missing
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_script_for_a_gpu_machine_is_bash():
     script = BENCH / "on_gpu.sh"
@@ -158,5 +174,11 @@ def test_a_part_of_the_script_writes_two_files_and_tells_what_failed(tmp_path):
     assert text.count("\nran ") == 3
     assert text.index("vglann_kernels.verify") < text.index("bench/bench_laplacian.py")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["kernels.txt"]
+    subprocess.run([*command, "step"], env=environment | {"CLIPS": "a b"}, check=True, capture_output=True)
+    asked = [
+        line for line in (tmp_path / "out" / "step.txt").read_text().splitlines() if line.startswith("ran")
+    ]
+    assert [line.split()[1] for line in asked] == ["bench/twin.py", *["bench/bench_glo_step.py"] * 2]
+    assert all(line.endswith("/a b") for line in asked)
     done = subprocess.run([*command, "kernel"], env=environment, capture_output=True, text=True, check=False)
     assert "no part kernel" in done.stderr

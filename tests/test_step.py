@@ -245,13 +245,6 @@ def test_the_peak_is_told_once_after_the_first_step(clips, tmp_path, caplog):
 # ---- what is refused
 
 
-def test_a_graph_is_refused_on_a_cpu_in_one_line(clips, tmp_path, capsys):
-    command = ["train", str(clips), "--out", str(tmp_path / "run"), "--device", "cpu", "--cuda-graph", "on"]
-    assert main(command) == 2
-    assert "--cuda-graph on: it needs a GPU, the device is cpu" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("changes", "processes", "source", "precision", "reason"),
     [
@@ -273,13 +266,17 @@ def test_graphs_not_tested_are_refused(changes, processes, source, precision, re
     assert not use_graph(TrainOptions(**changes), gpu, **given)
 
 
-def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch):
+def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
     gpu, given = torch.device("cuda", 0), {"processes": 1, "source": "resident", "precision": "bf16"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
+    assert "on Card in bf16 it was not compared" in caplog.text
     assert not use_graph(TrainOptions(), gpu, **given)
     monkeypatch.setattr(combinations, "TESTED", frozenset({("Card", "bf16")}))
+    caplog.clear()
     assert use_graph(TrainOptions(), gpu, **given)
+    assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
+    assert not caplog.text
 
 
 def test_options_nobody_tried_together_are_refused():

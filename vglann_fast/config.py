@@ -130,12 +130,16 @@ class TrainOptions:
         machine=True,
     )
     cuda_graph: Literal["auto", "on", "off"] = option(
-        "auto", "replay the whole step as one CUDA graph; auto: where that was tested", machine=True
+        "auto",
+        "replay the whole step as one CUDA graph; auto: on GPUs where that was compared with a training without it, "
+        "on none so far; on: also where it was not, with a warning",
+        machine=True,
     )
     compile: bool = option(False, "run the generator through torch.compile", machine=True)
     cache_features: Literal["auto", "on", "off"] = option(
         "auto",
-        "keep the clips' own features in the device's memory, not compute them in each step; auto: if they fit",
+        "keep the clips' own features in the device's memory, not compute them in each step; auto: if they fit "
+        "beside a step",
         machine=True,
     )
     checkpoint_activations: bool = option(

@@ -1,5 +1,6 @@
 """Which options go together, on this device and with so many processes; the rest is refused in one line."""
 
+import logging
 import os
 
 import torch
@@ -8,7 +9,10 @@ from vglann_fast.config import PERCEPTUAL, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.distributed import Ranks
 
-# (GPU name, precision) whose graph was compared with eager training: what --cuda-graph auto replays. None was yet.
+log = logging.getLogger("vglann_fast")
+
+# (GPU name, precision) whose graph was compared with eager training, by bench/twin.py: what --cuda-graph auto
+# replays. None was yet.
 TESTED: frozenset[tuple[str, str]] = frozenset()
 
 
@@ -26,7 +30,7 @@ def batch_size_for(count: int, options: TrainOptions, ranks: Ranks) -> int:
 
 
 def check_combinations(options: TrainOptions, ranks: Ranks, precision: str, device: torch.device) -> None:
-    """Raise `VglannError` for options that nobody has tried together."""
+    """Raise `VglannError` for options that nobody has tried together, before anything is loaded."""
     untested = {
         "--compile true with --sync-bn true": options.compile and options.sync_bn,
         "--compile true with --checkpoint-activations true": options.compile
@@ -40,6 +44,10 @@ def check_combinations(options: TrainOptions, ranks: Ranks, precision: str, devi
     for names, given in untested.items():
         if given:
             raise VglannError(f"{names}: not tested together, so refused; leave one of them out")
+    processes = ranks.size
+    _refuse_graph(
+        options, why_no_graph(options, device, processes=processes, source="resident", precision=precision)
+    )
 
 
 def why_no_graph(
@@ -66,12 +74,25 @@ def why_no_graph(
 def use_graph(
     options: TrainOptions, device: torch.device, *, processes: int, source: str, precision: str
 ) -> bool:
-    """Whether to capture the step. Raises `VglannError` where --cuda-graph on asks for what is refused."""
+    """Whether to capture the step. Raises `VglannError` where --cuda-graph on asks for what is refused, and warns
+    where it takes a graph that "auto" would not."""
     if options.cuda_graph == "off":
         return False
     reason = why_no_graph(options, device, processes=processes, source=source, precision=precision)
-    if options.cuda_graph == "on":
-        if reason:
-            raise VglannError(f"--cuda-graph on: {reason}; leave it out")
-        return True
-    return reason is None and (torch.cuda.get_device_name(device), precision) in TESTED
+    _refuse_graph(options, reason)
+    if reason:
+        return False
+    name = torch.cuda.get_device_name(device)
+    tested = (name, precision) in TESTED
+    if options.cuda_graph == "on" and not tested:
+        log.warning(
+            "--cuda-graph on: on %s in %s it was not compared with a training without it; bench/twin.py does that",
+            name,
+            precision,
+        )
+    return tested or options.cuda_graph == "on"
+
+
+def _refuse_graph(options: TrainOptions, reason: str | None) -> None:
+    if reason and options.cuda_graph == "on":
+        raise VglannError(f"--cuda-graph on: {reason}; leave it out")

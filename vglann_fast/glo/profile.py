@@ -20,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
+from vglann_fast.glo import graph
 from vglann_fast.glo.identity import open_clips
 from vglann_fast.glo.train import Training
 from vglann_fast.run_dir import RunDir, write_json
 
 STAGES = ("data", "generator", "loss", "backward", "update")
-WARM_UP = 3
+WARM_UP = graph.WARM_UP + 1  # a step that is replayed was captured by then
 TOP = 10
 # Parts of names of operations and kernels that a step of ours should not have, and what they mean.
 SUSPECT = {
@@ -38,7 +39,7 @@ SUSPECT = {
 
 
 def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str = "cpu") -> str:
-    """Profile `steps` training steps of a run, after 3 that are not measured; write RUN/profile.
+    """Profile `steps` training steps of a run, after 4 that are not measured; write RUN/profile.
 
     Returns the report, several lines of text. Raises `VglannError` when the run or its clips are gone, or if
     `steps` is under 1.
@@ -68,9 +69,11 @@ def _training_of(run: RunDir, device: torch.device) -> Training:
 
 def _measure(training: Training, steps: int, folder: Path) -> dict[str, Any]:
     device = training.device
+    training.train_step(with_video=False)
+    training.after_first_step()
     with FlopCounterMode(display=False) as counted:
         training.train_step(with_video=False)
-    for _ in range(WARM_UP - 1):
+    for _ in range(WARM_UP - 2):
         training.train_step(with_video=False)
     seconds = _timed(training, steps)
 
