@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import moving_squares, write_clip_folder
 
+from vglann_fast import verbs
 from vglann_fast.arguments import new_parser, spelled_out
 from vglann_fast.cli import main
 from vglann_fast.glo import data, distributed
@@ -109,7 +111,8 @@ MISTAKES = {
     "out in a file": (["train", "{clips}", "--out", "{clips}/index.json/run"], "cannot be made"),
     "no place for a device": (["reconstruct", "{run}", "--device", "meta"], "--device meta"),
     "report of no run": (["report", "{clips}"], "is not a run"),
-    "no samples": (["sample", "{run}", "-n", "0"], "-n: expected at least 1"),
+    "no samples": (["sample", "{run}", "-n", "0"], "-n: expected 1 to"),
+    "too many samples": (["sample", "{run}", "-n", str(2**62)], "-n: expected 1 to"),
     "one step": (["interpolate", "{run}", "--steps", "1"], "--steps"),
     "run is there": (["train", "{clips}", "--out", "{run}"], "--resume"),
     "no such device": (["reconstruct", "{run}", "--device", "tpu9"], "--device tpu9"),
@@ -173,6 +176,18 @@ def test_what_cannot_be_trained_costs_nothing(name, untouched, tmp_path, monkeyp
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert error.startswith(f"vglann: error: {message}")
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_with_accumulation_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    """On a GPU, of which this machine needs none to be told no."""
+    monkeypatch.setattr(verbs, "device_and_kernels", lambda a: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    clips = write_clip_folder(tmp_path / "clips", moving_squares(4))
+    command = ["train", str(clips), "--out", str(tmp_path / "run"), "--cuda-graph", "on", "--accumulate", "2"]
+    assert main(command) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("vglann: error: --cuda-graph on: it was not tested with --accumulate 2;")
     assert not (tmp_path / "run").exists()
 
 
@@ -285,6 +300,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(untouched, tmp_path):
     assert "Traceback" not in done.stderr
     assert "choose another output folder" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("shape", [(2**60,), (2**40, 2**40)], ids=["memory", "what an address has"])
+def test_memory_that_is_not_there_is_one_line(shape, monkeypatch, capsys):
+    monkeypatch.setitem(verbs.VERBS, "doctor", lambda a: torch.empty(shape, dtype=torch.uint8))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("vglann: error: out of memory")
 
 
 @pytest.mark.parametrize(("value", "message"), [("foo", "foo"), ("triton", "triton")])

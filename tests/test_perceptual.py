@@ -246,58 +246,6 @@ def steps_of(training, count):
     return torch.stack([training.train_step(with_video=False)[0] for _ in range(count)])
 
 
-def test_kept_features_change_no_bit(clips, tmp_path, imported, monkeypatch):
-    """Seven clips in batches of three: the last batch of the first look at them is not a whole one."""
-    losses, looks = [], []
-    levels = FeatureLoss.levels
-    monkeypatch.setattr(FeatureLoss, "levels", lambda self, video: looks.append(0) or levels(self, video))
-    for wish in ("off", "on"):
-        options = tiny_options("modern", loss="laplacian:1,lite0:0.5", cache_features=wish)
-        training = Training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / wish, {}))
-        looks.clear()
-        losses.append(steps_of(training, 5))
-        assert len(looks) == {"off": 10, "on": 5}[wish]  # both videos of a step, or the made one alone
-    assert torch.equal(*losses)
-
-
-def test_out_of_memory_names_kept_features(clips, tmp_path, imported, caplog):
-    taken = []
-    for wish in ("off", "on"):
-        options = tiny_options("modern", loss="lite0", cache_features=wish)
-        training = Training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / wish, {}))
-        with caplog.at_level("INFO", "vglann_fast"):
-            message = str(training.out_of_memory())
-        assert message.startswith("out of memory; try --cache-features off,") == (wish == "on")
-        taken.append(training.features["lite0"].nbytes)
-    assert caplog.text.count("networks, kept features") == 2
-    levels = training.features["lite0"].levels(torch.zeros(7, 3, 16, 32, 32))
-    assert taken[1] - taken[0] == sum(4 * level.numel() for level in levels)
-    assert taken[0] >= sum(4 * p.numel() for p in training.features["lite0"].network.parameters())
-
-
-def test_features_that_do_not_fit(clips, tmp_path, imported, monkeypatch, caplog):
-    monkeypatch.setattr(perceptual, "free_memory", lambda device: 1000)
-    options = tiny_options("modern", loss="lite0")
-    opened = ClipSet.open(clips, "train")
-    with caplog.at_level("INFO", "vglann_fast"):
-        training = Training(opened, options, RunDir(tmp_path / "run", {}))
-    assert "lite0 of 7 clips take" in caplog.text
-    assert "computed anew in each step" in caplog.text
-    assert steps_of(training, 1).isfinite().all()
-    with pytest.raises(
-        VglannError, match=r"--cache-features on: the features of lite0 .* use --cache-features off"
-    ):
-        Training(opened, replace(options, cache_features="on"), RunDir(tmp_path / "run", {}))
-
-
-def test_batch_statistics_are_not_kept(real):
-    options = replace(PRESETS["paper"].train, loss="resnext101-3d")
-    loss = FeatureLoss(random_weights("resnext101-3d"), options, CPU)
-    loss.keep_targets(None, 2, 2, "auto")  # does not look at a clip
-    with pytest.raises(VglannError, match="depend on the batch with --perceptual seed"):
-        loss.keep_targets(None, 2, 2, "on")
-
-
 def test_weights_not_imported(clips, tmp_path, monkeypatch):
     monkeypatch.setenv("VGLANN_WEIGHTS", str(tmp_path / "none"))
     options = tiny_options("modern", loss="l1,vgg16:0.1")

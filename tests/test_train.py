@@ -161,7 +161,7 @@ def resume_in_child(run):
 
 def wait_for_checkpoint(run, after, process):
     for _ in range(2400):
-        if run.has_checkpoint() and run._checkpoint_dirs()[-1].name > f"step-{after:08d}":
+        if run.has_checkpoint() and run.checkpoint_folders()[-1].name > f"step-{after:08d}":
             return
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.05)
@@ -218,12 +218,12 @@ def test_a_torn_checkpoint_is_passed_over(clips, tmp_path):
     training = training_on(clips, run)
     for until in (2, 4):
         training.loop(max_steps=until)
-    newest = run._checkpoint_dirs()[-1] / "latents.safetensors"
+    newest = run.checkpoint_folders()[-1] / "latents.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     reopened = RunDir.open(run.path)
     assert reopened.load_checkpoint()[0]["step"] == 2
     assert "step-00000004" in reopened.warnings[0]
-    for folder in run._checkpoint_dirs():
+    for folder in run.checkpoint_folders():
         (folder / "state.json").unlink()
     with pytest.raises(VglannError, match="no checkpoint that can be read"):
         RunDir.open(run.path).load_checkpoint()

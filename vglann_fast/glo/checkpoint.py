@@ -17,6 +17,7 @@ it hold a time: the same training writes the same bytes.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,11 +94,13 @@ class Checkpoints:
         self.ranks.wait()  # no process leaves, and no launcher ends the job, before the checkpoint is whole
         self._newest = (place, finished)
 
-    def restore(self, learned: Learned, on_mismatch: OnMismatch) -> tuple[Place, bool]:
+    def restore(
+        self, learned: Learned, on_mismatch: OnMismatch, passes: int, steps_per_pass: int
+    ) -> tuple[Place, bool]:
         """Take over the newest whole checkpoint; the run is only read. Returns where the training goes on, and
         whether the pass it was in begins again.
 
-        Raises `VglannError` when there is none, when it is not of this training, or for other clips as
+        Raises `VglannError` when there is none, when it is not of this training of `passes`, or for other clips as
         `on_mismatch` says.
         """
         state, parts = self.run.load_checkpoint()
@@ -119,6 +122,10 @@ class Checkpoints:
             learned.latents.load(matched)
             learned.optimizer.load(parts["optimizer"])
             place = place_in_run(state, self.ranks.size)
+            if place.position >= steps_per_pass or (place.epoch, place.position) > (passes, 0):
+                raise ValueError(
+                    f"step {place.position} of pass {place.epoch}, of {passes} passes of {steps_per_pass}"
+                )
             return place, place.position != state["position"]
         except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
             raise _unfit(self.run, error) from error
@@ -143,7 +150,9 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     """
     state, parts = run.load_checkpoint()
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
-    _check_size(run, options, parts.get("generator", {}))
+    saved = {name: tuple(tensor.shape) for name, tensor in parts.get("generator", {}).items()}
+    if problem := _misfit(run, options, saved):
+        raise _unfit(run, problem)
     generator = new_generator(options, run.options["frames"], run.options["size"])
     try:
         generator.load_state_dict(parts["generator"])
@@ -157,9 +166,38 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     return Trained(generator, rows.to(device), state["ids"], options, state["step"], weights)
 
 
-def _check_size(run: RunDir, options: TrainOptions, saved: Mapping[str, Tensor]) -> None:
-    """Raise `VglannError` unless the two largest tensors are as wide as the options say, before as much memory is
-    taken: options may lie, and the file has no more than it has.
+def check_saved_size(run: RunDir, options: TrainOptions) -> None:
+    """Raise `VglannError` when the run has checkpoints and none is of a generator of the size that the options say.
+
+    Only headers are read, so that a torn checkpoint counts as well as a whole one.
+    """
+    problem = ""
+    for folder in reversed(run.checkpoint_folders()):
+        problem = _misfit(run, options, _shapes(folder / "generator.safetensors"))
+        if not problem:
+            return
+    if problem:
+        run.load_checkpoint()  # where none can be read, that is what is wrong
+        raise _unfit(run, problem)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that the header of a safetensors file claims; empty where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():  # to open a pipe would block for ever
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _misfit(run: RunDir, options: TrainOptions, saved: Mapping[str, tuple[int, ...]]) -> str:
+    """What speaks against the two largest tensors being as wide as the options say; empty if nothing.
+
+    Asked before as much memory is taken: options may lie, and the file has no more than it has.
     """
     rows, columns = run.options["size"] // UPSAMPLING, run.options["frames"] // UPSAMPLING + 1
     channels = 8 * options.width
@@ -167,9 +205,9 @@ def _check_size(run: RunDir, options: TrainOptions, saved: Mapping[str, Tensor])
         "stem.weight": (rows * rows * columns * channels, options.latent_dim),
         "video.conv2.weight": (channels, channels // 2, 4, 4, 4),
     }
-    for name, shape in wanted.items():
-        if name not in saved or saved[name].shape != shape:
-            raise _unfit(run, f"{name} is not {list(shape)}")
+    return ", ".join(
+        f"{name} is not {list(shape)}" for name, shape in wanted.items() if saved.get(name) != shape
+    )
 
 
 def _unfit(run: RunDir, reason: object) -> VglannError:

@@ -20,7 +20,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 
 CHUNK = 256  # clips copied to the device at a time
-HEADROOM = 0.5  # share of the free memory that resident clips may take
+HEADROOM = 0.5  # share of the free memory that resident clips may take, and then kept features
 
 
 @dataclass(frozen=True)

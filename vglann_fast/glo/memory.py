@@ -1,16 +1,19 @@
 """Memory of a training: the peak, what takes it when it does not suffice, and activation checkpointing."""
 
+import os
 import resource
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vglann_fast.config import TrainOptions
+from vglann_fast.config import PERCEPTUAL, TrainOptions
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.data import free_memory
 from vglann_fast.glo.generator import Layer, TwoStreamGenerator, frozen_statistics
 
 # Values that a training step keeps for its backward pass, per value of a layer's output: the convolution's output,
@@ -24,6 +27,18 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_beside_a_step(device: torch.device) -> int:
+    """Bytes of `device` that a training step leaves free, once one was taken.
+
+    What a step took PyTorch keeps for the next one on a GPU. On a CPU it gives that back, so it is subtracted.
+    """
+    free = free_memory(device)
+    if device.type == "cuda":
+        return free
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return free - (peak_memory(device) - held)
 
 
 def checkpoint_activations(generator: TwoStreamGenerator) -> None:
@@ -79,6 +94,19 @@ def memory_table(
         ("clips", clips * 3 * pixels),
         ("networks, kept features", features),
     ]
+
+
+def too_large(options: TrainOptions) -> VglannError:
+    """The error for a user whose device is full before the first step, when there is no table to show yet."""
+    networks = [name for name in options.loss_terms if name in PERCEPTUAL]
+    helps = ["--data pinned"] if options.data in ("auto", "resident") else []
+    helps.append(f"--width {max(1, options.width // 2)}")
+    helps += [f"a --loss without {' and '.join(networks)}"] if networks else []
+    parts = ["the generator", "the latents", "the clips", *networks]
+    return VglannError(
+        f"out of memory before the first step: {', '.join(parts[:-1])} and {parts[-1]} do not fit; try "
+        f"{', '.join(helps)} or another device"
+    )
 
 
 def out_of_memory(

@@ -2,7 +2,8 @@
 
 The networks are frozen and read weights the user has imported (`nets/weights.py`). Networks for pictures see every
 frame of a batch as a picture of its own, all at once; those for videos see whole clips. The features of the real
-clips need no gradient and are the same in every epoch, so they are kept where memory allows.
+clips need no gradient and are the same in every epoch, so they are kept where memory allows: after the first step,
+when it is known what a step takes.
 """
 
 import logging
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vglann_fast.config import PERCEPTUAL, Precision, TrainOptions
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.data import HEADROOM, ClipSource, free_memory
+from vglann_fast.glo.data import HEADROOM, ClipSource
 from vglann_fast.glo.losses import scored_frames, to_range
+from vglann_fast.glo.memory import free_beside_a_step
 from vglann_fast.glo.precision import AUTOCAST
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import MEAN as KINETICS_MEAN
@@ -107,7 +109,7 @@ def load_features(
 ) -> "dict[str, FeatureLoss]":
     """The feature losses named in `options.loss`, with their imported weights; empty if it names none.
 
-    precision: of the networks' arithmetic, as resolved for the generator. Raises as `load_weights`.
+    precision: of the networks' arithmetic, as resolved for the generator. Raises as `load_weights` and `FeatureLoss`.
     """
     return {
         name: FeatureLoss(load_weights(name), options, torch.device(device), precision, dtype)
@@ -120,7 +122,8 @@ class FeatureLoss:
     """Distance of a video from a clip in the features of one network.
 
     The mean absolute difference of the values and, at each level of the recipe, of the features: a tensor [B, T, h,
-    w, C], with the network's own t for T where it reads whole clips.
+    w, C], with the network's own t for T where it reads whole clips. Raises `VglannError` for --cache-features on
+    where the features of a clip depend on its batch.
     """
 
     def __init__(
@@ -133,6 +136,11 @@ class FeatureLoss:
     ) -> None:
         self.name, self.sha256, self.device = weights.name, weights.sha256, device
         self.recipe = recipe_of(weights.name, options)
+        if self.recipe.batch_statistics and options.cache_features == "on":
+            raise VglannError(
+                f"--cache-features on: the features of {self.name} depend on the batch with --perceptual seed; "
+                "use --perceptual fixed or leave it out"
+            )
         form = torch.channels_last_3d if self.recipe.whole_clips else torch.channels_last
         network = _network(weights, self.recipe).to(device, dtype)
         self.network: nn.Module = network.to(memory_format=form)  # type: ignore[call-overload]
@@ -187,20 +195,13 @@ class FeatureLoss:
         levels = [level.movedim(1, -1) for level in found]
         return levels if self.recipe.whole_clips else [f.unflatten(0, pixels.shape[:2]) for f in levels]
 
-    def keep_targets(self, source: ClipSource, count: int, batch_size: int, wish: str) -> None:
-        """Compute the features of all `count` clips of `source` once, if `wish` and memory allow.
+    def keep_targets(self, source: ClipSource, count: int, batch_size: int) -> None:
+        """Compute the features of all `count` clips of `source` once, if --cache-features and memory allow.
 
-        In batches as the training's, so that the numbers are those it would have computed in each step.
-        wish: "on", "auto" or "off". Raises `VglannError` when "on" cannot be had.
+        Called after a training step, since it takes of what that leaves free. In batches as the training's, so
+        that the numbers are those it would have computed in each step. Raises `VglannError` when "on" does not fit.
         """
-        if wish == "off":
-            return
-        if self.recipe.batch_statistics:
-            if wish == "on":
-                raise VglannError(
-                    f"--cache-features on: the features of {self.name} depend on the batch with --perceptual seed; "
-                    "use --perceptual fixed or leave it out"
-                )
+        if self.options.cache_features == "off" or self.recipe.batch_statistics or self.keeps_targets:
             return
         for first in range(0, count, batch_size):
             rows = torch.arange(first, first + batch_size).remainder(count).numpy()
@@ -208,9 +209,10 @@ class FeatureLoss:
             with torch.no_grad():
                 levels = self.levels(self._scored(batch.clips[batch.at]))
             if self._kept is None:
-                if not self._fits(levels, count, wish):
+                if not self._fits(levels, count):
                     return
-                self._kept = [level.new_empty((count, *level.shape[1:])) for level in levels]
+                self._kept = []  # from here on --cache-features off would help, should memory not suffice
+                self._kept += [level.new_empty((count, *level.shape[1:])) for level in levels]
             for kept, level in zip(self._kept, levels, strict=True):
                 kept[first : first + batch_size] = level[: count - first]
 
@@ -225,17 +227,19 @@ class FeatureLoss:
         tensors = [*self.network.parameters(), *self.network.buffers(), *(self._kept or [])]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def _fits(self, levels: list[Tensor], count: int, wish: str) -> bool:
+    def _fits(self, levels: list[Tensor], count: int) -> bool:
         needed = sum(level[0].numel() * level.element_size() for level in levels) * count
-        room = int(HEADROOM * free_memory(self.device))
+        room = int(HEADROOM * free_beside_a_step(self.device))
         if needed <= room:
             return True
         shortage = (
             f"the features of {self.name} of {count} clips take {needed / 1e9:.2f} GB and {self.device} has "
-            f"{room / 1e9:.2f} GB for them"
+            f"{max(0, room) / 1e9:.2f} GB for them beside a step"
         )
-        if wish == "on":
-            raise VglannError(f"--cache-features on: {shortage}; use --cache-features off")
+        if self.options.cache_features == "on":
+            raise VglannError(
+                f"--cache-features on: {shortage}; go on with --resume and --cache-features off"
+            )
         log.info("%s: computed anew in each step", shortage)
         return False
 

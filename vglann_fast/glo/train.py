@@ -18,7 +18,15 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import OnMismatch, TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
-from vglann_fast.glo.checkpoint import KEEP, Checkpoints, Learned, Place, latent_batches, new_generator
+from vglann_fast.glo.checkpoint import (
+    KEEP,
+    Checkpoints,
+    Learned,
+    Place,
+    check_saved_size,
+    latent_batches,
+    new_generator,
+)
 from vglann_fast.glo.checkpoint import Trained as Trained
 from vglann_fast.glo.checkpoint import load_trained as load_trained
 from vglann_fast.glo.combinations import batch_size_for, check_combinations, use_graph
@@ -59,7 +67,8 @@ class Training:
         ranks: this process among those that train together.
 
     Raises:
-        VglannError: too few clips, clips the generator cannot make, or options that do not go together here.
+        VglannError: too few clips, clips the generator cannot make, options that do not go together here, or a run
+            with checkpoints of another size.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class Training:
         self.clips, self.options, self.run, self.seed = clips, options, run, seed
         self.device = torch.device(device)
         self.ranks = ranks or Ranks()
+        check_saved_size(run, options)
         if options.deterministic:
             set_deterministic(True)
         self.batch_size = batch_size_for(len(clips), options, self.ranks)
@@ -98,8 +108,6 @@ class Training:
         self.optimizer = GeneratorAdam(self.generator, options, self.ranks, scale)
         self.statistics = RunningStatistics(self.generator)
         self.source = open_source(options.data, clips, self.own.numpy(), self.device, self.batch_size)
-        for loss in self.features.values():
-            loss.keep_targets(self.source, len(self.own), self.batch_size, options.cache_features)
         self._wrap_generator()
         self.journal = Journal(run, self.ranks, clips, self.own.numpy(), options.target_limits)
         self.checkpoints = Checkpoints(run, self.ranks, list(clips.ids), weight_records(self.features))
@@ -157,7 +165,7 @@ class Training:
                 loss, video, rows = self.train_step(with_video=logging_now)
                 self.journal.advance()
                 if self.step == first + 1:
-                    log.info("peak memory after step 1: %.3f GB", memory.peak_memory(self.device) / 1e9)
+                    self.after_first_step()
                 if logging_now:
                     self._log(loss, video, rows)
                 if self.position == 0 and self.epoch % checkpoint_every == 0 and self.step < until:
@@ -169,6 +177,15 @@ class Training:
             self.save(finished=self.step == last)
         if received or stopping:
             raise Interrupted(received[0] if received else signal.SIGTERM)
+
+    def after_first_step(self) -> None:
+        """What can be told and decided only now that the peak of memory is known.
+
+        Raises `VglannError` where --cache-features on asks for more than there is.
+        """
+        log.info("peak memory after step 1: %.3f GB", memory.peak_memory(self.device) / 1e9)
+        for loss in self.features.values():
+            loss.keep_targets(self.source, len(self.own), self.batch_size)
 
     def train_step(self, *, with_video: bool = True) -> tuple[Tensor, Tensor | None, np.ndarray]:
         """The next step: (loss [], video [B, 3, T, H, W] of its last batch, rows of those clips [B])."""
@@ -280,7 +297,9 @@ class Training:
 
     def restore(self, on_mismatch: OnMismatch = "error") -> None:
         """Take over the newest checkpoint; the run is only read. Raises as `resume`."""
-        place, cut_short = self.checkpoints.restore(self.learned, on_mismatch)
+        place, cut_short = self.checkpoints.restore(
+            self.learned, on_mismatch, self.options.epochs, self.steps_per_epoch
+        )
         self.step, self.epoch, self.position = place.step, place.epoch, place.position
         if cut_short:
             self.latents.end_epoch()  # the pass that was cut short ends here; it begins again
@@ -353,10 +372,7 @@ def train(
     try:
         training = Training(clips, options, run, seed=seed, device=device, ranks=ranks)
     except torch.OutOfMemoryError as error:
-        raise VglannError(
-            "out of memory before the first step: the generator, the latents and the clips do not fit; try "
-            f"--data pinned, --width {max(1, options.width // 2)} or another device"
-        ) from error
+        raise memory.too_large(options) from error
     training.checkpoints.keep = keep_checkpoints
     first = training.ranks.rank == 0
     try:
