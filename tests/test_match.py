@@ -69,7 +69,7 @@ def test_bad_options(value):
 
 
 def fitted(after_epoch=None, **changes):
-    """(mapping, rows of its log) on 200 unit latents in 8 dimensions; `after_epoch` gets the network."""
+    """(mapping, rows of its log) on 200 unit latents in 8 dimensions; `after_epoch` gets the mapping."""
     latents = F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     options = replace(
         PRESETS["modern"].map["imle"], noise_dim=4, hidden=32, epochs=6, batch_size=20, lr=5e-3, **changes
@@ -80,7 +80,7 @@ def fitted(after_epoch=None, **changes):
     def log(row):
         rows.append(row)
         if after_epoch is not None:
-            after_epoch(mapping.network)
+            after_epoch(mapping)
 
     mapping.fit(latents, torch.Generator().manual_seed(1), log)
     return mapping, rows
@@ -196,16 +196,22 @@ dist.init_process_group("gloo", init_method=sys.argv[1], world_size=2, rank=int(
 together = answers()
 
 @torch.no_grad()
-def drift(network):
+def drift(mapping):
     if dist.get_rank() == 1:
-        for tensor in network.state_dict().values():
+        for tensor in mapping.network.state_dict().values():
             tensor.add_(1)
+        for state in mapping._regression.optimizer.state.values():
+            state["exp_avg"].add_(1)
+        mapping._matched.distance.mul_(1.5)
 
 parted = fitted(drift, reject_quantile=0.2, rematch=0.9)[1]
+first = dist.get_rank() == 0
 dist.destroy_process_group()
 assert all(map(torch.equal, alone[0], together[0]))
 assert alone[1] == together[1]
-assert alone[1] == parted  # every epoch begins with the network of the first process
+# Every epoch begins with the network of the first process, which also says what is matched anew; Adam's moments of
+# the others reach nothing.
+assert not first or alone[1] == parted
 """
 
 

@@ -6,6 +6,7 @@ Li and Malik, "Implicit Maximum Likelihood Estimation", 2018; on latents of a ge
 "Non-Adversarial Image Synthesis with Generative Latent Nearest Neighbors", 2019.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,7 +170,9 @@ class IMLE(Mapping[ImleOptions]):
             return self._matched
         with self._regression.nothing_happened():  # looking is no training
             now = (self._map_pool(kept.noise[None])[0] - latents).norm(dim=1)
-        due = (now <= options.rematch * kept.distance).nonzero()[:, 0]
+        near = now <= options.rematch * kept.distance
+        same_everywhere([near])  # processes that differ by rounding would search for different latents
+        due = near.nonzero()[:, 0]
         if len(due):
             mapped = self._map_pool(pool).flatten(0, 1)
             index, distance = match(latents[due], mapped, options.reject_quantile, latents)
@@ -209,6 +212,13 @@ class IMLE(Mapping[ImleOptions]):
         for name, buffer in self.network.named_buffers():
             buffer.copy_(buffers[name])
         return samples
+
+    @classmethod
+    def sizes(cls, latent_dim: int, options: ImleOptions) -> Iterable[tuple[str, tuple[int, ...]]]:
+        """The three layers."""
+        yield "linear1.weight", (options.hidden, options.noise_dim)
+        yield "linear2.weight", (options.hidden, options.hidden)
+        yield "out.weight", (latent_dim, options.hidden)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and statistics of the network."""
