@@ -1,13 +1,14 @@
 """Trainings from one seed that differ in how they compute, and how far their reconstructions are apart.
 
-    python bench/twin.py --clips CLIPS [--device cuda] [--steps 300] [--width 64] [--batch 15]
+    python bench/twin.py --clips CLIPS [--preset modern] [--device cuda] [--steps 300] [--width 64] [--batch 15]
 
-Preset `modern` with its cosine at zero after the last step, on the same clips in the same order. The first training
+The preset's schedule ends with the last step; the clips are the same in the same order. The first training
 is in float32 with plain PyTorch; each of the others changes one thing more: bfloat16, the Triton kernels, the CUDA
 graph. Prints the PSNR of each over all clips, rendered in float32 by plain PyTorch with BatchNorm's statistics taken
 anew. Exit code 1 when one is more than 0.3 dB from the first or could not be trained. A CPU has the first two rows.
 
-A graph that passes here may be named in `TESTED` of vglann_fast/glo/combinations.py: then --cuda-graph auto uses it.
+A graph that passes here may be named in `TESTED` of vglann_fast/glo/combinations.py, as it is printed: then
+--cuda-graph auto uses it.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import latent_batches
+from vglann_fast.glo.combinations import graph_key
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.losses import psnr, to_uint8
 from vglann_fast.glo.train import Training
@@ -37,26 +39,32 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from bench_glo_step import ROWS, open_clips  # noqa: E402
 
 MOST_APART = 0.3  # dB
+LOG_EVERY = 10
 ROWS_ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "bf16 kernels", "bf16 kernels graph")}
 
 
-def trained_psnr(row: str, clips: ClipSet, steps: int, device: torch.device, **size: int) -> dict[str, Any]:
-    """Train one row; {"psnr": [N] dB of the clips, "loss": of the last step, "seconds": of all, "ops"}.
+def trained_psnr(
+    row: str, clips: ClipSet, preset: str, steps: int, device: torch.device, **size: int
+) -> dict[str, Any]:
+    """Train one row; {"psnr": [N] dB of the clips, "loss": of the last step, "seconds": of all, "ops", "graph": what
+    `TESTED` would hold, or None}.
 
     `size`: width and batch_size. Raises `VglannError` or `ImplUnavailable` for a row that cannot run on `device`.
     """
     changes, kernels = ROWS[row]
-    options = replace(PRESETS["modern"].train, **size, **{"cuda_graph": "off", **changes})
+    options = replace(PRESETS[preset].train, **size, **{"cuda_graph": "off", **changes})
     per_epoch = len(clips) // min(len(clips), options.batch_size)
     options = replace(options, epochs=-(-steps // per_epoch))
     with tempfile.TemporaryDirectory() as folder, using_impl(kernels):
         training = Training(clips, options, RunDir(Path(folder), {}), device=device)
         started = time.perf_counter()
-        for _ in range(steps):
-            loss, *_ = training.train_step(with_video=False)
+        for step in range(steps):
+            loss, *_ = training.train_step(with_video=step % LOG_EVERY == 0)  # as the loop, which logs
         found = {"loss": loss.item(), "seconds": time.perf_counter() - started}
         training.check_finite()
         training.source.close()
+        key = graph_key(options, training.precision, device) if options.cuda_graph == "on" else None
+        found["graph"] = key
         found["ops"] = sorted({choice.impl for choice in choices(device)})
     with using_impl("reference"):
         return {**found, "psnr": reconstruction_psnr(training)}
@@ -81,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clips", help="clip folder; default: made up")
+    parser.add_argument("--preset", default="modern", choices=("modern", "paper"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=64)
@@ -89,15 +98,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, clips = torch.device(a.device), open_clips(a.clips, a.batch)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
-        f"{len(clips)} clips, {a.steps} steps of {a.batch}, width {a.width}, torch {torch.__version__}, {name}"
+        f"{len(clips)} clips, preset {a.preset}, {a.steps} steps of {a.batch}, width {a.width}, "
+        f"torch {torch.__version__}, {name}"
     )
     first, failed = None, []
     for row in ROWS_ON[device.type]:
         try:
-            found = trained_psnr(row, clips, a.steps, device, width=a.width, batch_size=a.batch)
-        except (VglannError, ImplUnavailable) as error:
+            found = trained_psnr(row, clips, a.preset, a.steps, device, width=a.width, batch_size=a.batch)
+        except (
+            VglannError,
+            ImplUnavailable,
+            RuntimeError,
+        ) as error:  # also what a capture or a compiler raises
             failed.append(row)
-            print(f"{row:20} {error}", flush=True)
+            print(f"{row:20} {type(error).__name__}: {' '.join(str(error).split())[:500]}", flush=True)
             continue
         first = found if first is None else first
         apart = found["psnr"].mean() - first["psnr"].mean()
@@ -109,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if not abs(apart) <= MOST_APART:
             failed.append(row)
+        elif found["graph"]:
+            print(f"{'':20} may be named in TESTED: {found['graph']}")
     print(
         f"more than {MOST_APART} dB apart: {', '.join(failed)}" if failed else f"all within {MOST_APART} dB"
     )

@@ -149,6 +149,13 @@ def test_trainings_that_differ_are_told_by_the_exit_code(tmp_path, monkeypatch, 
     assert twin.main(command) == 1
     assert "TRITON_INTERPRET" in capsys.readouterr().out.splitlines()[-2]  # what is missing
 
+    def fails(*_, **__):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(twin, "trained_psnr", fails)
+    assert twin.main([*command, "--preset", "paper"]) == 1
+    assert "RuntimeError: operation not permitted when stream" in capsys.readouterr().out
+
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_script_for_a_gpu_machine_is_bash():

@@ -10,8 +10,9 @@ import zipfile
 import pytest
 
 from vglann_fast.clips import fetch as fetch_module
-from vglann_fast.clips.fetch import SETS, Medium, Package, default_cache, fetch
+from vglann_fast.clips.fetch import SETS, Medium, Package, fetch
 from vglann_fast.clips.sources import find_sources
+from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
 
 MOVIE, FILM = b"not really a video" * 100, b"not really a film" * 100
@@ -176,6 +177,13 @@ def test_default_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_cache() == tmp_path / "home" / ".cache" / "vglann-fast"
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    with pytest.raises(VglannError, match="set XDG_CACHE_HOME"):
+        default_cache()
 
 
 def test_the_sets_are_pinned():

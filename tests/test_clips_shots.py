@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vglann_fast.clips.fetch import default_cache
 from vglann_fast.clips.shots import find_cuts, find_shots, frame_distances
+from vglann_fast.environment import default_cache
 
 
 def scene(seed: int, frames: int, speed: int = 0) -> np.ndarray:

@@ -128,7 +128,7 @@ MISTAKES = {
     "the paper's mixture": (["--kind", "gmm", "--preset", "paper"], "--components 100: more than there are"),
     "a negative weight": (["--kind", "vae", "--kl-weight", "-1"], "--kl-weight: expected 0 or more"),
     "one bin": (["--kind", "flow", "--bins", "1"], "--bins: expected at least 2"),
-    "no steps": (["--kind", "autoregressive", "--transforms", "0"], "--transforms: expected at least 1"),
+    "no steps": (["--kind", "autoregressive", "--transforms", "0"], "--transforms: expected 1 to"),
     "a batch of one": (["--kind", "vae", "--batch-size", "1"], "--batch-size: expected at least 2"),
     "a rate of nothing": (["--kind", "flow", "--lr", "0"], "--lr: expected a positive number"),
 }

@@ -121,6 +121,12 @@ def test_without_zuko(kind, monkeypatch):
         KINDS[kind](4, small(kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_of_one_dimension_are_refused(kind):
+    with pytest.raises(VglannError, match="one dimension"):
+        KINDS[kind](1, small(kind))
+
+
 def test_a_diverging_fit_is_named():
     pytest.importorskip("zuko")
     mapping = SplineFlow(4, replace(small("flow"), lr=1e30))

@@ -1,7 +1,9 @@
 """kept_features.py: features of clips are computed once, and never taken for those of other clips or weights."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tiny import COLOURS, mean_colours, moving_squares
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.metrics import features, kept_features
 from vglann_fast.metrics.compare import measure
 from vglann_fast.metrics.kept_features import features_of_clips
 
@@ -78,7 +81,7 @@ def test_what_changes_the_features_is_another_file(clips, cache, monkeypatch):
     assert counting.of(clips.reshape(5, 3, 64, 16, 16))[1] == 5  # the same bytes
     assert Counting(weights="1" * 64).of(clips)[1] == 5
     with monkeypatch.context() as patch:
-        patch.setattr("vglann_fast.metrics.kept_features.REVISION", 2)
+        patch.setattr(kept_features, "_code", lambda: "2" * 64)
         assert counting.of(clips)[1] == 5
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99")
@@ -122,7 +125,7 @@ def test_a_damaged_file_is_named_and_computed_again(damage, clips, cache, caplog
     again, seen = counting.of(clips)
     assert seen == 5
     assert torch.equal(again, rows)
-    assert f"{file} is damaged" in caplog.text
+    assert f"{file} cannot be used" in caplog.text
     assert counting.of(clips)[1] == 0
 
 
@@ -132,3 +135,25 @@ def test_where_nothing_can_be_kept_the_evaluation_goes_on(clips, cache, caplog):
     rows, seen = Counting().of(clips)
     assert (len(rows), seen) == (5, 5)
     assert "computed again the next time" in caplog.text
+
+
+def test_a_folder_that_may_not_be_read_is_no_end_either(clips, cache, caplog, monkeypatch):
+    counting = Counting()
+    counting.of(clips)
+    (file,) = cache.iterdir()
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(kept_features.Path, "is_file", refuse)
+    assert counting.of(clips)[1] == 5
+    assert f"{file} cannot be used" in caplog.text
+
+
+def test_an_edit_of_what_makes_features_is_seen(tmp_path, monkeypatch):
+    before = kept_features._code()
+    (tmp_path / "features.py").write_text("# edited\n" + Path(features.__file__).read_text())
+    monkeypatch.setattr(features, "__file__", str(tmp_path / "features.py"))
+    kept_features._code.cache_clear()
+    assert kept_features._code() != before
+    kept_features._code.cache_clear()

@@ -270,11 +270,12 @@ def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
     gpu, given = torch.device("cuda", 0), {"processes": 1, "source": "resident", "precision": "bf16"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
-    assert "on Card in bf16 it was not compared" in caplog.text
+    assert "latent mode row, bf16 it was not compared" in caplog.text
     assert not use_graph(TrainOptions(), gpu, **given)
-    monkeypatch.setattr(combinations, "TESTED", frozenset({("Card", "bf16")}))
+    monkeypatch.setattr(combinations, "TESTED", frozenset({("Card", torch.__version__, "row", "bf16")}))
     caplog.clear()
     assert use_graph(TrainOptions(), gpu, **given)
+    assert not use_graph(TrainOptions(latent_mode="catchup"), gpu, **given)
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
     assert not caplog.text
 

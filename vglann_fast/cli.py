@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb runs, so `vglann --help` is quick.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,10 @@ from vglann_fast.atomic import actionable
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.interruption import Interrupted, terminated_in_order
 from vglann_fast.verbs import REPLAYED, perform
+
+_OUT_OF_MEMORY = (
+    "(can't allocate|not enough|out of) memory|size calculation overflowed|STATUS_ALLOC_FAILED"  # PyTorch's
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if message := actionable(error):
             return _fail(message)
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, str(error)):
+            return _fail("out of memory; ask for less, or take a machine with more")
         raise
 
 

@@ -20,9 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from vglann_fast.clips.fetch import default_cache
 from vglann_fast.config import TrainOptions, options_from_json
-from vglann_fast.environment import environment
+from vglann_fast.environment import default_cache, environment
 from vglann_fast.errors import VglannError
 from vglann_fast.run_dir import RunDir
 

@@ -1,13 +1,15 @@
-"""Where a run was made: versions and hardware."""
+"""Where a run was made, versions and hardware; and where a user's cache is."""
 
 import os
 import platform
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from vglann_fast import __version__
+from vglann_fast.errors import VglannError
 
 
 def environment() -> dict[str, Any]:
@@ -33,3 +35,13 @@ def environment() -> dict[str, Any]:
     found["command"] = " ".join(sys.argv)
     found["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     return found
+
+
+def default_cache() -> Path:
+    """`vglann-fast` in $XDG_CACHE_HOME, or in ~/.cache. Raises `VglannError` for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vglann-fast"
+    except RuntimeError as error:
+        raise VglannError(
+            "no home folder for our cache; set XDG_CACHE_HOME to a folder of your own"
+        ) from error

@@ -13,6 +13,20 @@ HELD_OUT = (
 )
 
 
+# Of what is counted from 1. As in `config.py`: beyond any machine, and would fail as a lack of memory or of time.
+MOST = {
+    "noise_dim": 65_536,
+    "hidden": 65_536,
+    "epochs": 10**9,
+    "batch_size": 10**9,
+    "pool_factor": 65_536,
+    "starts": 65_536,
+    "transforms": 1024,
+    "bins": 1024,
+}
+MOST_COMPONENTS = 65_536
+
+
 @dataclass(frozen=True)
 class MapOptions:
     """What every kind of mapping has. Kinds that choose nothing by latents set aside have none by default."""
@@ -22,12 +36,13 @@ class MapOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         require(0 <= self.held_out < 1, "held_out", "0 to below 1", self.held_out)
+        for name in (field.name for field in fields(self) if field.name in MOST):
+            value = getattr(self, name)
+            require(1 <= value <= MOST[name], name, f"1 to {MOST[name]:,}", value)
 
 
 def _require_steps(options: "ImleOptions | VaeOptions | AutoregressiveOptions") -> None:
     """What all that are trained by Adam ask of their options."""
-    for name in ("hidden", "epochs"):
-        require(getattr(options, name) >= 1, name, "at least 1", getattr(options, name))
     require(options.batch_size >= 2, "batch_size", "at least 2", options.batch_size)
     require(0 < options.lr < float("inf"), "lr", "a positive number", options.lr)
     require(0 <= options.weight_decay < float("inf"), "weight_decay", "0 or more", options.weight_decay)
@@ -71,8 +86,6 @@ class ImleOptions(MapOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("noise_dim", "pool_factor"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(0 <= self.reject_quantile < 1, "reject_quantile", "0 to below 1", self.reject_quantile)
         require(0 < self.rematch <= 1, "rematch", "above 0 to 1", self.rematch)
         _require_steps(self)
@@ -100,7 +113,6 @@ class VaeOptions(MapOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.noise_dim >= 1, "noise_dim", "at least 1", self.noise_dim)
         require(0 <= self.kl_weight < float("inf"), "kl_weight", "0 or more", self.kl_weight)
         _require_steps(self)
 
@@ -132,8 +144,6 @@ class GmmOptions(MapOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "starts"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("tolerance", "floor", "prior"):
             require(0 <= getattr(self, name) < float("inf"), name, "0 or more", getattr(self, name))
         sizes = self.sizes
@@ -147,9 +157,12 @@ class GmmOptions(MapOptions):
     @property
     def sizes(self) -> list[int]:
         """The numbers of components to try."""
-        words = self.components.split(",")
-        good = all(word.strip().isdecimal() and int(word) >= 1 for word in words)
-        require(good, "components", "a number from 1 on, or several with commas", self.components)
+        words = [word.strip() for word in self.components.split(",")]
+        good = all(
+            word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MOST_COMPONENTS for word in words
+        )
+        expected = f"a number from 1 to {MOST_COMPONENTS:,}, or several with commas"
+        require(good, "components", expected, self.components)
         return [int(word) for word in words]
 
 
@@ -167,7 +180,6 @@ class AutoregressiveOptions(MapOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.transforms >= 1, "transforms", "at least 1", self.transforms)
         _require_steps(self)
 
 

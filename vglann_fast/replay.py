@@ -7,10 +7,11 @@ with the versions it was made with everything should match, on a GPU if the run 
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,25 +95,31 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
 def _as_it_was(run: RunDir) -> Iterator[None]:
     """Threads and kernels as when the run was made; what else has changed is said."""
     import torch
-    from vglann_kernels.impl import using_impl
+    from vglann_kernels.impl import ImplUnavailable, using_impl
 
-    file = run.path / "environment.json"
-    then, now = read_json(file) if file.is_file() else {}, environment()
+    then, now = run.recorded_environment(), environment()
     for name in ("vglann-fast", "torch", "gpu", "cuda"):
         if name in then and then[name] != now[name]:
             log.warning("%s was %s and is %s now: digits may differ", name, then[name], now[name])
-    threads = torch.get_num_threads()
-    if isinstance(then.get("cpu_threads"), int) and then["cpu_threads"] > 0:
-        torch.set_num_threads(then["cpu_threads"])
-    try:
-        with using_impl(then.get("kernels")):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    threads, kernels = then.get("cpu_threads"), then.get("kernels")
+    with ExitStack() as restored:
+        restored.callback(torch.set_num_threads, torch.get_num_threads())
+        if type(threads) is int and 0 < threads <= (os.cpu_count() or 1):  # more may end the process
+            torch.set_num_threads(threads)
+        elif threads is not None:
+            log.warning(
+                "cpu_threads was %s and is %s now: digits may differ", threads, torch.get_num_threads()
+            )
+        try:
+            restored.enter_context(using_impl(kernels))
+        except (ValueError, TypeError, AttributeError, ImplUnavailable) as error:
+            raise VglannError(f"{run.path}/environment.json: kernels {kernels!r}: {error}") from error
+        yield
 
 
 def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     from vglann_fast.config import TrainOptions, options_from_json
+    from vglann_fast.glo.checkpoint import check_saved_size
     from vglann_fast.glo.determinism import deterministic_or_named, set_deterministic
     from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
     from vglann_fast.glo.train import Training
@@ -130,6 +137,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     every = min([row["step"] for row in run.metrics("glo")], default=10)
     for until, train in stretches:
         options: TrainOptions = options_from_json(TrainOptions, train)
+        check_saved_size(run, options)
         set_deterministic(options.deterministic)
         with deterministic_or_named():
             training = Training(clips, options, second, seed=run.options["seed"], device=device)
@@ -142,8 +150,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
 def _check_repeatable(run: RunDir, processes: int) -> None:
     """Raise `VglannError` for a training, ended by `processes`, that one process on its clips cannot repeat."""
     resumes = run.options.get("resumed", [])
-    file = run.path / "environment.json"
-    began = read_json(file).get("processes") if file.is_file() else None
+    began = run.recorded_environment().get("processes")
     counts = [processes, began, *(entry["environment"].get("processes", [1, 1])[1] for entry in resumes)]
     if several := [count for count in counts if count not in (None, 1)]:
         raise VglannError(f"{run.path} was trained by {several[0]} processes; a replay is one")

@@ -60,6 +60,7 @@ RUN_OPTIONS: dict[str, type | tuple[type, ...]] = {
     "train": dict,
 }
 CHECKPOINT_FORMAT = ("vglann-checkpoint", 1)
+_TORN = (OSError, ValueError, KeyError, TypeError, AttributeError, VglannError)  # what reading raises
 LOCK = ".lock"
 LOCKED_FOLDERS = (".", "checkpoints", "mapping", "evaluation")  # where only the holder of the lock writes
 
@@ -159,8 +160,7 @@ class RunDir:
         changed = {
             name: [before.get(name), value] for name, value in after.items() if before.get(name) != value
         }
-        began = self.path / "environment.json"
-        then, now = read_json(began) if began.is_file() else {}, environment()
+        then, now = self.recorded_environment(), environment()
         for entry in saved.get("resumed", []):
             then |= {name: values[1] for name, values in entry["environment"].items()}
         moved = {
@@ -174,6 +174,14 @@ class RunDir:
             self.options["resumed"] = [*saved.get("resumed", []), entry]
             write_json(self.path / "options.json", self.options)
 
+    def recorded_environment(self) -> dict[str, Any]:
+        """What environment.json holds; nothing if there is none. Raises `VglannError` for one that is damaged."""
+        file = self.path / "environment.json"
+        recorded = read_json(file) if file.exists() else {}
+        if not isinstance(recorded, dict):
+            raise VglannError(f"{file}: not a JSON object; the file was changed, remove it")
+        return recorded
+
     def remember(self, verb: str, options: Mapping[str, Any]) -> None:
         """Append a command that made something of this run to history.jsonl."""
         line = {"verb": verb, "options": options, "environment": environment()}
@@ -181,11 +189,8 @@ class RunDir:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of history.jsonl, oldest first; one that was torn by a crash is left out."""
-        return [
-            line
-            for line in _json_lines(self.path / "history.jsonl")
-            if isinstance(line.get("verb"), str) and isinstance(line.get("options"), dict)
-        ]
+        lines = _json_lines(self.path / "history.jsonl")
+        return [x for x in lines if isinstance(x.get("verb"), str) and isinstance(x.get("options"), dict)]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one object, with "stage" and "step", to metrics.jsonl (and to TensorBoard if it was started)."""
@@ -244,7 +249,7 @@ class RunDir:
 
         Later ones stay: they could not be read, but perhaps that passes.
         """
-        there = [folder for folder in self._checkpoint_dirs() if folder.name <= f"step-{step:08d}"]
+        there = [folder for folder in self.checkpoint_folders() if folder.name <= f"step-{step:08d}"]
         kept = [folder for folder in there if folder not in self._damaged][-keep:]
         for folder in set(there) - set(kept):
             remove_dir(folder)
@@ -257,18 +262,10 @@ class RunDir:
         """
         from safetensors import SafetensorError
 
-        for folder in reversed(self._checkpoint_dirs()):
+        for folder in reversed(self.checkpoint_folders()):
             try:
                 return _read_checkpoint(folder)
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                SafetensorError,
-                VglannError,
-            ) as error:
+            except (*_TORN, SafetensorError) as error:
                 self._damaged.add(folder)
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
         hint = (
@@ -278,9 +275,10 @@ class RunDir:
 
     def has_checkpoint(self) -> bool:
         """Whether any checkpoint was completed."""
-        return bool(self._checkpoint_dirs())
+        return bool(self.checkpoint_folders())
 
-    def _checkpoint_dirs(self) -> list[Path]:
+    def checkpoint_folders(self) -> list[Path]:
+        """Those of all checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-????????"))
 
 
@@ -355,6 +353,8 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
     ids = state["ids"]
     if not all(map(_is_count, counts)) or type(ids) is not list or not all(isinstance(i, str) for i in ids):
         raise ValueError("a number or the ids are damaged in state.json")
+    if folder.name != f"step-{state['step']:08d}":
+        raise ValueError(f"state.json is of step {state['step']}")
     parts = {}
     for name, digest in state["sha256"].items():
         if Path(name).name != name or not name.endswith(".safetensors"):

@@ -2,31 +2,34 @@
 
 import hashlib
 import json
+import os
 import tempfile
 import zipfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import h5py
 import numpy as np
 import torch
 from faults.case import Case, part_of
-from faults.fuzz_run import rendered, run_with_mappings, weights_at, weights_of_lite0
+from faults.fuzz_run import KINDS, rendered, run_with_mappings, sampled, weights_at, weights_of_lite0
 from faults.mutations import Reader, fuzz
 from safetensors.torch import save_file
-from tiny import moving_squares
+from tiny import COLOURS, moving_squares
 from tiny_study import answer_all, prefer, tiny_study
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.interop.weight_shapes import expected_shapes
 from vglann_fast.interop.weights import _only_weight_file, _read
-from vglann_fast.mapping.fit import load_mapping
+from vglann_fast.metrics.features import extract
+from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.artefacts import read_artefacts
 from vglann_fast.report.study import _samples
 from vglann_fast.report.study_database import Study
-from vglann_fast.run_dir import RunDir, sha256
+from vglann_fast.run_dir import sha256
 
 FULL = 400  # broken files for each reader
 
@@ -48,19 +51,20 @@ def readers(root: Path) -> Iterable[Reader]:
     )
     checkpoint = str(sorted((run / "checkpoints").iterdir())[-1].relative_to(run))
     parts = tuple(f"{checkpoint}/{part}.safetensors" for part in ("generator", "latents", "optimizer"))
-    yield Reader("checkpoints", run, parts, lambda folder: rendered(RunDir.open(folder)))
-    yield Reader(
-        "checkpoints with their checksums", run, parts, lambda f: rendered(RunDir.open(f)), _seal_checkpoint
-    )
-    for kind in ("imle", "gmm", "gaussian", "vae"):
+    yield Reader("checkpoints", run, parts, rendered)
+    yield Reader("checkpoints with their checksums", run, parts, rendered, _seal_checkpoint)
+    for kind in KINDS:
         file = f"mapping/{kind}/mapping.safetensors"
-        yield Reader(
-            f"{kind}/mapping.safetensors", run, (file,), lambda folder, kind=kind: _mapped(folder, kind)
-        )
+        yield Reader(f"{kind}/mapping.safetensors", run, (file,), partial(sampled, kind=kind))
     arrays = ("media/samples/video.npy", "media/samples/mask.npy")
-    yield Reader("arrays of a report", _with_arrays(run), arrays, _arrays)
+    yield Reader("arrays of a report", run, arrays, _arrays)
     _answer(study)
     yield Reader("study databases", study, ("study.sqlite",), _study)
+    kept = root / "cache"
+    kept.mkdir()
+    _kept_features(kept)
+    features = tuple(str(file.relative_to(kept)) for file in kept.rglob("*.safetensors"))
+    yield Reader("kept features", kept, features, _kept_features)
     weights = weights_of_lite0(root / "weights")
     yield Reader("imported weights", weights, ("lite0.safetensors",), _weights, share=0.2)
     yield from _weight_files(root / "files")
@@ -77,19 +81,6 @@ def _seal_checkpoint(folder: Path) -> None:
     state = json.loads((newest / "state.json").read_text())
     state["sha256"] = {name: sha256(newest / name) for name in state["sha256"]}
     (newest / "state.json").write_text(json.dumps(state))
-
-
-def _mapped(folder: Path, kind: str) -> None:
-    load_mapping(RunDir.open(folder), kind).sample(2, torch.Generator().manual_seed(0))
-
-
-def _with_arrays(run: Path) -> Path:
-    """The run, with samples."""
-    folder = run / "media" / "samples"
-    folder.mkdir(parents=True)
-    np.save(folder / "video.npy", moving_squares(2))
-    np.save(folder / "mask.npy", moving_squares(2)[:, :1])
-    return run
 
 
 def _arrays(folder: Path) -> None:
@@ -115,6 +106,14 @@ def _study(folder: Path) -> None:
         opened.rated()
     finally:
         opened.close()
+
+
+def _kept_features(folder: Path) -> None:
+    """Features of two clips with this cache: the right ones, whatever is in it."""
+    clips, extractors = moving_squares(2), {"x": COLOURS}
+    with patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
+        found = features_of_clips("clips", [clips], clips.shape[1:], [b"0", b"1"], extractors)
+    assert torch.equal(found["x"], extract(extractors, clips)["x"])
 
 
 def _weights(folder: Path) -> None:

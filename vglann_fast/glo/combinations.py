@@ -11,9 +11,9 @@ from vglann_fast.glo.distributed import Ranks
 
 log = logging.getLogger("vglann_fast")
 
-# (GPU name, precision) whose graph was compared with eager training, by bench/twin.py: what --cuda-graph auto
-# replays. None was yet.
-TESTED: frozenset[tuple[str, str]] = frozenset()
+# (GPU, version of PyTorch, latent mode, precision) whose graph was compared with eager training, by bench/twin.py: what
+# --cuda-graph auto replays. None was yet.
+TESTED: frozenset[tuple[str, str, str, str]] = frozenset()
 
 
 def batch_size_for(count: int, options: TrainOptions, ranks: Ranks) -> int:
@@ -82,13 +82,13 @@ def use_graph(
     _refuse_graph(options, reason)
     if reason:
         return False
-    name = torch.cuda.get_device_name(device)
-    tested = (name, precision) in TESTED
+    here = graph_key(options, precision, device)
+    tested = here in TESTED
     if options.cuda_graph == "on" and not tested:
         log.warning(
-            "--cuda-graph on: on %s in %s it was not compared with a training without it; bench/twin.py does that",
-            name,
-            precision,
+            "--cuda-graph on: on %s, torch %s, latent mode %s, %s it was not compared with a training without it; "
+            "bench/twin.py does that",
+            *here,
         )
     return tested or options.cuda_graph == "on"
 
@@ -96,3 +96,8 @@ def use_graph(
 def _refuse_graph(options: TrainOptions, reason: str | None) -> None:
     if reason and options.cuda_graph == "on":
         raise VglannError(f"--cuda-graph on: {reason}; leave it out")
+
+
+def graph_key(options: TrainOptions, precision: str, device: torch.device) -> tuple[str, str, str, str]:
+    """What a comparison of graphs holds for: an element of `TESTED`."""
+    return torch.cuda.get_device_name(device), torch.__version__, options.latent_mode, precision

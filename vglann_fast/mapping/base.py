@@ -13,7 +13,7 @@ fitted to and to those set aside; see `vglann_fast.mapping.gap`.
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -92,6 +92,11 @@ class Mapping(ABC, Generic[Options]):
         """
         return None
 
+    @classmethod
+    def sizes(cls, latent_dim: int, options: Options) -> Iterable[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of the largest of the `tensors`, lazily; none for a kind that takes memory by no option."""
+        return ()
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored, by name."""
@@ -128,8 +133,13 @@ class Mapping(ABC, Generic[Options]):
             options = options_from_json(cls.options_class, record["options"])
             if type(record["latent_dim"]) is not int or not 1 <= record["latent_dim"] <= MOST["latent_dim"]:
                 raise ValueError(f"latents of length {record['latent_dim']!r}")
+            file = folder / "mapping.safetensors"
+            if not file.is_file():  # to open a pipe would block for ever
+                raise ValueError(f"{file.name} is missing or no file")
+            tensors = load_file(file, device=str(device))
+            _check_tensors(tensors, cls.sizes(record["latent_dim"], options))
             mapping = cls(record["latent_dim"], options, device)
-            mapping.restore(load_file(folder / "mapping.safetensors", device=str(device)))
+            mapping.restore(tensors)
             mapping.epochs, mapping.gap = record["epochs"], record.get("gap")
         except (
             VglannError,
@@ -161,6 +171,18 @@ class Mapping(ABC, Generic[Options]):
         self.epochs.append(row)
         if log is not None:
             log(row)
+
+
+def _check_tensors(tensors: dict[str, Tensor], sizes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise ValueError for numbers that are none, and KeyError or ValueError unless the tensors have these sizes:
+    before as much memory is taken, for a record may lie, and a file has no more than it has.
+    """
+    for name, shape in sizes:
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} is {list(tensors[name].shape)}, by mapping.json {list(shape)}")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite")
 
 
 def learning_rate_factor(schedule: str, epoch: int, epochs: int) -> float:

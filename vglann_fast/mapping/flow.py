@@ -15,6 +15,7 @@ The latents are whitened before, and the steps begin as the identity: a flow beg
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class _Flow(Mapping[AutoregressiveOptions]):
         seed: int = 0,
     ) -> None:
         super().__init__(latent_dim, options, device, dtype, seed)
+        if latent_dim < 2:
+            raise VglannError(f"--kind {self.kind}: latents of one dimension have no flow; take imle or gmm")
         try:
             import zuko
         except ImportError as error:
@@ -184,6 +187,21 @@ class _Flow(Mapping[AutoregressiveOptions]):
             found.append(torch.logsumexp(log_weight + log_p - log_normal, 1))
         return torch.cat(found)
 
+    @classmethod
+    def sizes(cls, latent_dim: int, options: AutoregressiveOptions) -> Iterable[tuple[str, tuple[int, ...]]]:
+        """Every layer of every step: as there may be many steps, none may be missing."""
+        yield "factor", (latent_dim, latent_dim)
+        for step in range(options.transforms):
+            layers = f"transform.transforms.{step}.hyper"
+            yield f"{layers}.0.weight", (options.hidden, latent_dim)
+            yield f"{layers}.2.weight", (options.hidden, options.hidden)
+            yield f"{layers}.4.weight", (latent_dim * cls._numbers(options), options.hidden)
+
+    @staticmethod
+    @abstractmethod
+    def _numbers(options: Any) -> int:
+        """How many numbers say what a step does to one dimension."""
+
     def tensors(self) -> dict[str, Tensor]:
         """The flow's state, and mean and factor of the whitening."""
         return {**_copy(self.network), "mean": self.mean, "factor": self.factor}
@@ -194,8 +212,9 @@ class _Flow(Mapping[AutoregressiveOptions]):
         mean, factor = state.pop("mean"), state.pop("factor")
         if mean.shape != self.mean.shape or factor.shape != self.factor.shape:
             raise ValueError("mean or factor are of another size")
-        self.mean, self.factor = mean, factor
+        self.mean, self.factor = mean.to(self.dtype), factor.to(self.dtype)
         self.network.load_state_dict(state)
+        self.network()  # raises ValueError where it would when sampling
 
 
 class SplineFlow(_Flow):
@@ -203,6 +222,10 @@ class SplineFlow(_Flow):
 
     kind = "flow"
     options_class = FlowOptions
+
+    @staticmethod
+    def _numbers(options: FlowOptions) -> int:
+        return 3 * options.bins - 1  # widths, heights, and the slopes between them
 
     def _network(self, flows: Any) -> Any:
         options = self.options
@@ -218,6 +241,10 @@ class AutoregressiveFlow(_Flow):
 
     kind = "autoregressive"
     options_class = AutoregressiveOptions
+
+    @staticmethod
+    def _numbers(options: AutoregressiveOptions) -> int:
+        return 2  # shift and scale
 
     def _network(self, flows: Any) -> Any:
         options = self.options

@@ -77,4 +77,4 @@ class Gaussian(Mapping[GaussianOptions]):
         mean, factor = tensors["mean"], tensors["factor"]
         if mean.shape != (self.latent_dim,) or factor.shape != (self.latent_dim, self.latent_dim):
             raise ValueError("mean or factor are of another size")
-        self.mean, self.factor = mean, factor
+        self.mean, self.factor = mean.double(), factor.double()

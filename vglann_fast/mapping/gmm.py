@@ -139,10 +139,13 @@ class GMM(Mapping[GmmOptions]):
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take weights, means and covariances."""
-        mixture = Mixture(tensors["weights"], tensors["means"], tensors["covariances"])
-        k, d = len(mixture.weights), self.latent_dim
-        if mixture.means.shape != (k, d) or mixture.covariances.shape != (k, d, d):
+        mixture = Mixture(*(tensors[name].double() for name in ("weights", "means", "covariances")))
+        k, d = mixture.weights.numel(), self.latent_dim
+        shapes = [tuple(tensor.shape) for tensor in (mixture.weights, mixture.means, mixture.covariances)]
+        if shapes != [(k,), (k, d), (k, d, d)]:
             raise ValueError("weights, means and covariances do not fit together")
+        if not (mixture.weights >= 0).all() or not mixture.weights.sum() > 0:
+            raise ValueError("weights are negative, or all zero")
         self.mixture = mixture
 
 

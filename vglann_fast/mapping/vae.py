@@ -5,6 +5,7 @@ divided by its norm, since latents lie on the unit sphere. The loss is summed ov
 author's code: squared error + kl_weight * KL(code's distribution || standard normal).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -131,6 +132,13 @@ class VAE(Mapping[VaeOptions]):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n latents [n, d], unit rows: decoded standard normal noise."""
         return self.network.decode(self._noise(n, generator))
+
+    @classmethod
+    def sizes(cls, latent_dim: int, options: VaeOptions) -> Iterable[tuple[str, tuple[int, ...]]]:
+        """The decoder's layers; the encoder has the same."""
+        yield "decode1.weight", (options.hidden, options.noise_dim)
+        yield "decode2.weight", (options.hidden, options.hidden)
+        yield "out.weight", (latent_dim, options.hidden)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters of the network."""

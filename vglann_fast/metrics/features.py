@@ -27,8 +27,6 @@ from vglann_fast.nets import i3d, transnetv2
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.weights import load_weights
 
-# Of what the protocols compute: raise it when features come out otherwise, so that kept ones are not used any more.
-REVISION = 1
 LITE0_SIZE = 128
 
 

@@ -2,25 +2,27 @@
 
 The clips that samples are compared with are the same for every run that was trained on them, and so are their
 features, which take most of an evaluation's time. Each set of clips, by each protocol, is a file in the user's cache
-(`clips.fetch.default_cache`), which may be removed at any time:
+(`default_cache`), which may be removed at any time:
 
     features/<protocol>-<sha256 of its record>.safetensors
         rows       float64 [n, d], finite, as `features.extract` gives them
         metadata   {"record": JSON, "sha256": of the bytes of `rows`}
 
 The record holds all that the rows depend on, so what has changed is another file: {"format": "vglann-features",
-"version": 1, "revision": `features.REVISION`, "protocol": the extractor's record with its weights' sha256, "shape":
-[n, 3, T, H, W], "videos": sha256 of the videos' sha256 digests in their order, "torch": its version, "device": the
-GPU, or the instructions of the CPU}. It names the videos by their pixels: where the clips lie does not matter, nor
-what an index.json says of them.
+"version": 1, "code": sha256 of the sources of networks and protocols, "protocol": the extractor's record with its
+weights' sha256, "shape": [n, 3, T, H, W], "videos": sha256 of the videos' sha256 digests in their order, "torch" and
+"cudnn": their versions, "device": the GPU, or the instructions of the CPU}. It names the videos by their pixels:
+where the clips lie does not matter, nor what an index.json says of them.
 
-A file that is damaged is named and computed again. Where nothing can be written the evaluation goes on without.
+A file that is damaged or may not be read is named and computed again. Where nothing can be written the evaluation
+goes on without.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +31,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vglann_fast import nets
 from vglann_fast.atomic import atomic_file
-from vglann_fast.clips.fetch import default_cache
+from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
-from vglann_fast.metrics.features import REVISION, Extractor, extract
+from vglann_fast.metrics import features
+from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.progress import Progress
 
 FORMAT = ("vglann-features", 1)
@@ -93,11 +97,12 @@ def _record(extractor: Extractor, shape: tuple[int, ...], digests: Sequence[byte
     record = {
         "format": FORMAT[0],
         "version": FORMAT[1],
-        "revision": REVISION,
+        "code": _code(),
         "protocol": extractor.protocol,
         "shape": [len(digests), *shape],
         "videos": hashlib.sha256(b"".join(digests)).hexdigest(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "device": torch.cuda.get_device_name(extractor.device)
         if on_gpu
         else torch.backends.cpu.get_cpu_capability(),
@@ -105,11 +110,20 @@ def _record(extractor: Extractor, shape: tuple[int, ...], digests: Sequence[byte
     return json.dumps(record, sort_keys=True)
 
 
+@cache
+def _code() -> str:
+    """sha256 of all that makes features of clips: whoever edits it need not remember that some are kept."""
+    assert features.__file__
+    assert nets.__file__
+    files = [Path(features.__file__), *sorted(Path(nets.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _read(file: Path, record: str, shape: tuple[int, int]) -> Tensor | None:
     """The rows, or None when there are none, or none that can be trusted, which is said."""
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         if file.stat().st_size > 8 * shape[0] * shape[1] + _HEADER:
             raise ValueError("larger than it can be")
         with safe_open(file, "pt") as content:
@@ -119,7 +133,7 @@ def _read(file: Path, record: str, shape: tuple[int, int]) -> Tensor | None:
         if metadata != {"record": record, "sha256": _sha256(rows)}:
             raise ValueError("it does not match its record or checksum")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        log.warning("%s is damaged (%s); its features are computed again", file, error)
+        log.warning("%s cannot be used (%s); its features are computed again", file, error)
         return None
     return rows
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
 from vglann_fast.run_dir import read_json, sha256
 
@@ -55,11 +56,9 @@ class Weights:
 
 
 def weights_folder() -> Path:
-    """$VGLANN_WEIGHTS, or vglann-fast/weights in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
-    if folder := os.environ.get("VGLANN_WEIGHTS"):
-        return Path(folder)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "vglann-fast" / "weights"
+    """$VGLANN_WEIGHTS, or weights in the user's cache. Raises `VglannError` as `default_cache`."""
+    folder = os.environ.get("VGLANN_WEIGHTS")
+    return Path(folder) if folder else default_cache() / "weights"
 
 
 def load_weights(name: str) -> Weights:

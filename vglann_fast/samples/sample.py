@@ -20,6 +20,7 @@ from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run_dir import RunDir
 from vglann_fast.samples.write import write_videos
 
+MOST_VIDEOS = 10**7  # at once; more would fail as a lack of memory
 STATISTICS_SAMPLES = 256  # latents drawn for BatchNorm statistics, apart from those that are shown
 
 
@@ -65,8 +66,8 @@ def sample(
     was imported has no clips, so only the nearest latents are named. Returns the folder of the samples. Raises
     `VglannError` when the run has no such mapping or its clips are gone.
     """
-    if n < 1:
-        raise VglannError(f"-n: expected at least 1, got {n}")
+    if not 1 <= n <= MOST_VIDEOS:
+        raise VglannError(f"-n: expected 1 to {MOST_VIDEOS:,}, got {n}")
     run = RunDir.open(run_path)
     trained = load_trained(run, device)
     clips = open_clips(run) if has_clips(run) else None
@@ -100,10 +101,13 @@ def sample(
 def draw_latents(trained: Trained, mapping: Mapping, n: int, seed: int) -> Tensor:
     """n latents [n, d] of a mapping, and the generator made ready for them.
 
-    Where it samples with running BatchNorm statistics, they become those of other latents of this mapping.
+    Where it samples with running BatchNorm statistics, they become those of other latents of this mapping. Raises
+    `VglannError` for a mapping of another run or of numbers beyond all bounds.
     """
     device = trained.latents.device
     latents = mapping.sample(n, torch.Generator(device).manual_seed(seed))
+    if latents.shape[1] != trained.options.latent_dim or not torch.isfinite(latents).all():
+        raise VglannError(f"{mapping.kind}: its samples are no latents of this run; run `vglann map` again")
     if trained.options.batchnorm == "eval":
         extra = mapping.sample(STATISTICS_SAMPLES, torch.Generator(device).manual_seed(seed + 1))
         recompute_batchnorm(trained.generator, latent_batches(extra, trained.options.batch_size))
@@ -117,10 +121,12 @@ def interpolate(
 
     The clips are drawn with `seed`; `steps` counts both ends. Returns the folder.
     """
-    if steps < 2:
-        raise VglannError(f"--steps: expected at least 2, got {steps}")
+    if not 2 <= steps <= MOST_VIDEOS:
+        raise VglannError(f"--steps: expected 2 to {MOST_VIDEOS:,}, got {steps}")
     run = RunDir.open(run_path)
     trained = load_trained(run, device)
+    if len(trained.latents) < 2:
+        raise VglannError(f"{run.path} has one latent only; there is no way from it to another")
     rows = np.random.default_rng(seed).choice(len(trained.latents), 2, replace=False)
     start, end = trained.latents[torch.from_numpy(rows)]
     latents = great_circle(start, end, steps)
