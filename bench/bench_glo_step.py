@@ -248,7 +248,8 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
         rows.append(json.loads(last[0]) if last else {"row": name, "why_not": f"exit code {done.returncode}"})
-        print(rows[-1], file=sys.stderr)
+        found = rows[-1]
+        print(f"{name}: {found.get('why_not') or format(found['ms'], '.1f') + ' ms'}", file=sys.stderr)
     print(table(rows))
 
 

@@ -65,6 +65,8 @@ nearest() {
     run 420 "$python" bench/bench_nearest.py --json "$out/nearest.json"
 }
 
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+    || { echo "PyTorch of $python sees no NVIDIA GPU, so nothing was measured" >&2; exit 1; }
 [ $# -gt 0 ] || set -- layers kernels step nearest
 for part in "$@"; do
     case $part in
@@ -78,6 +80,7 @@ for part in "$@"; do
     "$part"
 done
 if [ ${#failed[@]} -gt 0 ]; then
+    echo "what the failed ones said: $out/PART.txt"
     printf 'failed: %s\n' "${failed[@]}"
     exit 1
 fi

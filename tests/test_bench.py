@@ -189,3 +189,7 @@ def test_a_part_of_the_script_writes_two_files_and_tells_what_failed(tmp_path):
     assert all(line.endswith("/a b") for line in asked)
     done = subprocess.run([*command, "kernel"], env=environment, capture_output=True, text=True, check=False)
     assert "no part kernel" in done.stderr
+    python.write_text("#!/bin/bash\n[[ $1 != -c ]]\n")  # no GPU
+    done = subprocess.run([*command, "step"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "sees no NVIDIA GPU" in done.stderr

@@ -117,7 +117,7 @@ MISTAKES = {
     "run is there": (["train", "{clips}", "--out", "{run}"], "--resume"),
     "no such device": (["reconstruct", "{run}", "--device", "tpu9"], "--device tpu9"),
     "unknown kernel": (["reconstruct", "{run}", "--kernels", "reference,warp=triton"], "--kernels"),
-    "unknown set": (["clips", "fetch", "XL"], "set"),
+    "unknown set": (["clips", "fetch", "XL"], "expected S or L"),
     "no source": (["clips", "pack", "{tmp}/none.mp4", "--out", "{tmp}/clips"], "none.mp4"),
     "no checkpoint": (
         ["import-seed", "{tmp}/G.pth", "{tmp}/Z.pth", "--out", "{tmp}/run"],
@@ -331,3 +331,23 @@ def test_the_python_of_the_readme_runs():
 
 def test_the_readme_has_no_gaps():
     assert "@@" not in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["train", "clips", "--preset", "mordern"],
+            "--preset: expected paper, modern or demo, got 'mordern'",
+        ),
+        (["train", "clips", "--width=eight"], "--width: expected a whole number, got 'eight'"),
+        (["clips", "fetch", "M"], "SET: expected S or L, got 'M'"),
+        (["train", "clips"], "train: --out RUN missing"),
+        (["train", "nowhere", "--out", "run"], "make one with `vglann clips pack VIDEOS --out nowhere`"),
+    ],
+)
+def test_a_mistake_is_said_in_the_users_terms(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

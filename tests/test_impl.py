@@ -99,13 +99,13 @@ def test_using_impl_restores_the_default_after_an_error():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fast", "expected one of auto, triton, reference, got 'fast'"),
-        ("faiss", "expected one of auto, triton, reference, got 'faiss'"),
+        ("fast", "kernels 'fast': expected auto, triton or reference, then OP=NAME"),
+        ("faiss", "kernels 'faiss': expected auto, triton or reference, then OP=NAME"),
         ("composite=faiss", "composite has no implementation 'faiss'; it has auto, reference, triton"),
         ("fusion=triton", "expected one of composite, .* got 'fusion'"),
         ("auto,reference", "the default is given twice"),
         ("nearest=faiss,nearest=reference", "nearest is given twice"),
-        ("", "got ''"),
+        ("", "kernels '': expected auto"),
     ],
 )
 def test_a_bad_choice_is_refused_by_name(spec, message):

@@ -17,9 +17,13 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.interruption import Interrupted, terminated_in_order
 from vglann_fast.verbs import REPLAYED, perform
 
-_OUT_OF_MEMORY = (
-    "(can't allocate|not enough|out of) memory|size calculation overflowed|STATUS_ALLOC_FAILED"  # PyTorch's
-)
+# As PyTorch, cuBLAS and cuDNN say it.
+_OUT_OF_MEMORY = "(can't allocate|not enough|out of) memory|size calculation overflowed|STATUS_ALLOC_FAILED"
+_KINDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = new_parser()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        words = list(sys.argv[1:] if arguments is None else arguments)
         _check_processes(words)
         chosen = parser.parse_args(spelled_out(words))
         name, values = chosen.verb, chosen[chosen.verb]
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _remember(name, values)
         return status
     except ArgumentError as error:
-        return _fail(str(error))
+        return _fail(_in_plain_words(str(error), words))
     except VglannError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -61,6 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, str(error)):
             return _fail("out of memory; ask for less, or take a machine with more")
         raise
+
+
+def _in_plain_words(message: str, words: Sequence[str]) -> str:
+    """What the parser says of a value, in the user's terms: it has a key for an option, and types for kinds."""
+    message = " ".join(message.split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', message)
+    if not found:
+        return message
+    key, kind, value = found.groups()
+    option = "--" + key.replace("_", "-")
+    name = option if any(word.split("=")[0] == option for word in words) else key.upper()
+    expected = _KINDS.get(kind, kind)
+    if kind.startswith("typing.Literal"):
+        expected = " or ".join(", ".join(re.findall(r"'([^']+)'", kind)).rsplit(", ", 1))
+    return f"{name}: expected {expected}, got {value!r}"
 
 
 def _fail(message: str) -> int:

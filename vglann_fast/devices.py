@@ -26,7 +26,7 @@ def device_and_kernels(a: Namespace) -> Any:
             use_impl(a.kernels)
         choices(device)  # also what VGLANN_KERNELS says, before anything is written
     except (ValueError, ImplUnavailable) as error:
-        raise VglannError(f"--kernels {a.kernels}: {error}" if a.kernels else str(error)) from error
+        raise VglannError(f"--kernels: {error}" if a.kernels else str(error)) from error
     return device
 
 
@@ -43,5 +43,7 @@ def device_of(a: Namespace) -> Any:
             raise RuntimeError("expected cpu, cuda or cuda:N")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise VglannError(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}") from error
+        raise VglannError(
+            f"--device {name}: cannot be used here: {str(error).splitlines()[0]}; `vglann doctor` says what can"
+        ) from error
     return device

@@ -8,6 +8,7 @@ With --json one object instead of lines:
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -60,6 +61,8 @@ def doctor(as_json: bool = False) -> int:
     """
     from vglann_kernels import ImplUnavailable, choices
 
+    logging.getLogger("vglann_kernels").setLevel(logging.WARNING)  # the ops are in the answer
+    logging.getLogger("faiss").setLevel(logging.WARNING)
     found, gpus = environment(), list(_gpus())
     findings = list(checks())
     try:
@@ -130,8 +133,8 @@ def checks() -> Iterator[Finding]:
     yield from _folders()
 
 
-def _judged(name: str, bad: bool, text: str, level: Level = "WARN") -> Finding:
-    return Finding(name, level, text) if bad else Finding(name, "PASS")
+def _judged(name: str, bad: bool, text: str, level: Level = "WARN", fine: str = "") -> Finding:
+    return Finding(name, level, text) if bad else Finding(name, "PASS", fine)
 
 
 def _versions() -> Iterator[Finding]:
@@ -139,15 +142,17 @@ def _versions() -> Iterator[Finding]:
 
     on_gpu = torch.cuda.is_available()
     advice = "older than 2.10: weights_only=True can be made to run code (CVE-2026-24747); pip install 'torch>=2.10'"
-    yield _judged("torch", _numbers(torch.__version__) < (2, 10), advice, "FAIL")
+    yield _judged("torch", _numbers(torch.__version__) < (2, 10), advice, "FAIL", torch.__version__)
     triton = _installed("triton") or "none"
     advice = f"{triton} is older than 3.6; pip install 'triton>=3.6'"
-    yield _judged("triton", () < _numbers(triton) < (3, 6), advice)
+    fine = "not installed" if triton == "none" else f"{triton}{'' if on_gpu else ', unused without a GPU'}"
+    yield _judged("triton", () < _numbers(triton) < (3, 6), advice, fine=fine)
     old = on_gpu and torch.cuda.get_device_capability() < (8, 0)
-    yield _judged("compute capability", old, "under 8.0: every op takes its reference")
+    fine = "" if on_gpu else "no GPU"
+    yield _judged("compute capability", old, "under 8.0: every op takes its reference", fine=fine)
     cudnn = _cudnn() or 0
     advice = f"{cudnn}: contiguous bfloat16 conv3d is wrong or slow in 9.8 to 9.14; channels-last avoids it"
-    yield _judged("cuDNN", BAD_CUDNN[0] <= cudnn < BAD_CUDNN[1], advice)
+    yield _judged("cuDNN", BAD_CUDNN[0] <= cudnn < BAD_CUDNN[1], advice, fine=fine)
 
 
 def _installations() -> Iterator[Finding]:
@@ -156,7 +161,7 @@ def _installations() -> Iterator[Finding]:
     cuda = _numbers(torch.version.cuda or "0")
     faiss = [name for name in FAISS if _installed(name)]
     advice = f"{' and '.join(faiss)} share a folder and lose the GPU silently; pip uninstall all, install one"
-    yield _judged("faiss alone", len(faiss) > 1, advice, "FAIL")
+    yield _judged("faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss) or "not installed")
     advice = "faiss-gpu is built for CUDA 12; pip install faiss-gpu-cu13-cuvs"
     yield _judged("faiss-gpu and CUDA", "faiss-gpu" in faiss and cuda >= (13,), advice)
     advice = "faiss-gpu-cuvs needs CUDA 13.2; faiss-gpu-cu13-cuvs is built for 13.0"

@@ -56,7 +56,8 @@ def _train(a: Namespace) -> None:
         _resume(a, given)
         return
     if a.clips is None or a.out is None:
-        raise VglannError("train: needs CLIPS and --out RUN, or --resume RUN")
+        missing = " and ".join(n for n, v in (("CLIPS", a.clips), ("--out RUN", a.out)) if v is None)
+        raise VglannError(f"train: {missing} missing; a training needs CLIPS and --out RUN, or --resume RUN")
     if a.latents_on_mismatch != "error":
         raise VglannError("--latents-on-mismatch: a new run has no latents yet; give it with --resume")
     options = replace(preset(a.preset or "modern").train, **given)
@@ -157,9 +158,11 @@ def _reconstruct(a: Namespace) -> None:
     from vglann_fast.metrics.reconstruction import reconstruct
 
     folder, record = reconstruct(a.run, device=device_and_kernels(a))
+    flat = record["psnr_mean_colour"]
+    verdict = "" if record["psnr"] > flat else ": worse than that, train longer"
     print(
         f"{folder}: reconstruction PSNR {record['psnr']:.2f} dB over {record['clips']} clips "
-        f"(mean colour {record['psnr_mean_colour']:.2f} dB)"
+        f"(each clip's mean colour alone {flat:.2f} dB{verdict})"
     )
 
 

@@ -75,7 +75,8 @@ def parse(spec: str) -> dict[str, str]:
         if op in names:
             raise ValueError(f"kernels {spec!r}: {op or 'the default'} is given twice")
         if op == "" and name not in DEFAULTS:
-            raise ValueError(f"kernels {spec!r}: expected one of {', '.join(DEFAULTS)}, got {name!r}")
+            expected = f"expected {', '.join(DEFAULTS[:-1])} or {DEFAULTS[-1]}, then OP=NAME for single ops"
+            raise ValueError(f"kernels {spec!r}: {expected}")
         if op and name != "auto" and name not in implementations(op):
             known = ", ".join(["auto", *implementations(op)])
             raise ValueError(f"kernels {spec!r}: {op} has no implementation {name!r}; it has {known}")

@@ -30,7 +30,7 @@ def _import_error() -> str | None:
 def why_no_triton(device: torch.device) -> str | None:
     """None when Triton kernels can run for tensors on `device`, else the reason in one line."""
     if device.type == "cpu" and not interpreted():
-        return "CPU tensors need TRITON_INTERPRET=1, the interpreter for tests"
+        return "it needs a GPU (for tests its interpreter takes CPU tensors, with TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
         return f"there are no kernels for {device.type} tensors"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:

@@ -87,7 +87,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise VglannError(f"{folder}: no clip folder (no {INDEX_FILE} in it); make one with pack") from None
+        advice = f"make one with `vglann clips pack VIDEOS --out {folder}`"
+        raise VglannError(f"{folder}: no clip folder (no {INDEX_FILE} in it); {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise VglannError(f"{file}: cannot be read as JSON ({error}); pack the videos again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:

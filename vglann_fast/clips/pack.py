@@ -28,7 +28,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from io import BufferedRandom
@@ -36,16 +36,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from vglann_fast.atomic import atomic_dir
 from vglann_fast.clips.cut import PackOptions, cut
 from vglann_fast.clips.dataset import COUNTS, FORMAT, INDEX_FILE, VERSION, read_index
-from vglann_fast.clips.decode import DecodeJob, DecodeLimits, Rejected, decode_all
+from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, Rejected, decode_all
 from vglann_fast.clips.shots import find_shots
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.progress import Progress
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
@@ -222,8 +222,7 @@ def _write(
     counts = dict.fromkeys(COUNTS, 0)
     ids: set[str] = set()
     with closing(decode_all(jobs, scratch, limits, workers)) as decoded, closing(shards):
-        progress = tqdm(decoded, total=len(jobs), desc="pack", unit="video", disable=None)
-        for source, video in zip(sources, progress, strict=True):
+        for source, video in zip(sources, _shown(decoded, len(jobs)), strict=True):
             entry = _source_entry(source, video.sha256)
             entries.append(entry)
             if isinstance(video, Rejected):
@@ -266,6 +265,15 @@ def _write(
     (folder / INDEX_FILE).write_text(json.dumps(index, separators=(",", ":")).replace('{"id"', '\n{"id"'))
     (folder / REJECTED_FILE).write_text("".join(json.dumps(line) + "\n" for line in rejected + unstable))
     return index
+
+
+def _shown(decoded: Iterable[DecodedVideo | Rejected], count: int) -> Iterator[DecodedVideo | Rejected]:
+    """The same, with their progress."""
+    with Progress("pack", count, "video") as progress:
+        for video in decoded:
+            yield video
+            progress.advance()
+            progress.show()
 
 
 def _source_entry(source: Source, sha256: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from vglann_fast.glo.distributed import Ranks
 
 log = logging.getLogger("vglann_fast")
 
-# (GPU, version of PyTorch, latent mode, precision) whose graph was compared with eager training, by bench/twin.py: what
-# --cuda-graph auto replays. None was yet.
+# (GPU, version of PyTorch, latent mode, precision) whose graph was compared with eager training, by bench/twin.py:
+# what --cuda-graph auto replays. None was yet.
 TESTED: frozenset[tuple[str, str, str, str]] = frozenset()
 
 

@@ -125,9 +125,9 @@ def _check_alike(arrays: dict[str, np.ndarray], real: str, pairs: int) -> None:
             )
         if len(array) < pairs:
             what, more = ("test clips", "pack more videos") if label == "real" else ("samples", "sample more")
+            less = f" or give --pairs {len(array) // 2 * 2}" if len(array) >= 2 else ""
             raise VglannError(
-                f"{real if label == 'real' else label}: {len(array)} {what} for {pairs} pairs; {more} or give "
-                "a smaller --pairs"
+                f"{real if label == 'real' else label}: {len(array)} {what} for {pairs} pairs; {more}{less}"
             )
 
 
