@@ -1,5 +1,7 @@
 """Features of the clips that a loss keeps: once the first step has shown what is left for them, or not at all."""
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,11 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
-from vglann_fast.glo.memory import free_beside_a_step, too_large
+from vglann_fast.glo.data import Mapped
+from vglann_fast.glo.determinism import set_deterministic
+from vglann_fast.glo.distributed import Ranks
+from vglann_fast.glo.interruption import Interrupted
+from vglann_fast.glo.memory import forget_peak, free_beside_a_step, too_large
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.glo.train import Training, train
 from vglann_fast.run_dir import RunDir
@@ -39,25 +45,99 @@ def looks(monkeypatch):
     return seen
 
 
-def test_kept_features_change_no_bit(clips, tmp_path, looks):
-    """Seven clips in batches of three: the last batch of the first look at them is not a whole one."""
-    losses = []
-    for wish in ("off", "on"):
-        options = tiny_options("modern", loss="laplacian:1,lite0:0.5", cache_features=wish)
-        run = new_run(tmp_path / wish, clips, options)
-        looks.clear()
-        Training(ClipSet.open(clips, "train"), options, run).loop(max_steps=3, log_every=1)
-        losses.append([row["loss"] for row in run.metrics("glo")])
-        # Both videos of a step; of the first alone, then of the clips in three batches, then the made one.
-        assert len(looks) == {"off": 3 * 2, "on": 2 + 3 + 2}[wish]
-    assert len(losses[0]) == 3
-    assert losses[0] == losses[1]
+@pytest.fixture(scope="module")
+def fresh(clips, tmp_path_factory):
+    """A run whose features were computed anew in each of its six steps."""
+    folder = tmp_path_factory.mktemp("fresh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VGLANN_WEIGHTS", str(folder / "weights"))
+        import_lite0(folder / "weights")
+        run = new_run(folder / "run", clips, two_passes("off"))
+        train(ClipSet.open(clips, "train"), run, log_every=1)
+    return run
+
+
+def two_passes(wish):
+    """Of three steps each. Seven clips in batches of two: the last of a look at all of them is not a whole one."""
+    return tiny_options("modern", loss="laplacian:1,lite0:0.5", batch_size=2, epochs=2, cache_features=wish)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_kept_features_change_no_bit(clips, tmp_path, looks, fresh, cut):
+    """Of a training that stops at step `cut`, after which its features are kept anew."""
+    run, opened = new_run(tmp_path / "run", clips, two_passes("on")), ClipSet.open(clips, "train")
+    Training(opened, two_passes("on"), run).loop(max_steps=cut, log_every=1)
+    looks.clear()
+    train(opened, run, log_every=1, resume=True)
+    # Both videos of a step; of the first alone, then of the clips in four batches, then the made one.
+    assert len(looks) == 2 + 4 + (6 - cut - 1)
+    assert [row["loss"] for row in run.metrics("glo")] == [row["loss"] for row in fresh.metrics("glo")]
+    (state, parts), (expected_state, expected) = run.load_checkpoint(), fresh.load_checkpoint()
+    assert state["step"] == 6
+    assert state == expected_state
+    for part, tensors in expected.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(parts[part][name], tensor), (part, name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_of_a_clip_do_not_depend_on_its_place_in_the_batch():
+    options, device = tiny_options("modern", loss="lite0", deterministic=True), torch.device("cuda")
+    table = torch.from_numpy(moving_squares(7)).to(device)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0)).to(device)
+    set_deterministic(True)
+    try:
+        for name in ("lite0", "vgg16", "resnet50-3d"):
+            loss = FeatureLoss(random_weights(name), options, device)
+            for one, other in zip(loss.levels(table[order]), loss.levels(table), strict=True):
+                assert torch.equal(one, other[order]), name
+    finally:
+        set_deterministic(False)
+
+
+def test_a_signal_ends_the_first_look_at_the_clips(clips, tmp_path, monkeypatch, capsys):
+    """After two of three batches: the training is saved as after any step, and keeps nothing."""
+    seen, levels = [], FeatureLoss.levels
+
+    def told_to_stop(self, video):
+        seen.append(0)
+        if len(seen) == 4:  # after the two of the first step and one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return levels(self, video)
+
+    monkeypatch.setattr(FeatureLoss, "levels", told_to_stop)
+    options = tiny_options("modern", loss="lite0")
+    training = Training(ClipSet.open(clips, "train"), options, new_run(tmp_path / "run", clips, options))
+    with pytest.raises(Interrupted):
+        training.loop()
+    assert len(seen) == 4
+    assert not training.features["lite0"].keeps_targets
+    assert training.run.load_checkpoint()[0]["step"] == 1
+    assert "features of lite0: clip 6/7" in capsys.readouterr().err
+
+
+def test_no_look_at_the_clips_after_the_last_step(clips, tmp_path, monkeypatch, caplog):
+    """Features that were asked for and do not fit are no reason to lose a training that is done."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    options = tiny_options("modern", loss="lite0", batch_size=4, epochs=1, cache_features="on")
+    run = new_run(tmp_path / "run", clips, options)
+    with caplog.at_level("INFO", "vglann_fast"):
+        train(ClipSet.open(clips, "train"), run)
+    assert run.load_checkpoint()[0]["finished"]
+    assert "peak memory after step 1" in caplog.text
 
 
 def test_what_a_step_leaves_free(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**10)
-    torch.ones(50_000_000)  # 200 MB that the process had and gave back
-    assert free_beside_a_step(CPU) < 10**10 - 0.15e9
+    torch.ones(50_000_000)  # 200 MB that the process had and gave back, before the step
+    forget_peak(CPU)
+    assert free_beside_a_step(CPU) > 10**10 - 0.05e9
+    torch.ones(50_000_000)  # and in the step
+    alone = free_beside_a_step(CPU)
+    assert 10**10 - 0.25e9 < alone < 10**10 - 0.15e9
+    assert free_beside_a_step(torch.device("cuda")) == 10**10
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each of four processes takes a step
+    assert free_beside_a_step(CPU) == pytest.approx(alone - 0.75 * 10**10, abs=0.05e9)
     assert free_beside_a_step(torch.device("cuda")) == 10**10
 
 
@@ -68,6 +148,32 @@ def test_features_that_do_not_fit_are_computed_anew(clips, tmp_path, monkeypatch
         train(ClipSet.open(clips, "train"), new_run(tmp_path / "run", clips, options))
     assert "lite0 of 7 clips take" in caplog.text
     assert "computed anew in each step" in caplog.text
+
+
+def kept_in_process(clips, monkeypatch, rank, *, said_by_others=(), **changes):
+    """(lite0's loss, how often it asked whether to stop) of one of two processes, with one clip more in the first."""
+    monkeypatch.setattr(Ranks, "gather_words", lambda self, words: [*words, *said_by_others])
+    opened, ranks, asked = ClipSet.open(clips, "train"), Ranks(rank, 2), []
+    loss = FeatureLoss(random_weights("lite0"), tiny_options("modern", loss="lite0", **changes), CPU)
+    source = Mapped(opened, ranks.owns(7).numpy(), CPU)
+    loss.keep_targets(source, 7, 3, ranks, lambda: bool(asked.append(0)))
+    return loss, len(asked)
+
+
+def test_all_processes_ask_equally_often_and_keep_their_own_clips(clips, monkeypatch):
+    """4 clips are two batches of 3, 3 clips are one."""
+    for rank, own in enumerate((4, 3)):
+        loss, asked = kept_in_process(clips, monkeypatch, rank)
+        assert asked == 2
+        assert [len(level) for level in loss._kept] == [own] * 4
+
+
+def test_what_does_not_fit_in_one_process_none_keeps(clips, monkeypatch):
+    loss, asked = kept_in_process(clips, monkeypatch, 0, said_by_others=["no room there"])
+    assert not loss.keeps_targets
+    assert asked == 0
+    with pytest.raises(VglannError, match="--cache-features on: no room there; "):
+        kept_in_process(clips, monkeypatch, 0, said_by_others=["no room there"], cache_features="on")
 
 
 def test_asked_for_and_no_room_is_one_line_and_the_run_goes_on_without(clips, tmp_path, monkeypatch, capsys):
@@ -81,7 +187,9 @@ def test_asked_for_and_no_room_is_one_line_and_the_run_goes_on_without(clips, tm
         assert main([*command, "--device", "cpu"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("vglann: error: --cache-features on: the features of lite0 of 7 clips take")
-    assert last.endswith("go on with --resume and --cache-features off")
+    assert last.endswith(
+        "; use --cache-features off (of a run: vglann train --resume RUN --cache-features off)"
+    )
     assert main(["train", "--resume", str(run), "--cache-features", "off", "--device", "cpu"]) == 0
     assert RunDir.open(run).load_checkpoint()[0]["finished"]
 
@@ -91,7 +199,7 @@ def test_out_of_memory_names_kept_features(clips, tmp_path, caplog):
     for wish in ("off", "on"):
         options = tiny_options("modern", loss="lite0", cache_features=wish)
         training = Training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / wish, {}))
-        training.after_first_step()
+        training.keep_targets()
         with caplog.at_level("INFO", "vglann_fast"):
             message = str(training.out_of_memory())
         assert message.startswith("out of memory; try --cache-features off,") == (wish == "on")

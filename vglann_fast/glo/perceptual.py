@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vglann_fast.config import PERCEPTUAL, Precision, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import HEADROOM, ClipSource
+from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.losses import scored_frames, to_range
 from vglann_fast.glo.memory import free_beside_a_step
 from vglann_fast.glo.precision import AUTOCAST
@@ -27,6 +28,7 @@ from vglann_fast.nets.resnet3d import MEAN as KINETICS_MEAN
 from vglann_fast.nets.resnet3d import ResNet3d
 from vglann_fast.nets.vgg16 import CAFFE, IMAGENET, VGG16
 from vglann_fast.nets.weights import Weights, load_weights
+from vglann_fast.progress import Progress
 
 log = logging.getLogger("vglann_fast")
 
@@ -195,26 +197,56 @@ class FeatureLoss:
         levels = [level.movedim(1, -1) for level in found]
         return levels if self.recipe.whole_clips else [f.unflatten(0, pixels.shape[:2]) for f in levels]
 
-    def keep_targets(self, source: ClipSource, count: int, batch_size: int) -> None:
-        """Compute the features of all `count` clips of `source` once, if --cache-features and memory allow.
+    def keep_targets(
+        self,
+        source: ClipSource,
+        count: int,
+        batch_size: int,
+        ranks: Ranks | None = None,
+        told: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Compute the features of all clips once, if --cache-features and the memory of every process allow.
 
         Called after a training step, since it takes of what that leaves free. In batches as the training's, so
-        that the numbers are those it would have computed in each step. Raises `VglannError` when "on" does not fit.
+        that the numbers are those it would have computed in each step.
+
+        Args:
+            source: the clips of this process's share.
+            count: of the clips of all processes.
+            told: whether to stop and keep nothing. Asked after each batch, by all processes equally often.
+
+        Raises:
+            VglannError: "on" does not fit; the same in all processes.
         """
         if self.options.cache_features == "off" or self.recipe.batch_statistics or self.keeps_targets:
             return
-        for first in range(0, count, batch_size):
-            rows = torch.arange(first, first + batch_size).remainder(count).numpy()
-            batch = source.batch(rows)
-            with torch.no_grad():
-                levels = self.levels(self._scored(batch.clips[batch.at]))
-            if self._kept is None:
-                if not self._fits(levels, count):
+        ranks = ranks or Ranks()
+        own = len(ranks.owns(count))
+        levels = self._look(source, 0, batch_size, own)
+        if not self._fits(levels, own, ranks):
+            return
+        self._kept = []  # from here on --cache-features off would help, should memory not suffice
+        self._kept += [level.new_empty((own, *level.shape[1:])) for level in levels]
+        named, done = f"features of {self.name}", min(batch_size, own)
+        with Progress(named, own, "clip", done) if ranks.rank == 0 else nullcontext() as progress:
+            for first in range(0, -(-count // ranks.size), batch_size):  # to the end of the longest share
+                if first:
+                    levels = self._look(source, first, batch_size, own)
+                for kept, level in zip(self._kept, levels, strict=True):
+                    kept[first : first + batch_size] = level[: own - first]
+                if progress is not None and first:
+                    for _ in range(first, min(first + batch_size, own)):
+                        progress.advance()
+                    progress.show()
+                if told():
+                    self._kept = None
                     return
-                self._kept = []  # from here on --cache-features off would help, should memory not suffice
-                self._kept += [level.new_empty((count, *level.shape[1:])) for level in levels]
-            for kept, level in zip(self._kept, levels, strict=True):
-                kept[first : first + batch_size] = level[: count - first]
+
+    def _look(self, source: ClipSource, first: int, batch_size: int, own: int) -> list[Tensor]:
+        """Features of a whole batch of clips from row `first` of `own` on; behind the last comes the first again."""
+        batch = source.batch(torch.arange(first, first + batch_size).remainder(own).numpy())
+        with torch.no_grad():
+            return self.levels(self._scored(batch.clips[batch.at]))
 
     @property
     def keeps_targets(self) -> bool:
@@ -227,20 +259,23 @@ class FeatureLoss:
         tensors = [*self.network.parameters(), *self.network.buffers(), *(self._kept or [])]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def _fits(self, levels: list[Tensor], count: int) -> bool:
-        needed = sum(level[0].numel() * level.element_size() for level in levels) * count
+    def _fits(self, levels: list[Tensor], own: int, ranks: Ranks) -> bool:
+        """Whether every process has room for the features of its share: else some would wait for the others."""
+        needed = sum(level[0].numel() * level.element_size() for level in levels) * own
         room = int(HEADROOM * free_beside_a_step(self.device))
-        if needed <= room:
-            return True
         shortage = (
-            f"the features of {self.name} of {count} clips take {needed / 1e9:.2f} GB and {self.device} has "
+            f"the features of {self.name} of {own} clips take {needed / 1e9:.2f} GB and {self.device} has "
             f"{max(0, room) / 1e9:.2f} GB for them beside a step"
         )
+        shortages = ranks.gather_words([shortage] if needed > room else [])
+        if not shortages:
+            return True
         if self.options.cache_features == "on":
             raise VglannError(
-                f"--cache-features on: {shortage}; go on with --resume and --cache-features off"
+                f"--cache-features on: {shortages[0]}; use --cache-features off "
+                "(of a run: vglann train --resume RUN --cache-features off)"
             )
-        log.info("%s: computed anew in each step", shortage)
+        log.info("%s: computed anew in each step", shortages[0])
         return False
 
     def _distance(self, video: Tensor, targets: list[Tensor]) -> Tensor:

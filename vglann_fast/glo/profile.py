@@ -22,6 +22,7 @@ from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import graph
 from vglann_fast.glo.identity import open_clips
+from vglann_fast.glo.memory import forget_peak
 from vglann_fast.glo.train import Training
 from vglann_fast.run_dir import RunDir, write_json
 
@@ -69,8 +70,9 @@ def _training_of(run: RunDir, device: torch.device) -> Training:
 
 def _measure(training: Training, steps: int, folder: Path) -> dict[str, Any]:
     device = training.device
+    forget_peak(device)
     training.train_step(with_video=False)
-    training.after_first_step()
+    training.keep_targets()
     with FlopCounterMode(display=False) as counted:
         training.train_step(with_video=False)
     for _ in range(WARM_UP - 2):

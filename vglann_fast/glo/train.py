@@ -6,7 +6,7 @@ so a resumed training takes the same steps as one that was never stopped.
 
 import logging
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -160,12 +160,15 @@ class Training:
         stopping = False
         with signals_collected(self.ranks.size == 1) as received, self.journal.opened(self.step, last):
             stop = StopAgreement(self.ranks)
+            memory.forget_peak(self.device)
             while self.step < until and not stopping:
                 logging_now = (self.step + 1) % log_every == 0 or self.step + 1 == until
                 loss, video, rows = self.train_step(with_video=logging_now)
                 self.journal.advance()
                 if self.step == first + 1:
-                    self.after_first_step()
+                    log.info("peak memory after step 1: %.3f GB", memory.peak_memory(self.device) / 1e9)
+                    if self.step < until:
+                        self.keep_targets(lambda: stop.agreed(bool(received)))
                 if logging_now:
                     self._log(loss, video, rows)
                 if self.position == 0 and self.epoch % checkpoint_every == 0 and self.step < until:
@@ -178,14 +181,10 @@ class Training:
         if received or stopping:
             raise Interrupted(received[0] if received else signal.SIGTERM)
 
-    def after_first_step(self) -> None:
-        """What can be told and decided only now that the peak of memory is known.
-
-        Raises `VglannError` where --cache-features on asks for more than there is.
-        """
-        log.info("peak memory after step 1: %.3f GB", memory.peak_memory(self.device) / 1e9)
+    def keep_targets(self, told: Callable[[], bool] = lambda: False) -> None:
+        """After the first step, when the peak of memory is known; see `FeatureLoss.keep_targets`."""
         for loss in self.features.values():
-            loss.keep_targets(self.source, len(self.own), self.batch_size)
+            loss.keep_targets(self.source, len(self.clips), self.batch_size, self.ranks, told)
 
     def train_step(self, *, with_video: bool = True) -> tuple[Tensor, Tensor | None, np.ndarray]:
         """The next step: (loss [], video [B, 3, T, H, W] of its last batch, rows of those clips [B])."""
