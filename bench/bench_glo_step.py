@@ -105,7 +105,7 @@ def seconds_of(step: Callable[[], Tensor], device: torch.device) -> tuple[float,
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-add rate of a large matrix product in this run, in FLOP/s."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     times = [seconds_of(lambda: (a @ a)[0, 0], device)[0] for _ in range(5)]
     return 2 * n**3 / min(times)
@@ -152,7 +152,7 @@ def measure_row(
     count = launches(step, WARM_UP + steps, device)
     seconds = median(times[WARM_UP:])
     half = training.precision == "bf16"
-    rate = matmul_rate(device, torch.bfloat16 if half and device.type == "cuda" else torch.float32)
+    rate = matmul_rate(device, torch.bfloat16 if half else torch.float32)
     return {
         "row": name,
         "ms": 1e3 * seconds,
