@@ -54,8 +54,9 @@ class DeviceAlone(TorchDispatchMode):
 
 
 def all_on_meta(*nested):
+    """Empty tensors have no values to wait for; torch 2.11 makes one on the host for each checkpointed layer."""
     leaves = (leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor))
-    return all(tensor.device.type == "meta" for tensor in leaves)
+    return all(tensor.device.type == "meta" or not tensor.numel() for tensor in leaves)
 
 
 @pytest.fixture
