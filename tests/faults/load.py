@@ -22,7 +22,7 @@ TABLE_SPARE = 1.1  # of what `memory_table` says the latents take
 SAVING = 3.1  # while a checkpoint is written: the table, its bytes, and the file's
 # Over all steps: bytes that malloc has given out, blocks of Python's allocator, bytes resident, which has what both
 # keep for later, too; and the length of the last steps' lines over that of the first.
-MALLOC, BLOCKS, RESIDENT, LINE = 1e6, 10_000, 16e6, 1.2
+MALLOC, BLOCKS, RESIDENT, LINE = 1e6, 10_000, 8e6, 1.2
 
 
 def cases(share: float) -> Iterable[Case]:

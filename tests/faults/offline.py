@@ -26,9 +26,7 @@ def cases(share: float) -> Iterable[Case]:
             route.whole(verb)
             folder = verb.place(route.root / "offline")
             ended = run(verb.start(folder), route.log, without_network)
-            problems.append(
-                f"exit code {ended.code}: {ended.last_line}" if ended.code else route.mends(verb, folder)
-            )
+            problems.append(route.came_through(ended, verb, folder))
         yield case(
             "no network",
             problems,

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from faults.forked import run, run_here
+from faults.forked import Ended, run, run_here
 from tiny import moving_squares, write_clip_folder
 from video_files import write_video
 
@@ -123,6 +123,10 @@ class Route:
             run_here(verb.start(folder))  # all later ones, which are forked, have what it loads
             self._whole[verb.name] = left_in(folder)
         return self._whole[verb.name]
+
+    def came_through(self, ended: Ended, verb: Verb, folder: Path) -> str | None:
+        """None if a command that nothing should disturb ended well and left what it always leaves."""
+        return f"exit code {ended.code}: {ended.last_line}" if ended.code else self.mends(verb, folder)
 
     def mends(self, verb: Verb, folder: Path, newest: bool = False) -> str | None:
         """Go on in `folder` after a fault: None if all that is left then is as if there had been none.

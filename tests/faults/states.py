@@ -162,9 +162,7 @@ def clock_jumps(route: Route, times: int) -> Case:
             for file in folder.rglob("*"):
                 os.utime(file, (drawn.uniform(0, 3e9),) * 2)
             ended = run(verb.again(folder), route.log, lambda drawn=drawn: _jumping(drawn))
-            problems.append(
-                f"exit code {ended.code}: {ended.last_line}" if ended.code else route.mends(verb, folder)
-            )
+            problems.append(route.came_through(ended, verb, folder))
     return case(
         "clock jumps",
         problems,
