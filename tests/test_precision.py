@@ -49,9 +49,24 @@ class BrokenLayouts(TorchDispatchMode):
         return result
 
 
+def torch_keeps_channels_last(dtype):
+    """Return True if PyTorch's own transposed convolution keeps the layout here, forward and backward.
+
+    On a CPU without bfloat16 units it falls back to a path that does not, and nothing of ours can change that.
+    """
+    conv = torch.nn.ConvTranspose3d(4, 4, 4, 2, 1, bias=False).to(dtype, memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 4, 2, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    with BrokenLayouts() as watch:
+        y = conv(x.requires_grad_())
+        y.backward(torch.randn_like(y))
+    return not watch.broken
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["original", "expanded"])
 def test_no_layer_breaks_channels_last(variant, precision):
+    if precision == "bf16" and not torch_keeps_channels_last(torch.bfloat16):
+        pytest.skip("PyTorch's own bfloat16 convolutions leave channels-last on this CPU")
     generator = small_generator(variant=variant)
     logits = in_precision(generator.logits, precision, CPU)
     z = torch.randn(3, 8, requires_grad=True)
