@@ -9,10 +9,11 @@ import torch
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import data
 from vglann_fast.glo.data import Mapped, Pinned, Resident, batches_of, clip_order, open_source
-from vglann_fast.glo.losses import glo_loss, reconstruction_loss, to_range
+from vglann_fast.glo.losses import glo_loss, reconstruction_loss
 from vglann_fast.glo.train import Training
 
 CPU = torch.device("cpu")

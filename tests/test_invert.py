@@ -8,8 +8,8 @@ import torch
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
+from vglann_fast.clips.pixels import psnr
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.losses import psnr
 from vglann_fast.glo.train import load_trained, train
 from vglann_fast.run_dir import RunDir
 from vglann_fast.samples.invert import invert

@@ -11,12 +11,13 @@ from test_paper_training import FourClips
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.pixels import to_range
 from vglann_fast.config import LOSSES, PRESETS, TrainOptions, loss_terms
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import data, perceptual
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.combinations import why_no_graph
-from vglann_fast.glo.losses import glo_loss, reconstruction_loss, to_range
+from vglann_fast.glo.losses import glo_loss, reconstruction_loss
 from vglann_fast.glo.perceptual import FeatureLoss, load_features
 from vglann_fast.glo.train import Training
 from vglann_fast.interop.glann_video import load_generator

@@ -9,9 +9,9 @@ import torch
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.pixels import psnr
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.glo.losses import psnr
 from vglann_fast.glo.train import train
 from vglann_fast.metrics import reconstruction
 from vglann_fast.metrics.reconstruction import (

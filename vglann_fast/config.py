@@ -172,6 +172,10 @@ class TrainOptions:
         """The values that 0 and 255 of a clip are mapped to."""
         return (-1.0, 1.0) if self.target_range == "symmetric" else (0.0, 1.0)
 
+    def scored_frames(self, frames: int) -> int:
+        """Return how many of a clip's `frames`, counted from the first, enter the loss."""
+        return frames - 1 if self.frame_reduction == "sum-but-last" else frames
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.losses import psnr, to_uint8
 from vglann_fast.progress import Progress
 from vglann_fast.run_dir import RunDir
 

@@ -4,17 +4,15 @@ The sum that `options.loss` names. Losses by the features of a network come from
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 
+from vglann_fast.clips.pixels import to_range
 from vglann_fast.config import TrainOptions
 from vglann_fast.glo.data import Batch
-
-if TYPE_CHECKING:
-    from vglann_fast.glo.perceptual import Against, FeatureLoss
+from vglann_fast.glo.perceptual import Against, FeatureLoss
 
 
 def glo_loss(
@@ -22,7 +20,7 @@ def glo_loss(
     background: Tensor,
     batch: Batch,
     options: TrainOptions,
-    features: "Mapping[str, FeatureLoss] | None" = None,
+    features: Mapping[str, FeatureLoss] | None = None,
     *,
     with_video: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +95,7 @@ def reconstruction_loss(
 
 def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) -> Tensor:
     """The loss `name`, of those that need no network."""
-    scored = scored_frames(video.shape[2], options)
+    scored = options.scored_frames(video.shape[2])
     made, real = video[:, :, :scored], clips[:, :, :scored]
     if name == "laplacian":
         loss = laplacian_pyramid_loss(
@@ -107,34 +105,3 @@ def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) 
         difference = made - to_range(real, made.dtype, options.target_limits)
         loss = difference.abs().mean() if name == "l1" else difference.square().mean()
     return loss if options.frame_reduction == "mean" else scored * loss
-
-
-def scored_frames(frames: int, options: TrainOptions) -> int:
-    """How many of a clip's frames count: the author leaves out the last."""
-    return frames if options.frame_reduction == "mean" else frames - 1
-
-
-def to_range(clips: Tensor, dtype: torch.dtype, limits: tuple[float, float]) -> Tensor:
-    """uint8 clips of any shape -> floating, with 0 mapped to limits[0] and 255 to limits[1].
-
-    Floating-point clips are in that range already.
-    """
-    if clips.is_floating_point():
-        return clips
-    low, high = limits
-    return clips.to(dtype) * ((high - low) / 255.0) + low
-
-
-def to_uint8(video: Tensor, limits: tuple[float, float]) -> Tensor:
-    """The inverse of `to_range`, rounded and clipped to 0..255."""
-    low, high = limits
-    return ((video.float() - low) * (255.0 / (high - low))).round_().clamp_(0, 255).byte()
-
-
-def psnr(made: Tensor, real: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each clip: uint8 [B, ...] against uint8 [B, ...] -> float64 [B].
-
-    10 log10(255^2 / mean squared difference) over all values of a clip; infinite for equal clips.
-    """
-    error = (made.double() - real.double()).square().flatten(1).mean(1)
-    return 10.0 * (255.0**2 / error).log10()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vglann_fast.clips.pixels import to_range
 from vglann_fast.config import PERCEPTUAL, Precision, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import HEADROOM, ClipSource
 from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.losses import scored_frames, to_range
 from vglann_fast.glo.memory import free_beside_a_step
 from vglann_fast.glo.precision import AUTOCAST
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
@@ -305,7 +305,7 @@ class FeatureLoss:
         )
 
     def _scored(self, clips: Tensor) -> Tensor:
-        return clips[:, :, : scored_frames(clips.shape[2], self.options)]
+        return clips[:, :, : self.options.scored_frames(clips.shape[2])]
 
     def _affine(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return shift.to(self.device, self._dtype), scale.to(self.device, self._dtype)
