@@ -40,7 +40,8 @@ from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.train import Training
 from vglann_fast.metrics.reconstruction import reconstruction_metrics
-from vglann_fast.run_dir import RunDir, read_json, write_json
+from vglann_fast.run.files import read_json, write_json
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import render
 
 # Options without effect on the trainings here: they matter to what comes after one, or to another generator or loss.
@@ -147,8 +148,8 @@ def train_all(clips_folder: Path, runs: Path, only: list[str]) -> None:
 
 def finished(folder: Path) -> bool:
     """Whether a training was taken to its end."""
-    begun = (folder / "options.json").is_file() and RunDir.open(folder).has_checkpoint()
-    return begun and RunDir.open(folder).load_checkpoint()[0]["finished"]
+    begun = (folder / "options.json").is_file() and RunDir.open(folder).checkpoints.exist()
+    return begun and RunDir.open(folder).checkpoints.load()[0]["finished"]
 
 
 def train_one(wanted: Wanted, clips: ClipSet, folder: Path, clips_folder: Path) -> None:

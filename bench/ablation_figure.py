@@ -9,7 +9,7 @@ from typing import Any
 
 from ablation import CHANGES, REGIMES, ROWS
 
-from vglann_fast.run_dir import read_json
+from vglann_fast.run.files import read_json
 
 PANELS = {"psnr": "PSNR, all frames, dB", "psnr_last_frame": "PSNR, last frame, dB"}
 COLOURS = {"short": "#1f6fb4", "long": "#d1601c"}

@@ -155,7 +155,7 @@ def main() -> None:
     latents = unit_latents(a.n, device)
     if a.run:
         from vglann_fast.glo.checkpoint import load_trained
-        from vglann_fast.run_dir import RunDir
+        from vglann_fast.run.folder import RunDir
 
         latents = load_trained(RunDir.open(a.run), device).latents.detach()
     print(json.dumps(compare(latents, PRESETS[a.preset].map["imle"], a.rounds), indent=1))

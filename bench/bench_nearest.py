@@ -61,7 +61,7 @@ def trained(run: str, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The latents of a run and m samples of its IMLE mapping."""
     from vglann_fast.glo.checkpoint import load_trained
     from vglann_fast.mapping.fit import load_mapping
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     opened = RunDir.open(run)
     mapped = load_mapping(opened, "imle", device).sample(m, torch.Generator(device).manual_seed(0))

@@ -36,7 +36,7 @@ from vglann_fast.mapping.gap import SAMPLES, measure_gap
 from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping_options import MapOptions
 from vglann_fast.metrics.coverage import density_coverage
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 QUANTILES = (0.02, 0.1, 0.3)
 COLUMNS = ("mapping", "coverage", "density", "hubness", "distance, fitted", "set aside", "gap", "NLL, fitted",

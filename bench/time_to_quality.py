@@ -24,7 +24,8 @@ from bench_glo_step import Step, author_and_ours
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.glo.train import Training
-from vglann_fast.run_dir import RunDir, write_json
+from vglann_fast.run.files import write_json
+from vglann_fast.run.folder import RunDir
 
 TARGETS = (15.0, 16.0, 17.0)
 AUTHOR = "paper, author's step"
@@ -32,7 +33,7 @@ AUTHOR = "paper, author's step"
 
 def psnr_by_epoch(run: RunDir, steps_per_epoch: int) -> list[float]:
     """The mean PSNR of the batches of each epoch, from a run that logged every step."""
-    found = [row["psnr"] for row in run.metrics("glo")]
+    found = [row["psnr"] for row in run.logs.metrics("glo")]
     epochs = range(0, len(found), steps_per_epoch)
     return [sum(found[at : at + steps_per_epoch]) / steps_per_epoch for at in epochs]
 

@@ -33,7 +33,7 @@ from vglann_fast.glo.checkpoint import latent_batches
 from vglann_fast.glo.combinations import graph_key
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.train import Training
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 sys.path[:0] = [str(Path(__file__).parent)]
 from bench_glo_step import ROWS, open_clips  # noqa: E402

@@ -15,7 +15,7 @@ from tiny import moving_squares, tiny_options, write_clip_folder
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import PRESETS
 from vglann_fast.glo.latents import LatentTable
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -147,7 +147,7 @@ def test_a_stopped_training_goes_on_where_it_was(clips, small, tmp_path, monkeyp
     assert not ablation.finished(tmp_path / "parts")
     ablation.train_one(wanted, clips, tmp_path / "parts", clips.folder)
     assert ablation.finished(tmp_path / "parts")
-    whole, parts = (RunDir.open(tmp_path / name).load_checkpoint()[1] for name in ("whole", "parts"))
+    whole, parts = (RunDir.open(tmp_path / name).checkpoints.load()[1] for name in ("whole", "parts"))
     assert torch.equal(whole["latents"]["rows"], parts["latents"]["rows"])
 
 
@@ -181,7 +181,7 @@ def test_every_line_whose_training_is_finished_is_measured_in_its_own_mode(clips
 def test_steps_to_a_quality_are_counted_to_the_end_of_the_epoch_that_has_it(tmp_path):
     run = RunDir(tmp_path, {})
     for step, value in enumerate([10.0, 12.0, 14.0, 15.0, 18.0, 17.0], start=1):
-        run.log({"stage": "glo", "step": step, "psnr": value})
+        run.logs.add({"stage": "glo", "step": step, "psnr": value})
     psnr = time_to_quality.psnr_by_epoch(run, 2)
     assert psnr == [11.0, 14.5, 17.5]
     assert time_to_quality.steps_to(14.5, psnr, 2) == 4

@@ -196,7 +196,7 @@ def test_a_nan_in_the_latents_is_named(untouched, tmp_path, capsys):
 
     from safetensors.torch import load_file, save_file
 
-    from vglann_fast.run_dir import sha256
+    from vglann_fast.run.files import sha256
 
     run = tmp_path / "run"
     shutil.copytree(untouched / "run", run)

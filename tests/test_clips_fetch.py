@@ -12,8 +12,8 @@ import pytest
 from vglann_fast.clips import fetch as fetch_module
 from vglann_fast.clips.fetch import SETS, Medium, Package, fetch
 from vglann_fast.clips.sources import find_sources
-from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
+from vglann_fast.run.environment import default_cache
 
 MOVIE, FILM = b"not really a video" * 100, b"not really a film" * 100
 

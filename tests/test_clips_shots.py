@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vglann_fast.clips.shots import find_cuts, find_shots, frame_distances
-from vglann_fast.environment import default_cache
+from vglann_fast.run.environment import default_cache
 
 
 def scene(seed: int, frames: int, speed: int = 0) -> np.ndarray:

@@ -24,7 +24,7 @@ from vglann_fast.glo.data import Batch, clip_order
 from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.train import Training
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 CLIPS = 9  # shares of 5 and 4: two steps of 2 clips each an epoch, and one clip that waits
 
@@ -131,7 +131,7 @@ def test_two_processes_equal_one_that_does_both_shares(clips, tmp_path, preset):
     run = train_in_processes(clips, tmp_path / "two", options)
     one = tiny_options(preset, batch_size=2, epochs=3, accumulate=2)
     losses, training = both_shares_in_one_process(clips, tmp_path / "one", one)
-    assert np.allclose([row["loss"] for row in run.metrics("glo")], losses, rtol=2e-5)
+    assert np.allclose([row["loss"] for row in run.logs.metrics("glo")], losses, rtol=2e-5)
     trained = load_trained(run)
     assert trained.ids == ClipSet.open(clips, "train").ids
     assert torch.allclose(trained.latents, training.latents.rows, atol=2e-4)
@@ -157,7 +157,7 @@ def test_sync_bn_equals_one_process_with_the_whole_batch(clips, tmp_path):
                 torch.from_numpy(opened.read(rows)), torch.arange(len(rows)), torch.from_numpy(rows)
             )
             losses.append(training.update([batch], False)[0].item())
-    assert np.allclose([row["loss"] for row in run.metrics("glo")], losses, rtol=5e-5)
+    assert np.allclose([row["loss"] for row in run.logs.metrics("glo")], losses, rtol=5e-5)
     recompute_batchnorm(training.generator, latent_batches(training.latents.rows, 2))
     ours, theirs = load_trained(run).generator.state_dict(), training.generator.state_dict()
     for name in ("stem.weight", "video.norm3.running_mean", "video.norm3.running_var"):
@@ -172,15 +172,15 @@ def test_sigterm_to_one_process_saves_and_ends_all(clips, tmp_path):
     codes, said = finish(started)
     assert codes == [143, 143], said
     assert all("stopped by SIGTERM and saved" in text for text in said)
-    step = run.load_checkpoint()[0]["step"]
-    assert step >= run.metrics("glo")[-1]["step"]
+    step = run.checkpoints.load()[0]["step"]
+    assert step >= run.logs.metrics("glo")[-1]["step"]
 
 
 def wait_for_metrics(path, started, lines):
     for _ in range(1200):
         if (path / "metrics.jsonl").is_file():
             run = RunDir.open(path)
-            if len(run.metrics("glo")) >= lines:
+            if len(run.logs.metrics("glo")) >= lines:
                 return run
         assert all(process.poll() is None for process in started), finish(started)
         time.sleep(0.05)
@@ -261,12 +261,12 @@ def test_the_same_error_in_all_processes_is_one_line(clips, tmp_path):
 def test_a_checkpoint_continues_with_another_number_of_processes(clips, tmp_path, before, after):
     options = tiny_options("modern", batch_size=2, epochs=2)
     run = train_in_processes(clips, tmp_path / "run", options, size=before)
-    state, parts = run.load_checkpoint()
+    state, parts = run.checkpoints.load()
     record = (tmp_path / "run" / "options.json").read_text()
     (tmp_path / "run" / "options.json").write_text(record.replace('"epochs": 2', '"epochs": 4'))
     codes, said = finish(processes(TRAIN, "--resume", tmp_path / "run", size=after))
     assert codes == [0] * after, said
-    later, newer = RunDir.open(tmp_path / "run").load_checkpoint()
+    later, newer = RunDir.open(tmp_path / "run").checkpoints.load()
     assert later["epoch"] == 4
     assert later["step"] == state["step"] + 2 * (2 if after == 2 else 4)
     assert later["ids"] == state["ids"]
@@ -282,7 +282,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.glo.distributed import joined
 from vglann_fast.glo.train import Training
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 def main():  # a group of processes that outlives the interpreter ends in an abort, at times
     run = RunDir.open(sys.argv[1])
     options = options_from_json(TrainOptions, run.options["train"])
@@ -299,11 +299,13 @@ def test_stopped_within_an_epoch_and_resumed_is_the_same_training_bit_for_bit(cl
     parts = new_run(tmp_path / "parts", clips, options, preset="modern")
     codes, said = finish(processes(STOP_IN_THE_MIDDLE, parts.path))
     assert codes == [0, 0], said
-    assert parts.load_checkpoint()[0]["position"] == 1
+    assert parts.checkpoints.load()[0]["position"] == 1
     codes, said = finish(processes(TRAIN, "--resume", parts.path))
     assert codes == [0, 0], said
-    assert [row["loss"] for row in whole.metrics("glo")] == [row["loss"] for row in parts.metrics("glo")]
-    ends = [run.load_checkpoint()[1] for run in (whole, parts)]
+    assert [row["loss"] for row in whole.logs.metrics("glo")] == [
+        row["loss"] for row in parts.logs.metrics("glo")
+    ]
+    ends = [run.checkpoints.load()[1] for run in (whole, parts)]
     for part, tensors in ends[0].items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, ends[1][part][name]), (part, name)
@@ -330,7 +332,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_names_its_clips(
     guilty = ", ".join(ids[row] for row in share[clip_order(0, 1, len(share), 1)][:2])
     assert f"not finite at step 3, on clips {guilty};" in "".join(said)
     assert "".join(said).count("error:") == 1
-    assert RunDir.open(tmp_path / "run").load_checkpoint()[0]["step"] == 2
+    assert RunDir.open(tmp_path / "run").checkpoints.load()[0]["step"] == 2
 
 
 def torchrun(*arguments):
@@ -346,10 +348,10 @@ def test_torchrun_trains_and_maps(clips, tmp_path):
     run = tmp_path / "run"
     options = tiny_options("modern", batch_size=2, epochs=1)
     assert len(re.findall("trained: ", torchrun("train", clips, "--out", run, *as_arguments(options)))) == 1
-    assert RunDir.open(run).load_checkpoint()[0]["processes"] == 2
+    assert RunDir.open(run).checkpoints.load()[0]["processes"] == 2
     assert len(re.findall("fitted: ", torchrun("map", run, "--epochs", "3"))) == 1
     together = load_file(run / "mapping" / "imle" / "mapping.safetensors")
-    assert [row["step"] for row in RunDir.open(run).metrics("imle")] == [1, 2, 3]
+    assert [row["step"] for row in RunDir.open(run).logs.metrics("imle")] == [1, 2, 3]
     assert main(["map", str(run), "--epochs", "3"]) == 0
     alone = load_file(run / "mapping" / "imle" / "mapping.safetensors")
     assert alone.keys() == together.keys()

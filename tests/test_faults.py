@@ -16,7 +16,7 @@ from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.train import train
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import _save_array
 
 
@@ -25,7 +25,7 @@ def begun(path):
 
 
 def save(run, step, keep=2):
-    return run.save_checkpoint(step, {"part": {"x": torch.full((2,), float(step))}}, {"ids": []}, keep)
+    return run.checkpoints.save(step, {"part": {"x": torch.full((2,), float(step))}}, {"ids": []}, keep)
 
 
 def checkpoints(run):
@@ -43,14 +43,14 @@ def test_a_torn_checkpoint_does_not_outlive_the_whole_ones_after_it(tmp_path, ke
     run = begun(tmp_path / "run")
     save(run, 10)
     tear(save(run, 20))
-    assert run.load_checkpoint()[0]["step"] == 10
+    assert run.checkpoints.load()[0]["step"] == 10
     assert "step-00000020 is damaged" in run.warnings[0]
     save(run, 12, keep)
-    state, parts = run.load_checkpoint()
+    state, parts = run.checkpoints.load()
     assert state["step"] == 12
     assert parts["part"]["x"].tolist() == [12, 12]
     assert checkpoints(run) == [*[10, 12][-keep:], 20]  # perhaps it could only not be read just then
-    run.load_checkpoint()
+    run.checkpoints.load()
     save(run, 22, keep)
     assert checkpoints(run) == [12, 22][-keep:]
 
@@ -61,10 +61,10 @@ def test_a_line_after_a_torn_one_is_not_lost(tmp_path):
         (run.path / name).write_text(
             '{"stage": "glo", "step": 1, "verb": "map", "opt'
         )  # as a full disk leaves it
-    run.remember("sample", {"n": 3})
-    run.log({"stage": "glo", "step": 2})
-    assert [line["verb"] for line in run.history()] == ["sample"]
-    assert [row["step"] for row in run.metrics("glo")] == [2]
+    run.logs.remember("sample", {"n": 3})
+    run.logs.add({"stage": "glo", "step": 2})
+    assert [line["verb"] for line in run.logs.history()] == ["sample"]
+    assert [row["step"] for row in run.logs.metrics("glo")] == [2]
 
 
 def test_a_training_killed_before_it_began_can_be_started_again(tmp_path):
@@ -90,16 +90,16 @@ def test_what_killed_processes_left_is_removed_by_the_next_holder_of_the_lock(tm
     (run.path / ".tmp-def").touch()
     with run.locked():
         assert not list(run.path.rglob(".tmp-*"))
-    assert run.load_checkpoint()[0]["step"] == 1
+    assert run.checkpoints.load()[0]["step"] == 1
 
 
 def test_a_training_killed_before_its_first_checkpoint_logs_no_step_twice(tmp_path):
     clips = write_clip_folder(tmp_path / "clips", moving_squares(4))
     run = new_run(tmp_path / "run", clips, tiny_options(batch_size=2, epochs=1))
     for step in (1, 2):
-        run.log({"stage": "glo", "step": step})
+        run.logs.add({"stage": "glo", "step": step})
     train(ClipSet.open(clips, "train"), RunDir.open(run.path), resume=True, log_every=1)
-    assert [row["step"] for row in run.metrics("glo")] == [1, 2]
+    assert [row["step"] for row in run.logs.metrics("glo")] == [1, 2]
 
 
 def test_what_the_system_forbids_anywhere_is_one_line(tmp_path, monkeypatch, capsys):
@@ -124,7 +124,7 @@ def test_a_full_disk_under_an_array_has_its_number(tmp_path):
 
 WRITE = """
 import os, signal, sys
-from vglann_fast.atomic import atomic_dir
+from vglann_fast.run.files import atomic_dir
 from vglann_fast import cli, verbs
 def verb(values):
     with atomic_dir(sys.argv[1] + "/media") as folder:

@@ -16,7 +16,7 @@ from vglann_fast.glo.distributed import Ranks
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.gap import describe_gap, measure_gap
 from vglann_fast.mapping_options import MAP_KINDS, map_options
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3"]
 SHORT = {
@@ -77,7 +77,7 @@ def test_every_kind_maps_and_samples(run, kind, capsys):
     assert all(0 < part["distance"] < 2 for part in parts)
     has_density = kind in ("gmm", "flow", "autoregressive")  # eight latents in eight dimensions: no gaussian
     assert all((part["nll"] is not None) == has_density for part in parts)
-    rows = RunDir.open(run).metrics(kind)
+    rows = RunDir.open(run).logs.metrics(kind)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert len(rows) >= len(record["epochs"]) >= 1
 

@@ -31,7 +31,8 @@ from vglann_fast.mapping_options import MAP_PRESETS, map_options
 from vglann_fast.report.artefacts import read_artefacts
 from vglann_fast.report.page import write_report
 from vglann_fast.report.study_database import Study
-from vglann_fast.run_dir import RunDir, read_json, sha256
+from vglann_fast.run.files import read_json, sha256
+from vglann_fast.run.folder import RunDir
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +51,7 @@ def run(clips, tmp_path):
     generator = new_generator(tiny_options(), 16, 32)
     latents = {"rows": torch.randn(4, 8)}
     state = {"epoch": 0, "position": 0, "processes": 1, "finished": True, "ids": ["a", "b", "c", "d"]}
-    made.save_checkpoint(1, {"generator": generator.state_dict(), "latents": latents}, state)
+    made.checkpoints.save(1, {"generator": generator.state_dict(), "latents": latents}, state)
     return made.path
 
 
@@ -173,7 +174,7 @@ def test_a_mapping_that_lies_about_its_size_costs_nothing(run):
         file.write_text(whole)
 
 
-@pytest.mark.parametrize("text", ["[" * 200_000, "9" * 5000, "\ufeff{}", ""])
+@pytest.mark.parametrize("text", ["[" * 200_000, "9" * 5000, ""])
 def test_json_beyond_all_bounds_is_one_line(text, run, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(VglannError, match="not valid JSON"):
@@ -183,7 +184,7 @@ def test_json_beyond_all_bounds_is_one_line(text, run, tmp_path):
     with pytest.raises(VglannError, match=r"sources\.json"):
         find_sources(tmp_path / "film.mp4")
     (run / "metrics.jsonl").write_text(f'{text}\n{{"stage": "glo", "step": 1}}\n')
-    assert len(RunDir.open(run).metrics("glo")) == 1
+    assert len(RunDir.open(run).logs.metrics("glo")) == 1
     (checkpoint,) = (run / "checkpoints").iterdir()
     (checkpoint / "state.json").write_text(text)
     with pytest.raises(VglannError, match="no checkpoint that can be read"):
@@ -203,7 +204,7 @@ def test_pipes_and_devices_are_not_read(clips, run, tmp_path):
     (checkpoint,) = (run / "checkpoints").iterdir()
     (checkpoint / "latents.safetensors").unlink()
     os.mkfifo(checkpoint / "latents.safetensors")
-    with pytest.raises(VglannError, match="no such file"):
+    with pytest.raises(VglannError, match="not a regular file"):
         load_trained(RunDir.open(run))
 
 

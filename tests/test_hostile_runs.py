@@ -18,7 +18,7 @@ from vglann_fast.glo.train import Training
 from vglann_fast.mapping.em import Mixture
 from vglann_fast.mapping.fit import KINDS, load_mapping
 from vglann_fast.mapping_options import MAP_PRESETS, map_options
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import interpolate, sample
 
 SMALL = {
@@ -139,7 +139,7 @@ def test_a_pipe_in_place_of_a_mapping_is_not_read(made):
     file.rename(made / "away")
     os.mkfifo(file)
     try:
-        assert "missing or no file" in (load_in_child(made, "imle") or "")
+        assert "not a regular file" in (load_in_child(made, "imle") or "")
     finally:
         (made / "away").replace(file)
 
@@ -177,8 +177,8 @@ def test_a_replay_takes_no_nonsense_from_the_history(made, capsys):
 def test_one_latent_has_no_way_to_another(made, tmp_path):
     shutil.copytree(made, tmp_path / "run")
     run = RunDir.open(tmp_path / "run")
-    state, parts = run.load_checkpoint()
+    state, parts = run.checkpoints.load()
     parts["latents"] = {"rows": parts["latents"]["rows"][:1]}
-    run.save_checkpoint(3, parts, {**state, "step": 3, "ids": state["ids"][:1]})
+    run.checkpoints.save(3, parts, {**state, "step": 3, "ids": state["ids"][:1]})
     with pytest.raises(VglannError, match="one latent"):
         interpolate(run.path)

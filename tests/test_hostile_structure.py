@@ -26,7 +26,7 @@ from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping_options import GaussianOptions, GmmOptions, ImleOptions
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 few = settings(
     max_examples=25,
@@ -53,7 +53,7 @@ def run(clips, tmp_path_factory):
     made = new_run(tmp_path_factory.mktemp("run") / "run", clips, options)
     rows = {"rows": torch.randn(2, 8)}
     state = {"epoch": 0, "position": 0, "processes": 1, "finished": True, "ids": ["a", "b"]}
-    made.save_checkpoint(
+    made.checkpoints.save(
         1, {"generator": new_generator(options, 16, 32).state_dict(), "latents": rows}, state
     )
     gmm, gaussian = GMM(8, GmmOptions()), Gaussian(8, GaussianOptions())

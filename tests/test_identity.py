@@ -12,7 +12,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.identity import check_clips, clip_changes, matched_latents
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.train import Training, load_trained
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 VIDEOS = moving_squares(9)
 
@@ -66,7 +66,7 @@ def test_keep_moves_latents_with_their_clips(stopped, capsys):
     assert (training.epoch, training.position) == (1, 0)
     assert "3 missing" in training.run.warnings[-1]
     assert "3 latents were kept, 2 start anew" in training.run.warnings[-1]
-    generator = run.load_checkpoint()[1]["generator"]
+    generator = run.checkpoints.load()[1]["generator"]
     for key, value in training.generator.state_dict().items():
         assert torch.equal(value, generator[key]), key
     assert main(["train", "--resume", str(run.path), "--latents-on-mismatch", "keep"]) == 0
@@ -87,7 +87,7 @@ def test_init_starts_all_latents_anew_and_keeps_the_generator(stopped):
         training.latents.rows, unit(fresh.latents.rows) if flushed else fresh.latents.rows
     )
     assert not training.latents.adam.exp_avg.any()
-    generator = run.load_checkpoint()[1]["generator"]
+    generator = run.checkpoints.load()[1]["generator"]
     assert torch.equal(training.generator.stem.weight, generator["stem.weight"])
     training.loop(max_steps=training.step + 1)
 

@@ -13,7 +13,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.train import load_trained
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.interop.import_seed import import_seed
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 
 def write_checkpoints(folder, variant, prefix="", latents=12):

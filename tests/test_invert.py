@@ -11,7 +11,7 @@ from vglann_fast.cli import main
 from vglann_fast.clips.pixels import psnr
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.train import load_trained, train
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.invert import invert
 from vglann_fast.samples.sample import great_circle, render
 
@@ -42,7 +42,7 @@ def test_latents_of_its_own_videos_come_back(run):
 
 def test_held_out_clips_come_closer_than_the_nearest_training_clip(run, tmp_path, capsys):
     held_out = write_clip_folder(tmp_path / "held", moving_squares(4, seed=99), split="test")
-    before = RunDir.open(run.path).load_checkpoint()[1]
+    before = RunDir.open(run.path).checkpoints.load()[1]
     assert main(["invert", str(run.path), str(held_out), "--starts", "3", "--steps", "40"]) == 0
     folder = run.path / "media" / "inversion"
     record = json.loads((folder / "inversion.json").read_text())
@@ -58,7 +58,7 @@ def test_held_out_clips_come_closer_than_the_nearest_training_clip(run, tmp_path
     assert f"{record['psnr'][0]:.2f} dB" in capsys.readouterr().out
     for name in ("video.mp4", "sheet.png"):
         assert (folder / name).stat().st_size > 1000
-    after = RunDir.open(run.path).load_checkpoint()[1]
+    after = RunDir.open(run.path).checkpoints.load()[1]
     assert all(torch.equal(before[part][key], after[part][key]) for part in before for key in before[part])
 
 

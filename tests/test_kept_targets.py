@@ -21,7 +21,7 @@ from vglann_fast.glo.interruption import Interrupted
 from vglann_fast.glo.memory import forget_peak, free_beside_a_step, too_large
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.glo.train import Training, train
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 CPU = torch.device("cpu")
 
@@ -71,8 +71,10 @@ def test_kept_features_change_no_bit(clips, tmp_path, looks, fresh, cut):
     train(opened, run, log_every=1, resume=True)
     # Both videos of a step; of the first alone, then of the clips in four batches, then the made one.
     assert len(looks) == 2 + 4 + (6 - cut - 1)
-    assert [row["loss"] for row in run.metrics("glo")] == [row["loss"] for row in fresh.metrics("glo")]
-    (state, parts), (expected_state, expected) = run.load_checkpoint(), fresh.load_checkpoint()
+    assert [row["loss"] for row in run.logs.metrics("glo")] == [
+        row["loss"] for row in fresh.logs.metrics("glo")
+    ]
+    (state, parts), (expected_state, expected) = run.checkpoints.load(), fresh.checkpoints.load()
     assert state["step"] == 6
     assert state == expected_state
     for part, tensors in expected.items():
@@ -112,7 +114,7 @@ def test_a_signal_ends_the_first_look_at_the_clips(clips, tmp_path, monkeypatch,
         training.loop()
     assert len(seen) == 4
     assert not training.features["lite0"].keeps_targets
-    assert training.run.load_checkpoint()[0]["step"] == 1
+    assert training.run.checkpoints.load()[0]["step"] == 1
     assert "features of lite0: clip 6/7" in capsys.readouterr().err
 
 
@@ -123,7 +125,7 @@ def test_no_look_at_the_clips_after_the_last_step(clips, tmp_path, monkeypatch, 
     run = new_run(tmp_path / "run", clips, options)
     with caplog.at_level("INFO", "vglann_fast"):
         train(ClipSet.open(clips, "train"), run)
-    assert run.load_checkpoint()[0]["finished"]
+    assert run.checkpoints.load()[0]["finished"]
     assert "peak memory after step 1" in caplog.text
 
 
@@ -191,7 +193,7 @@ def test_asked_for_and_no_room_is_one_line_and_the_run_goes_on_without(clips, tm
         "; use --cache-features off (of a run: vglann train --resume RUN --cache-features off)"
     )
     assert main(["train", "--resume", str(run), "--cache-features", "off", "--device", "cpu"]) == 0
-    assert RunDir.open(run).load_checkpoint()[0]["finished"]
+    assert RunDir.open(run).checkpoints.load()[0]["finished"]
 
 
 def test_out_of_memory_names_kept_features(clips, tmp_path, caplog):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from golden_data import seeded_state, uniform
 
-from vglann_fast.environment import default_cache
 from vglann_fast.interop.weight_shapes import expected_shapes
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.weights import load_weights, weights_folder
+from vglann_fast.run.environment import default_cache
 
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 

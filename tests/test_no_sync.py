@@ -24,7 +24,7 @@ from vglann_fast.glo.data import Batch
 from vglann_fast.glo.precision import AUTOCAST
 from vglann_fast.glo.step import Guard
 from vglann_fast.glo.train import Training
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 
 class OnTheHost(RuntimeError):

@@ -13,7 +13,7 @@ from vglann_fast.config import PRESETS
 from vglann_fast.glo.data import Batch
 from vglann_fast.glo.train import Training
 from vglann_fast.interop.glann_video import load_generator
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 
 def blurred_as_recorded(planes, terms):

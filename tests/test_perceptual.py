@@ -25,7 +25,8 @@ from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import ResNet3d
 from vglann_fast.nets.vgg16 import VGG16
 from vglann_fast.nets.weights import Weights
-from vglann_fast.run_dir import RunDir, sha256, write_json
+from vglann_fast.run.files import sha256, write_json
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.invert import invert
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from tiny import moving_squares, write_clip_folder
 from vglann_fast import verbs
 from vglann_fast.cli import main
 from vglann_fast.replay import _stretches
-from vglann_fast.run_dir import RunDir, sha256
+from vglann_fast.run.files import sha256
+from vglann_fast.run.folder import RunDir
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
 
@@ -57,7 +58,7 @@ def test_everything_comes_out_the_same(made, tmp_path, capsys):
     parts = [f"checkpoint 12, {part}" for part in ("generator", "latents", "optimizer")]
     artefacts = ["checkpoint 12", *parts, "metrics", "mapping/imle", "media/samples", "media/nearest"]
     assert verdicts(capsys) == dict.fromkeys([*artefacts, "media/interpolation"], "SAME")
-    assert RunDir.open(tmp_path / "again").load_checkpoint()[0]["step"] == 12
+    assert RunDir.open(tmp_path / "again").checkpoints.load()[0]["step"] == 12
 
 
 def test_what_was_changed_is_named(made, tmp_path, capsys):
@@ -150,7 +151,7 @@ def test_an_older_run_without_metrics(made, tmp_path, capsys):
 def test_each_step_is_deterministic_or_not_as_recorded(made, tmp_path, capsys, monkeypatch):
     """One was made with --deterministic, the later ones without."""
     run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
-    lines = run.history()
+    lines = run.logs.history()
     for line in lines:
         line["options"]["deterministic"] = line["verb"] == "sample"
     (run.path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -14,7 +14,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import clip_order
 from vglann_fast.glo.train import Training, train
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
 
@@ -29,7 +29,7 @@ def training_on(clips, run, options):
 
 
 def tensors(run):
-    _, parts = run.load_checkpoint()
+    _, parts = run.checkpoints.load()
     return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(clips, tmp_path, p
     with pytest.raises(VglannError, match=f"not finite at step 5, on clips {named}; .*saved as step 4"):
         training.loop(log_every=log_every)
     assert not different(tensors(good), tensors(bad))
-    assert good.load_checkpoint()[0] == bad.load_checkpoint()[0]
+    assert good.checkpoints.load()[0] == bad.checkpoints.load()[0]
 
 
 def test_a_state_that_is_spoiled_itself_is_not_saved(clips, tmp_path):
@@ -131,7 +131,7 @@ def test_clips_that_moved(clips, tmp_path, capsys):
     after = RunDir.open(run.path)
     assert after.options["clips"] == str(new)
     assert after.options["resumed"][0]["changed"] == {"clips": [str(old), str(new)]}
-    assert after.load_checkpoint()[0]["finished"]
+    assert after.checkpoints.load()[0]["finished"]
     assert main(["reconstruct", str(run.path)]) == 0
 
 
@@ -149,7 +149,7 @@ def test_another_machine_is_recorded_once(clips, tmp_path, monkeypatch):
 
 HOLD = """
 import sys, time
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 with RunDir.open(sys.argv[1]).locked():
     print("held", flush=True)
     time.sleep(60)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
-from vglann_fast import atomic
-from vglann_fast.atomic import atomic_dir, atomic_file
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import new_generator
-from vglann_fast.run_dir import RunDir, read_json, write_json
+from vglann_fast.run import files
+from vglann_fast.run.files import atomic_dir, atomic_file, read_json, write_json
+from vglann_fast.run.folder import RunDir
 
 
 def test_open_finds_what_create_wrote(tmp_path):
@@ -55,7 +55,7 @@ def test_damaged_options_are_refused_or_harmless(tmp_path):
     run = new_run(tmp_path / "run", clips, tiny_options())
     generator = new_generator(tiny_options(), 16, 32)
     parts = {"generator": generator.state_dict(), "latents": {"rows": torch.ones(2, 8)}}
-    run.save_checkpoint(1, parts, {"ids": ["a", "b"]})
+    run.checkpoints.save(1, parts, {"ids": ["a", "b"]})
     whole = {**run.options, "resumed": [{"step": 1, "changed": {}, "environment": {}}]}
     places = [(whole, name) for name in whole] + [(whole["train"], name) for name in whole["train"]]
     refused = 0
@@ -75,24 +75,24 @@ def test_damaged_options_are_refused_or_harmless(tmp_path):
 def test_metrics_are_read_by_stage_and_a_torn_line_is_left_out(tmp_path):
     run = RunDir.new(tmp_path / "run", {}).begin()
     for step in (1, 2, 3):
-        run.log({"stage": "glo", "step": step, "loss": 0.5})
-    run.log({"stage": "imle", "step": 1})
+        run.logs.add({"stage": "glo", "step": step, "loss": 0.5})
+    run.logs.add({"stage": "imle", "step": 1})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "glo", "st')
-    assert [row["step"] for row in run.metrics("glo")] == [1, 2, 3]
-    run.drop_metrics("glo", after_step=2)
-    assert [row["step"] for row in run.metrics("glo")] == [1, 2]
-    assert len(run.metrics("imle")) == 1
+    assert [row["step"] for row in run.logs.metrics("glo")] == [1, 2, 3]
+    run.logs.drop_metrics("glo", after_step=2)
+    assert [row["step"] for row in run.logs.metrics("glo")] == [1, 2]
+    assert len(run.logs.metrics("imle")) == 1
 
 
 def test_checkpoints_keep_tensors_in_any_layout_and_only_the_newest(tmp_path):
     run = RunDir.new(tmp_path / "run", {}).begin()
     weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     for step in (1, 2, 3):
-        run.save_checkpoint(step, {"part": {"weight": weight * step}}, {"ids": ["ü"]}, keep=2)
+        run.checkpoints.save(step, {"part": {"weight": weight * step}}, {"ids": ["ü"]}, keep=2)
     names = sorted(folder.name for folder in (run.path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000003"]
-    state, parts = run.load_checkpoint()
+    state, parts = run.checkpoints.load()
     assert state["ids"] == ["ü"]
     assert torch.equal(parts["part"]["weight"], weight * 3)
 
@@ -100,12 +100,12 @@ def test_checkpoints_keep_tensors_in_any_layout_and_only_the_newest(tmp_path):
 @pytest.mark.parametrize("name", ["../../options", "part.bin"])
 def test_a_checkpoint_cannot_name_files_outside_itself(tmp_path, name):
     run = RunDir.new(tmp_path / "run", {}).begin()
-    folder = run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {"ids": []})
+    folder = run.checkpoints.save(1, {"part": {"x": torch.ones(1)}}, {"ids": []})
     state = json.loads((folder / "state.json").read_text())
     state["sha256"] = {name: "0"}
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(VglannError, match="bad file name"):
-        run.load_checkpoint()
+        run.checkpoints.load()
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_a_checkpoint_cannot_name_files_outside_itself(tmp_path, name):
 )
 def test_a_damaged_state_is_named(tmp_path, change):
     run = RunDir.new(tmp_path / "run", {}).begin()
-    folder = run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {"ids": ["a"]})
+    folder = run.checkpoints.save(1, {"part": {"x": torch.ones(1)}}, {"ids": ["a"]})
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, **change}))
     with pytest.raises(VglannError, match="step-00000001 is damaged"):
-        run.load_checkpoint()
+        run.checkpoints.load()
 
 
 def test_atomic_file_replaces_whole_or_not_at_all(tmp_path):
@@ -147,12 +147,12 @@ def test_a_full_or_read_only_disk_is_one_line(tmp_path, monkeypatch, number, mes
     def fail(path):
         raise OSError(number, "no")
 
-    monkeypatch.setattr(atomic, "fsync_path", fail)
+    monkeypatch.setattr(files, "fsync_path", fail)
     with pytest.raises(VglannError, match=message):
         write_json(tmp_path / "file", {})
     run = RunDir(tmp_path, {})
     with pytest.raises(VglannError, match=message):
-        run.save_checkpoint(1, {"part": {"x": torch.ones(1)}}, {})
+        run.checkpoints.save(1, {"part": {"x": torch.ones(1)}}, {})
     assert not list(tmp_path.glob(".tmp-*"))
     assert not list((tmp_path / "checkpoints").iterdir())
 

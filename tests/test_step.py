@@ -21,7 +21,7 @@ from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.generator import TwoStreamGenerator, VideoNorm, batch_norms
 from vglann_fast.glo.memory import checkpoint_activations, memory_table, out_of_memory, peak_memory
 from vglann_fast.glo.train import Training, train
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 CPU = torch.device("cpu")
 
@@ -221,7 +221,7 @@ def test_out_of_memory_is_one_line_after_a_table_and_loses_nothing(clips, tmp_pa
     )
     for part in ("weights and gradients", "Adam of the generator", "latents", "activations", "clips"):
         assert part in caplog.text
-    assert run.load_checkpoint()[0]["step"] == 2
+    assert run.checkpoints.load()[0]["step"] == 2
 
 
 def test_out_of_memory_before_the_first_step_is_one_line_too(clips, tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_p
     (entry,) = options["resumed"]
     assert entry["step"] == 0
     assert entry["changed"] == {"data": ["auto", "resident"], "checkpoint_activations": [False, True]}
-    assert run.load_checkpoint()[0]["finished"]
+    assert run.checkpoints.load()[0]["finished"]
 
 
 def test_a_compiled_generator_trains_the_same(clips, tmp_path):
@@ -327,6 +327,6 @@ def test_a_compiled_generator_trains_the_same(clips, tmp_path):
             "1",
         ]
         subprocess.run([*command, "--device", "cpu"], check=True, capture_output=True)
-        losses[compiled] = [row["loss"] for row in run.metrics("glo")]
+        losses[compiled] = [row["loss"] for row in run.logs.metrics("glo")]
     assert len(losses[True]) == 4
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -20,7 +20,7 @@ from vglann_fast.glo.interruption import Interrupted
 from vglann_fast.glo.optimizer import learning_rate_factor
 from vglann_fast.glo.train import Training, train
 from vglann_fast.metrics.reconstruction import reconstruction_metrics
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def training_on(clips, run, seed=0):
 
 
 def final_tensors(run):
-    _, parts = run.load_checkpoint()
+    _, parts = run.checkpoints.load()
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -66,7 +66,7 @@ def test_it_learns(clips, tmp_path):
     made = render(trained, trained.latents)
     measures = reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(real))
     assert measures["psnr"].mean() > measures["psnr_mean_colour"].mean() + 3
-    rows = run.metrics("glo")
+    rows = run.logs.metrics("glo")
     assert rows[-1]["step"] == 120
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     assert torch.allclose(trained.latents.norm(dim=1), torch.ones(6))
@@ -94,10 +94,10 @@ def test_ten_steps_are_five_and_a_resume_and_five(clips, tmp_path, changes):
     train(ClipSet.open(clips, "train"), whole, log_every=1)
     assert torch.are_deterministic_algorithms_enabled() == options.deterministic
     training_on(clips, parts).loop(max_steps=5, log_every=1)  # in the middle of an epoch of two steps
-    assert parts.load_checkpoint()[0]["step"] == 5
+    assert parts.checkpoints.load()[0]["step"] == 5
     train(ClipSet.open(clips, "train"), RunDir.open(parts.path), log_every=1, resume=True)
     assert_same(final_tensors(whole), final_tensors(parts))
-    figures = [[(r["step"], r["loss"], r["psnr"]) for r in run.metrics("glo")] for run in (whole, parts)]
+    figures = [[(r["step"], r["loss"], r["psnr"]) for r in run.logs.metrics("glo")] for run in (whole, parts)]
     assert figures[0] == figures[1]
     assert [step for step, *_ in figures[0]] == list(range(1, 11))
 
@@ -130,7 +130,7 @@ def test_resumed_metrics_are_not_logged_twice(clips, tmp_path):
         loss, video, rows = training.train_step()
         training._log(loss, video, rows)
     train(ClipSet.open(clips, "train"), run, log_every=1, resume=True)
-    assert [row["step"] for row in run.metrics("glo")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in run.logs.metrics("glo")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_changed_clip_set_is_refused_with_a_list(clips, tmp_path):
@@ -161,7 +161,7 @@ def resume_in_child(run):
 
 def wait_for_checkpoint(run, after, process):
     for _ in range(2400):
-        if run.has_checkpoint() and run.checkpoint_folders()[-1].name > f"step-{after:08d}":
+        if run.checkpoints.exist() and run.checkpoints.folders()[-1].name > f"step-{after:08d}":
             return
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.05)
@@ -179,7 +179,7 @@ def test_sigkill_never_loses_the_previous_checkpoint(clips, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stderr.close()
-        step = RunDir.open(run.path).load_checkpoint()[0]["step"]
+        step = RunDir.open(run.path).checkpoints.load()[0]["step"]
         assert step > last
         last = step
 
@@ -192,7 +192,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(clips, tmp_path):
     assert process.wait(timeout=30) == 143
     assert b"stopped by SIGTERM and saved" in process.stderr.read()
     process.stderr.close()
-    assert run.load_checkpoint()[0]["step"] >= run.metrics("glo")[-1]["step"]
+    assert run.checkpoints.load()[0]["step"] >= run.logs.metrics("glo")[-1]["step"]
 
 
 def test_interrupted_is_raised_after_saving(clips, tmp_path):
@@ -209,7 +209,7 @@ def test_interrupted_is_raised_after_saving(clips, tmp_path):
     with pytest.raises(Interrupted) as caught:
         training.loop()
     assert caught.value.exit_code == 143
-    assert run.load_checkpoint()[0]["step"] == 4
+    assert run.checkpoints.load()[0]["step"] == 4
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -218,15 +218,15 @@ def test_a_torn_checkpoint_is_passed_over(clips, tmp_path):
     training = training_on(clips, run)
     for until in (2, 4):
         training.loop(max_steps=until)
-    newest = run.checkpoint_folders()[-1] / "latents.safetensors"
+    newest = run.checkpoints.folders()[-1] / "latents.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     reopened = RunDir.open(run.path)
-    assert reopened.load_checkpoint()[0]["step"] == 2
+    assert reopened.checkpoints.load()[0]["step"] == 2
     assert "step-00000004" in reopened.warnings[0]
-    for folder in run.checkpoint_folders():
+    for folder in run.checkpoints.folders():
         (folder / "state.json").unlink()
     with pytest.raises(VglannError, match="no checkpoint that can be read"):
-        RunDir.open(run.path).load_checkpoint()
+        RunDir.open(run.path).checkpoints.load()
 
 
 def test_order_visits_every_clip_and_depends_on_seed_and_epoch_alone():

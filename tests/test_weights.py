@@ -15,7 +15,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.interop.weight_shapes import checked, expected_shapes
 from vglann_fast.interop.weights import KNOWN, describe, import_weights
 from vglann_fast.nets.weights import ORIGINS, Network, load_weights
-from vglann_fast.run_dir import sha256
+from vglann_fast.run.files import sha256
 
 
 def public_shapes(name):

@@ -11,7 +11,7 @@ import torch
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import PRESETS, TrainOptions, options_to_json
 from vglann_fast.metrics.features import Extractor
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 FRAMES, SIZE = 16, 32
 

@@ -10,7 +10,8 @@ from tiny import moving_squares, write_clip_folder
 from vglann_fast.report.study import make_study
 from vglann_fast.report.study_database import Answer
 from vglann_fast.report.study_server import listening, make_app
-from vglann_fast.run_dir import RunDir, write_json
+from vglann_fast.run.files import write_json
+from vglann_fast.run.folder import RunDir
 
 PAIRS = 4
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, Namespace
 
 from vglann_fast.arguments import new_parser, spelled_out
-from vglann_fast.atomic import actionable
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.interruption import Interrupted, terminated_in_order
+from vglann_fast.run.files import actionable
 from vglann_fast.verbs import REPLAYED, perform
 
 # As PyTorch, cuBLAS and cuDNN say it.
@@ -106,9 +106,9 @@ def _check_processes(arguments: Sequence[str]) -> None:
 
 def _remember(verb: str, a: Namespace) -> None:
     """Note a command that made something of a run, for `replay`."""
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     if os.environ.get("RANK", "0") == "0" and not a.get("dry_run"):
-        RunDir.open(a.run).remember(
+        RunDir.open(a.run).logs.remember(
             verb, {name: value for name, value in a.as_dict().items() if name != "run"}
         )

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vglann_fast.config import TrainOptions, options_from_json
-from vglann_fast.environment import default_cache, environment
 from vglann_fast.errors import VglannError
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.environment import default_cache, environment
+from vglann_fast.run.folder import RunDir
 
 # Reported by other projects; each was seen to fail without a clear message.
 BAD_CUDNN = (90800, 91500)  # from, up to: conv3d in bfloat16, contiguous layout, is wrong or slow

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vglann_fast.environment import environment
 from vglann_fast.errors import VglannError
-from vglann_fast.run_dir import RunDir, read_json
+from vglann_fast.run.environment import environment
+from vglann_fast.run.files import read_json
+from vglann_fast.run.folder import RunDir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
     from vglann_fast.glo.train import Training
 
-    state, _ = run.load_checkpoint()
+    state, _ = run.checkpoints.load()
     _check_repeatable(run, state["processes"])
     stretches = list(_stretches(run.options, state["step"]))
     original = {name: value for name, value in run.options.items() if name not in ("resumed", "train")}
@@ -134,7 +135,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
         return second
     clips = open_clips(run, verify=True)
     check_same_clips(state["ids"], clips.ids)
-    every = min([row["step"] for row in run.metrics("glo")], default=10)
+    every = min([row["step"] for row in run.logs.metrics("glo")], default=10)
     for until, train in stretches:
         options: TrainOptions = options_from_json(TrainOptions, train)
         check_saved_size(run, options)
@@ -187,11 +188,11 @@ def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dic
 def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | None, str]]:
     """(artefacts, the line of history.jsonl that made them, why there is none) in the order to make them."""
     lines: dict[str, dict[str, Any]] = {}
-    for line in run.history():
+    for line in run.logs.history():
         for place in MADE.get(line["verb"], ()):
             kind = f"/{line['options'].get('kind')}" if line["verb"] == "map" else ""
             lines[place + kind] = line
-    step = run.load_checkpoint()[0]["step"]
+    step = run.checkpoints.load()[0]["step"]
     for place in [p for places in MADE.values() for p in places[:1]]:
         folder = run.path / place
         for name in (
@@ -220,14 +221,14 @@ def _step_of(folder: Path) -> Any:
 
 
 def _compare_training(run: RunDir, second: RunDir) -> Iterator[Verdict]:
-    (state, parts), (other_state, other_parts) = run.load_checkpoint(), second.load_checkpoint()
+    (state, parts), (other_state, other_parts) = run.checkpoints.load(), second.checkpoints.load()
     where = f"checkpoint {state['step']}"
     yield Verdict(where, (state["step"], state["ids"]) == (other_state["step"], other_state["ids"]))
     for part, tensors in parts.items():
         detail = _differences(tensors, other_parts.get(part, {}))
         yield Verdict(f"{where}, {part}", not detail, detail)
     if run.options["clips"] is not None:
-        ours, theirs = ({row["step"]: _timeless(row) for row in r.metrics("glo")} for r in (run, second))
+        ours, theirs = ({row["step"]: _timeless(row) for row in r.logs.metrics("glo")} for r in (run, second))
         steps = sorted(ours.keys() & theirs.keys())
         if not steps:
             yield Verdict("metrics", None, "no common lines")

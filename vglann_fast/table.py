@@ -42,7 +42,8 @@ from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.page import write_report
 from vglann_fast.report.table_page import write_table_page
-from vglann_fast.run_dir import RunDir, read_json, sha256, write_json
+from vglann_fast.run.files import read_json, sha256, write_json
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import draw_latents, render
 from vglann_fast.samples.write import write_videos
 
@@ -141,7 +142,7 @@ def make_table(grid: Grid, *, device: torch.device | str = "cpu") -> Path:
         run = RunDir.open(grid.out / loss)
         with run.locked():
             if part.training != KEEP:
-                part.row.update(_new_row(run.load_checkpoint()[0]))
+                part.row.update(_new_row(run.checkpoints.load()[0]))
             _fit(grid, run, part, device, save)
             if part.measuring != KEEP:
                 _measure(grid, loss, part.row, device)
@@ -245,7 +246,7 @@ def _part(grid: Grid, loss: str, clips: ClipSet, row: dict[str, Any]) -> Part:
         if (path / "mapping" / kind).is_dir():
             there, wanted = load_mapping(run, kind).options, grid.map_options(kind)
             _check_options(path / "mapping" / kind, options_to_json(there), options_to_json(wanted))
-    state = run.load_checkpoint()[0] if run.has_checkpoint() else {}
+    state = run.checkpoints.load()[0] if run.checkpoints.exist() else {}
     if not state.get("finished"):
         return Part(CONTINUE, dict.fromkeys(grid.kinds, NEW), NEW, {})
     check_same_clips(state["ids"], clips.ids)
@@ -297,7 +298,7 @@ def _fit(grid: Grid, run: RunDir, part: Part, device: torch.device | str, save: 
         if what == KEEP:
             continue
         fit_mapping(run.path, kind, grid.map_options(kind), seed=grid.seed, device=device)
-        run.remember("map", {"kind": kind, "preset": grid.preset, "seed": grid.seed})  # for `replay`
+        run.logs.remember("map", {"kind": kind, "preset": grid.preset, "seed": grid.seed})  # for `replay`
         part.row["mappings"][kind] = _mapping_digest(run.path, kind)
         part.row["records"].pop(kind, None)
         save()

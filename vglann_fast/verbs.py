@@ -71,7 +71,7 @@ def _train(a: Namespace) -> None:
         return
     from vglann_fast.clips.dataset import ClipSet
     from vglann_fast.glo.distributed import joined
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     device = device_and_kernels(a)
     with joined(device) as ranks:
@@ -82,7 +82,7 @@ def _train(a: Namespace) -> None:
 
 def _resume(a: Namespace, given: dict[str, Any]) -> None:
     """`given`: options that may differ from those the run began with."""
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     run = RunDir.open(a.resume)
     if run.options["clips"] is None:
@@ -129,7 +129,8 @@ def _profile(a: Namespace) -> None:
 
 
 def _map(a: Namespace) -> None:
-    from vglann_fast.run_dir import RunDir, read_json
+    from vglann_fast.run.files import read_json
+    from vglann_fast.run.folder import RunDir
 
     name = a.preset or RunDir.open(a.run).options.get("preset", "modern")
     presets = preset(name).map
@@ -169,7 +170,7 @@ def _reconstruct(a: Namespace) -> None:
 def _evaluate(a: Namespace) -> None:
     from vglann_fast.metrics.evaluate import evaluate
     from vglann_fast.metrics.record import doubts, tables
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     device = device_and_kernels(a)
     with RunDir.open(a.run).locked():
@@ -265,7 +266,7 @@ def _replay(a: Namespace) -> int:
 def _report(a: Namespace) -> None:
     from vglann_fast.report.artefacts import number, read_artefacts
     from vglann_fast.report.page import write_report
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     page = write_report(RunDir.open(a.run).path)
     psnr = number(read_artefacts(Path(a.run)).reconstruction.record.get("psnr"))
@@ -305,7 +306,7 @@ def _verify(a: Namespace) -> int:
 
 def _only_writer(path: str, ranks: Any) -> AbstractContextManager[None]:
     """Process 0 keeps other commands from writing to the run."""
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     return RunDir.open(path).locked() if ranks.rank == 0 else nullcontext()
 

@@ -29,7 +29,7 @@ from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.artefacts import read_artefacts
 from vglann_fast.report.study import _samples
 from vglann_fast.report.study_database import Study
-from vglann_fast.run_dir import sha256
+from vglann_fast.run.files import sha256
 
 FULL = 400  # broken files for each reader
 

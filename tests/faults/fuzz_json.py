@@ -25,7 +25,7 @@ from vglann_fast.report.page import write_report
 from vglann_fast.report.study_database import Study
 from vglann_fast.report.study_results import report_study
 from vglann_fast.report.table_page import write_table_page
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 FULL = 600  # broken files for each reader
 
@@ -98,9 +98,9 @@ def _replayed(folder: Path) -> None:
 
 def _logged(folder: Path) -> None:
     run = RunDir.open(folder)
-    run.history()
-    run.metrics("glo")
-    run.drop_metrics("glo", 1)
+    run.logs.history()
+    run.logs.metrics("glo")
+    run.logs.drop_metrics("glo", 1)
 
 
 def _weights(folder: Path) -> None:

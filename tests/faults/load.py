@@ -105,7 +105,7 @@ def latents() -> None:
     from vglann_fast.glo.checkpoint import new_generator
     from vglann_fast.glo.latents import LatentTable, initial_latents
     from vglann_fast.glo.memory import memory_table
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     torch.set_num_threads(1)
     options = tiny_options("modern", latent_dim=100, latent_init="sphere")
@@ -131,9 +131,9 @@ def latents() -> None:
     seconds, grown = (time.process_time() - began) / 100, peak_bytes() - before
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.new(Path(folder) / "run", {}).begin()
-        run.save_checkpoint(1, {"latents": table.tensors()}, {"ids": []})
+        run.checkpoints.save(1, {"latents": table.tensors()}, {"ids": []})
         saved = peak_bytes() - before
-        same = torch.equal(run.load_checkpoint()[1]["latents"]["rows"], table.rows)
+        same = torch.equal(run.checkpoints.load()[1]["latents"]["rows"], table.rows)
     say(
         {
             f"{grown / 1e9:.2f} GB": grown > TABLE_SPARE * stated + 1e8,

@@ -14,7 +14,7 @@ from faults.case import Case, case, part_of
 from faults.forked import Command, run
 from faults.route import Route
 
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 EPOCHS = 4  # of the route's training, with a checkpoint after each; two are kept
 

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vglann_fast.atomic import atomic_dir
 from vglann_fast.clips.sources import SOURCES_FILE
-from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
+from vglann_fast.run.environment import default_cache
+from vglann_fast.run.files import atomic_dir
 
 CREDITS_FILE = "CREDITS.txt"
 _FILM = "Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org"

@@ -37,7 +37,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vglann_fast.atomic import atomic_dir
 from vglann_fast.clips.cut import PackOptions, cut
 from vglann_fast.clips.dataset import COUNTS, FORMAT, INDEX_FILE, VERSION, read_index
 from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, Rejected, decode_all
@@ -46,6 +45,7 @@ from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.progress import Progress
+from vglann_fast.run.files import atomic_dir
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]

@@ -31,7 +31,8 @@ from vglann_fast.glo.identity import check_clips, matched_latents
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.optimizer import GeneratorAdam
 from vglann_fast.glo.perceptual import check_weights
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.files import open_regular
+from vglann_fast.run.folder import RunDir
 
 RECOMPUTE_LATENTS = 2048  # latents over which BatchNorm statistics are averaged
 KEEP = 2  # checkpoints of a run: the newest, and the one before should that be torn
@@ -90,7 +91,7 @@ class Checkpoints:
             "weights": self.weights,
         }
         if self.ranks.rank == 0:
-            self.run.save_checkpoint(place.step, parts, state, self.keep)
+            self.run.checkpoints.save(place.step, parts, state, self.keep)
         self.ranks.wait()  # no process leaves, and no launcher ends the job, before the checkpoint is whole
         self._newest = (place, finished)
 
@@ -103,7 +104,7 @@ class Checkpoints:
         Raises `VglannError` when there is none, when it is not of this training of `passes`, or for other clips as
         `on_mismatch` says.
         """
-        state, parts = self.run.load_checkpoint()
+        state, parts = self.run.checkpoints.load()
         try:
             check_weights(dict(state.get("weights", {})), self.weights)
             learned.generator.load_state_dict(parts["generator"])
@@ -148,7 +149,7 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
 
     Raises `VglannError` when there is no whole checkpoint, or when it is of another generator than the options.
     """
-    state, parts = run.load_checkpoint()
+    state, parts = run.checkpoints.load()
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     saved = {name: tuple(tensor.shape) for name, tensor in parts.get("generator", {}).items()}
     if problem := _misfit(run, options, saved):
@@ -172,12 +173,12 @@ def check_saved_size(run: RunDir, options: TrainOptions) -> None:
     Only headers are read, so that a torn checkpoint counts as well as a whole one.
     """
     problem = ""
-    for folder in reversed(run.checkpoint_folders()):
+    for folder in reversed(run.checkpoints.folders()):
         problem = _misfit(run, options, _shapes(folder / "generator.safetensors"))
         if not problem:
             return
     if problem:
-        run.load_checkpoint()  # where none can be read, that is what is wrong
+        run.checkpoints.load()  # where none can be read, that is what is wrong
         raise _unfit(run, problem)
 
 
@@ -185,9 +186,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the header of a safetensors file claims; empty where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():  # to open a pipe would block for ever
-        return {}
     try:
+        open_regular(path).close()
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):

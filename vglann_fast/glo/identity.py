@@ -17,7 +17,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.config import OnMismatch
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.latents import LatentTable
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 _LISTED = 10  # ids named of the missing, and of the new
 

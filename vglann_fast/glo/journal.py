@@ -12,7 +12,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.glo.distributed import Ranks
 from vglann_fast.progress import Progress
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 
 class Journal:
@@ -64,7 +64,7 @@ class Journal:
         if self.ranks.rank > 0:
             return
         row = {"stage": "glo", "step": step, "epoch": epoch, **figures, "lr_generator": lr}
-        self.run.log({**row, "seconds": round(self.seconds, 3)})
+        self.run.logs.add({**row, "seconds": round(self.seconds, 3)})
         if self._progress is not None:
             self._progress.show(**figures)
 
@@ -72,6 +72,6 @@ class Journal:
         """Forget lines beyond `step`, which will be taken again; the clock goes on from the line before."""
         if self.ranks.rank > 0:
             return
-        self.run.drop_metrics("glo", after_step=step)
-        seconds = [row.get("seconds") for row in self.run.metrics("glo")[-1:]]
+        self.run.logs.drop_metrics("glo", after_step=step)
+        seconds = [row.get("seconds") for row in self.run.logs.metrics("glo")[-1:]]
         self.seconds = float(seconds[0]) if seconds and isinstance(seconds[0], int | float) else 0.0

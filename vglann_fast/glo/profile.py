@@ -24,7 +24,8 @@ from vglann_fast.glo import graph
 from vglann_fast.glo.identity import open_clips
 from vglann_fast.glo.memory import forget_peak
 from vglann_fast.glo.train import Training
-from vglann_fast.run_dir import RunDir, write_json
+from vglann_fast.run.files import write_json
+from vglann_fast.run.folder import RunDir
 
 STAGES = ("data", "generator", "loss", "backward", "update")
 WARM_UP = graph.WARM_UP + 1  # a step that is replayed was captured by then
@@ -62,7 +63,7 @@ def _training_of(run: RunDir, device: torch.device) -> Training:
     clips = open_clips(run)
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     training = Training(clips, options, run, seed=run.options["seed"], device=device)
-    if run.has_checkpoint():
+    if run.checkpoints.exist():
         training.restore()
         training.epoch, training.position = 0, 0  # the learning rate of a last epoch may be zero
     return training

@@ -48,7 +48,7 @@ from vglann_fast.glo.precision import (
     set_float32_products,
 )
 from vglann_fast.glo.step import Guard, RunningStatistics, glo_step
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 log = logging.getLogger("vglann_fast")
 
@@ -287,11 +287,11 @@ class Training:
 
         on_mismatch: what to do if the clips are others, see `identity.py`. Raises `VglannError` for "error".
         """
-        if self.run.has_checkpoint():
+        if self.run.checkpoints.exist():
             self.restore(on_mismatch)
         self.ranks.wait()  # every process has read the run before process 0 goes on to change it
         if self.ranks.rank == 0:
-            self.run.retain(self.step, self.checkpoints.keep)
+            self.run.checkpoints.retain(self.step, self.checkpoints.keep)
         self.journal.go_back(self.step)
 
     def restore(self, on_mismatch: OnMismatch = "error") -> None:
@@ -382,7 +382,7 @@ def train(
             if first:
                 run.resumed(training.step, on_mismatch) if resume else run.begin()
             if tensorboard and first:
-                run.start_tensorboard()
+                run.logs.start_tensorboard()
             training.loop(log_every=log_every, checkpoint_every=checkpoint_every)
     except torch.OutOfMemoryError as error:
         raise training.out_of_memory() from error

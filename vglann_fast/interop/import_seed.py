@@ -17,7 +17,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.interop.torch_file import read_torch_file
-from vglann_fast.run_dir import RunDir, sha256
+from vglann_fast.run.files import sha256
+from vglann_fast.run.folder import RunDir
 
 _FRAMES, _SIZE = 32, 64  # of the videos his networks make
 
@@ -65,7 +66,7 @@ def import_seed(
         "finished": True,
         "ids": [f"row-{row:06d}" for row in range(len(latents))],
     }
-    run.save_checkpoint(0, {"generator": generator.state_dict(), "latents": {"rows": latents}}, state)
+    run.checkpoints.save(0, {"generator": generator.state_dict(), "latents": {"rows": latents}}, state)
     return run
 
 

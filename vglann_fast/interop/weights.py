@@ -17,12 +17,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from vglann_fast.atomic import atomic_file
 from vglann_fast.errors import VglannError
 from vglann_fast.interop.torch_file import BAD_ZIP, MAX_BYTES, read_torch_file
 from vglann_fast.interop.weight_shapes import checked, expected_shapes
 from vglann_fast.nets.weights import FORMAT, VERSION, Network, weights_folder
-from vglann_fast.run_dir import read_json, save_tensors, sha256, write_json
+from vglann_fast.run.files import atomic_file, read_json, save_tensors, sha256, write_json
 
 # Beginnings of the sha256 of files this program was made for; torchvision names its file by the first 8 digits.
 KNOWN: dict[str, str] = {

@@ -23,7 +23,7 @@ from torch import Tensor
 from vglann_fast.config import MOST, options_from_json, options_to_json
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping_options import MapOptions
-from vglann_fast.run_dir import read_json, save_tensors
+from vglann_fast.run.files import open_regular, read_json, save_tensors
 
 MAPPING_FORMAT = ("vglann-mapping", 1)
 HALVING_EPOCHS = 50
@@ -134,8 +134,7 @@ class Mapping(ABC, Generic[Options]):
             if type(record["latent_dim"]) is not int or not 1 <= record["latent_dim"] <= MOST["latent_dim"]:
                 raise ValueError(f"latents of length {record['latent_dim']!r}")
             file = folder / "mapping.safetensors"
-            if not file.is_file():  # to open a pipe would block for ever
-                raise ValueError(f"{file.name} is missing or no file")
+            open_regular(file).close()
             tensors = load_file(file, device=str(device))
             _check_tensors(tensors, cls.sizes(record["latent_dim"], options))
             mapping = cls(record["latent_dim"], options, device)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from vglann_fast.atomic import atomic_dir
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.distributed import Ranks
@@ -19,7 +18,8 @@ from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
 from vglann_fast.mapping_options import MapOptions
 from vglann_fast.progress import Progress
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.folder import RunDir
 
 KINDS: dict[str, type[Mapping]] = {
     kind.kind: kind for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow)
@@ -58,14 +58,14 @@ def fit_mapping(
     if ranks is not None and ranks.rank > 0:
         mapping.fit(fitted, generator, held_out=held_out)
         return destination
-    run.drop_metrics(kind, after_step=0)
+    run.logs.drop_metrics(kind, after_step=0)
     with Progress(kind, mapping.most_epochs, "epoch") as progress:
         rows = 0
 
         def log(row: dict[str, Any]) -> None:
             nonlocal rows
             rows += 1
-            run.log({"stage": kind, "step": rows, **row})
+            run.logs.add({"stage": kind, "step": rows, **row})
             progress.advance()
             progress.show(**{name: value for name, value in row.items() if isinstance(value, float)})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.identity import open_clips
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 
 log_line = logging.getLogger(__name__).warning
 

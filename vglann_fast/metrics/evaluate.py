@@ -32,7 +32,7 @@ from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import draw_latents, render
 
 FVD_VIDEOS = 2048  # on each side; also the most that are taken unasked

@@ -32,12 +32,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vglann_fast import nets
-from vglann_fast.atomic import atomic_file
-from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
 from vglann_fast.metrics import features
 from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.progress import Progress
+from vglann_fast.run.environment import default_cache
+from vglann_fast.run.files import atomic_file
 
 FORMAT = ("vglann-features", 1)
 _HEADER = 2**16  # bytes a file may have beside its rows

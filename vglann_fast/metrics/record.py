@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vglann_fast.run_dir import write_json
+from vglann_fast.run.files import write_json
 from vglann_fast.samples.write import finite
 
 FORMAT = ("vglann-evaluation", 1)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from vglann_fast.environment import default_cache
 from vglann_fast.errors import VglannError
-from vglann_fast.run_dir import read_json, sha256
+from vglann_fast.run.environment import default_cache
+from vglann_fast.run.files import read_json, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from vglann_fast.errors import VglannError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
 MOST = 1024
 _NEIGHBOURS = 5  # of coverage and density
@@ -55,7 +55,7 @@ def compare_mappings(run: Path, kinds: Iterable[str], problems: list[str]) -> Co
     if not fitted or not (run / "checkpoints").is_dir():
         return None
     from vglann_fast.glo.checkpoint import load_trained
-    from vglann_fast.run_dir import RunDir
+    from vglann_fast.run.folder import RunDir
 
     try:
         opened = RunDir.open(run)

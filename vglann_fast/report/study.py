@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vglann_fast.atomic import atomic_dir
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.report.artefacts import NOT_NPY
 from vglann_fast.report.study_database import FILE, Source, Study, Trial, Video, create
 from vglann_fast.report.study_page import study_page
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import write_mp4
 
 CHECKS = 8

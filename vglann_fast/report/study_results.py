@@ -26,11 +26,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from vglann_fast.atomic import atomic_file
 from vglann_fast.errors import VglannError
 from vglann_fast.report.study_database import Answer, Rated, Study
 from vglann_fast.report.study_page import results_page
-from vglann_fast.run_dir import read_json, write_json
+from vglann_fast.run.files import atomic_file, read_json, write_json
 
 ANSWERS_FORMAT = ("vglann-study-answers", 1)
 MOST_BYTES = 10_000_000  # of an answers file

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vglann_fast.atomic import atomic_file
 from vglann_fast.metrics.record import (
     RECONSTRUCTION,
     TRAINING_LATENTS,
@@ -34,6 +33,7 @@ from vglann_fast.report.evaluation import (
 )
 from vglann_fast.report.gallery import Card, Gallery, view
 from vglann_fast.report.rendering import render_page
+from vglann_fast.run.files import atomic_file
 
 # The paper's Table 1: FVD on its own clips, which are not those of anybody's table.
 PAPER = {

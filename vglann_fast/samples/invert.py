@@ -32,7 +32,7 @@ from vglann_fast.glo.latents import BETAS
 from vglann_fast.glo.losses import reconstruction_loss
 from vglann_fast.glo.perceptual import FeatureLoss, check_weights, load_features, weight_records
 from vglann_fast.progress import Progress
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.nearest import nearest_clips
 from vglann_fast.samples.sample import has_clips, open_clips, render
 from vglann_fast.samples.write import write_videos

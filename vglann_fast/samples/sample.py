@@ -17,7 +17,7 @@ from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
 from vglann_fast.mapping.base import Mapping
 from vglann_fast.mapping.fit import load_mapping
-from vglann_fast.run_dir import RunDir
+from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import write_videos
 
 MOST_VIDEOS = 10**7  # at once; more would fail as a lack of memory

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vglann_fast.atomic import atomic_dir, atomic_file
 from vglann_fast.errors import VglannError
+from vglann_fast.run.files import atomic_dir, atomic_file
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -7,14 +7,22 @@ there; what must never be missing (checkpoints) therefore gets a new name each t
 """
 
 import errno
+import hashlib
+import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vglann_fast.errors import VglannError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TEMPORARY = ".tmp-"
 _ACTIONABLE = {
@@ -148,3 +156,67 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def append_line(file: Path, value: Mapping[str, Any]) -> None:
+    """Add a line to a file that has one object a line. One that was torn by a crash ends there and takes no other."""
+    with actionable_os_errors(file), file.open("ab+") as lines:
+        size = lines.seek(0, os.SEEK_END)
+        lines.seek(max(0, size - 1))
+        torn = lines.read() not in (b"", b"\n")
+        lines.write(b"\n" * torn + json.dumps(value).encode() + b"\n")
+
+
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file that has one a line; other lines, torn by a crash, are left out."""
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
+    """Write tensors, on any device and in any memory format, as safetensors.
+
+    The library's own writer reports a full disk as an error of its own kind; a plain write gives an `OSError`.
+    """
+    from safetensors.torch import save
+
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file for reading. Raises `OSError` unless it is a regular file: reading a pipe would block for ever."""
+    # Without O_NONBLOCK opening a pipe waits for a writer.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file. Raises `OSError` as `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises `VglannError` that names the file when it is missing, not a regular file or not valid."""
+    try:
+        with open_regular(path) as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise VglannError(f"{path} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:  # not text, not JSON, or nested beyond all bounds
+        text = error.strerror if isinstance(error, OSError) else error
+        raise VglannError(f"{path} is not valid JSON: {text}") from error

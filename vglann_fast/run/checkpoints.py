@@ -1,0 +1,119 @@
+"""The checkpoints of a run, as files: written whole, read back checked, pruned.
+
+    checkpoints/step-00000300/
+        <part>.safetensors   tensors by name
+        state.json           {"format": "vglann-checkpoint", "version": 1, "step", "epoch", ...,
+                              "sha256": {file: digest}}; written last, so its presence and the digests say
+                              that the checkpoint is whole
+
+This is the folder's side. `glo/checkpoint.py` says what the tensors and the counters mean.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vglann_fast.errors import VglannError
+from vglann_fast.run.files import atomic_dir, read_json, remove_dir, save_tensors, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECKPOINT_FORMAT = ("vglann-checkpoint", 1)
+# What reading a damaged checkpoint raises.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, VglannError)
+
+
+class CheckpointFolders:
+    """The folder checkpoints/ of the run at `path`. What reading says of damage is added to `warnings`."""
+
+    def __init__(self, path: Path, warnings: list[str]) -> None:
+        self.path, self.warnings = path, warnings
+        self._damaged: set[Path] = set()
+
+    def save(
+        self, step: int, parts: Mapping[str, Mapping[str, "Tensor"]], state: Mapping[str, Any], keep: int = 2
+    ) -> Path:
+        """Write checkpoints/step-NNNNNNNN and `retain` the newest `keep`.
+
+        Args:
+            parts: file name without suffix -> tensors by name, on any device and in any memory format.
+            state: JSON-able counters stored beside the tensors.
+        """
+        name, version = CHECKPOINT_FORMAT
+        destination = self.path / "checkpoints" / f"step-{step:08d}"
+        with atomic_dir(destination) as folder:
+            digests = {}
+            for part, tensors in parts.items():
+                file = folder / f"{part}.safetensors"
+                save_tensors(tensors, file)
+                digests[file.name] = sha256(file)
+            record = {"format": name, "version": version, "step": step, **state, "sha256": digests}
+            (folder / "state.json").write_text(json.dumps(record, indent=1))
+        self._damaged.discard(destination)
+        self.retain(step, keep)
+        return destination
+
+    def retain(self, step: int, keep: int) -> None:
+        """Remove all checkpoints up to `step` but the newest `keep` that are not known to be damaged.
+
+        Later ones stay: they could not be read, but perhaps that passes.
+        """
+        there = [folder for folder in self.folders() if folder.name <= f"step-{step:08d}"]
+        kept = [folder for folder in there if folder not in self._damaged][-keep:]
+        for folder in set(there) - set(kept):
+            remove_dir(folder)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
+        """The newest whole checkpoint: (state, part -> tensors on the CPU).
+
+        A torn one is passed over for the one before it, with a line in `warnings`. Raises `VglannError` when
+        no checkpoint is whole.
+        """
+        from safetensors import SafetensorError
+
+        for folder in reversed(self.folders()):
+            try:
+                return _read_checkpoint(folder)
+            except (*_DAMAGE, SafetensorError) as error:
+                self._damaged.add(folder)
+                self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
+        hint = (
+            "; ".join(self.warnings) or f"none was completed; go on with `vglann train --resume {self.path}`"
+        )
+        raise VglannError(f"{self.path} has no checkpoint that can be read: {hint}")
+
+    def exist(self) -> bool:
+        """Whether any checkpoint was completed."""
+        return bool(self.folders())
+
+    def folders(self) -> list[Path]:
+        """Those of all checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-????????"))
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
+    from safetensors.torch import load_file
+
+    state = read_json(folder / "state.json")
+    if (state["format"], state["version"]) != CHECKPOINT_FORMAT:
+        raise ValueError("not a checkpoint of this version")
+    counts = [state["step"], *(state.get(name, 0) for name in ("epoch", "position", "processes"))]
+    ids = state["ids"]
+    if not all(map(is_count, counts)) or type(ids) is not list or not all(isinstance(i, str) for i in ids):
+        raise ValueError("a number or the ids are damaged in state.json")
+    if folder.name != f"step-{state['step']:08d}":
+        raise ValueError(f"state.json is of step {state['step']}")
+    parts = {}
+    for name, digest in state["sha256"].items():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"bad file name {name!r} in state.json")
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} does not match its checksum")
+        parts[name.removesuffix(".safetensors")] = load_file(folder / name)
+    return state, parts
