@@ -34,12 +34,14 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import PRESETS, TrainOptions, options_to_json
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.train import Training
 from vglann_fast.metrics.reconstruction import reconstruction_metrics
+from vglann_fast.options.fields import options_to_json
+from vglann_fast.options.presets import PRESETS
+from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.files import read_json, write_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import render

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import nearest_rows
 
-from vglann_fast.config import PRESETS
 from vglann_fast.mapping.imle import IMLE
-from vglann_fast.mapping_options import ImleOptions
+from vglann_fast.options.mapping import ImleOptions
+from vglann_fast.options.presets import PRESETS
 
 LATENT_DIM = 100
 WARM_UP = 2

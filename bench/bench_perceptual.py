@@ -10,7 +10,6 @@ import torch
 from interleaved import DEVICE, SHAPES, agree
 from torch.utils.flop_counter import FlopCounterMode
 
-from vglann_fast.config import PERCEPTUAL, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import Batch
 from vglann_fast.glo.perceptual import FeatureLoss
@@ -18,6 +17,7 @@ from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import ResNet3d
 from vglann_fast.nets.vgg16 import VGG16
 from vglann_fast.nets.weights import Weights, load_weights
+from vglann_fast.options.training import PERCEPTUAL, TrainOptions
 
 KEPT = {"kept": True, "computed": False}
 

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import nearest_rows
 
-from vglann_fast.config import PRESETS
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.mapping.fit import KINDS
 from vglann_fast.mapping.gap import SAMPLES, measure_gap
 from vglann_fast.mapping.split import run_shots, set_aside
-from vglann_fast.mapping_options import MapOptions
 from vglann_fast.metrics.coverage import density_coverage
+from vglann_fast.options.mapping import MapOptions
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
 QUANTILES = (0.02, 0.1, 0.3)

@@ -13,8 +13,8 @@ import torch
 from tiny import moving_squares, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import PRESETS
 from vglann_fast.glo.latents import LatentTable
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
 ROOT = Path(__file__).parent.parent

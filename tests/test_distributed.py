@@ -16,7 +16,6 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import options_to_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Place, latent_batches, load_trained, place_in_run
 from vglann_fast.glo.combinations import batch_size_for
@@ -24,6 +23,7 @@ from vglann_fast.glo.data import Batch, clip_order
 from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.train import Training
+from vglann_fast.options.fields import options_to_json
 from vglann_fast.run.folder import RunDir
 
 CLIPS = 9  # shares of 5 and 4: two steps of 2 clips each an epoch, and one clip that waits
@@ -279,7 +279,7 @@ def test_a_checkpoint_continues_with_another_number_of_processes(clips, tmp_path
 STOP_IN_THE_MIDDLE = """
 import sys, torch
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import TrainOptions, options_from_json
+from vglann_fast.options.training import TrainOptions, options_from_json
 from vglann_fast.glo.distributed import joined
 from vglann_fast.glo.train import Training
 from vglann_fast.run.folder import RunDir

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.directions import log_projected_normal
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
 from vglann_fast.mapping.gaussian import Gaussian
+from vglann_fast.options.presets import PRESETS
 
 KINDS = {"flow": SplineFlow, "autoregressive": AutoregressiveFlow}
 MODERN = PRESETS["modern"].map

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from golden_data import golden, relative_l2
 
-from vglann_fast.config import PRESETS
 from vglann_fast.mapping.directions import log_projected_normal
 from vglann_fast.mapping.gaussian import Gaussian
+from vglann_fast.options.presets import PRESETS
 
 
 def fitted(latents):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from golden_data import golden, relative_l2
 
-from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping import em
 from vglann_fast.mapping.em import (
@@ -21,6 +20,7 @@ from vglann_fast.mapping.em import (
     maximise,
 )
 from vglann_fast.mapping.gmm import GMM
+from vglann_fast.options.presets import PRESETS
 
 PAPER, MODERN = PRESETS["paper"].map["gmm"], PRESETS["modern"].map["gmm"]
 

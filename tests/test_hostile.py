@@ -27,7 +27,8 @@ from vglann_fast.interop import torch_file
 from vglann_fast.interop.torch_file import read_torch_file
 from vglann_fast.interop.weights import import_weights
 from vglann_fast.mapping.fit import fit_mapping, load_mapping
-from vglann_fast.mapping_options import MAP_PRESETS, map_options
+from vglann_fast.options.mapping import map_options
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.report.artefacts import read_artefacts
 from vglann_fast.report.page import write_report
 from vglann_fast.report.study_database import Study
@@ -164,7 +165,7 @@ def test_latents_of_another_dtype_are_refused(run):
 
 
 def test_a_mapping_that_lies_about_its_size_costs_nothing(run):
-    fit_mapping(run, "gaussian", map_options(MAP_PRESETS["demo"], "gaussian", {}))
+    fit_mapping(run, "gaussian", map_options(PRESETS["demo"].map, "gaussian", {}))
     file = run / "mapping" / "gaussian" / "mapping.json"
     for values in ({"latent_dim": 10**12}, {"latent_dim": "8"}, {"options": 3}):
         whole = file.read_text()

@@ -17,7 +17,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.train import Training
 from vglann_fast.mapping.em import Mixture
 from vglann_fast.mapping.fit import KINDS, load_mapping
-from vglann_fast.mapping_options import MAP_PRESETS, map_options
+from vglann_fast.options.mapping import map_options
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import interpolate, sample
 
@@ -41,7 +42,7 @@ def made(tmp_path_factory):
         folder.mkdir(parents=True)
         if "transforms" in values:
             pytest.importorskip("zuko")
-        KINDS[kind](8, map_options(MAP_PRESETS["demo"], kind, values)).save(folder)
+        KINDS[kind](8, map_options(PRESETS["demo"].map, kind, values)).save(folder)
     return run.path
 
 
@@ -80,13 +81,13 @@ def test_a_mapping_has_the_size_of_its_tensors(kind, made, changed):
         said = load_in_child(made, kind)
         assert re.search(r"not a mapping that can be read .*(by mapping\.json|hyper)", said), said
         with pytest.raises(VglannError, match=f"--{name.replace('_', '-')}: expected 1 to"):
-            map_options(MAP_PRESETS["demo"], kind, {name: 10**9 + 1})
+            map_options(PRESETS["demo"].map, kind, {name: 10**9 + 1})
 
 
 def test_a_mapping_of_another_run_is_named(made, changed):
     folder = made / "mapping" / "gaussian"
     folder.mkdir()
-    mapping = KINDS["gaussian"](5, map_options(MAP_PRESETS["demo"], "gaussian", {}))
+    mapping = KINDS["gaussian"](5, map_options(PRESETS["demo"].map, "gaussian", {}))
     mapping.mean, mapping.factor = torch.zeros(5), torch.eye(5)
     mapping.save(folder)
     with pytest.raises(VglannError, match="no latents of this run"):
@@ -127,7 +128,7 @@ def test_a_place_beyond_the_training_is_refused(values, said, made, changed, cap
     ],
 )
 def test_a_mixture_has_weights(weights, said, tmp_path):
-    mapping = KINDS["gmm"](3, map_options(MAP_PRESETS["demo"], "gmm", {}))
+    mapping = KINDS["gmm"](3, map_options(PRESETS["demo"].map, "gmm", {}))
     mapping.mixture = Mixture(weights, torch.zeros(2, 3), torch.eye(3).repeat(2, 1, 1))
     mapping.save(tmp_path)
     with nullcontext() if said is None else pytest.raises(VglannError, match=said):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import TrainOptions, options_from_json, options_to_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained, new_generator
 from vglann_fast.glo.determinism import set_deterministic
@@ -25,7 +24,9 @@ from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
-from vglann_fast.mapping_options import GaussianOptions, GmmOptions, ImleOptions
+from vglann_fast.options.fields import options_from_json, options_to_json
+from vglann_fast.options.mapping import GaussianOptions, GmmOptions, ImleOptions
+from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
 
 few = settings(

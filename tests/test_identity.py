@@ -33,7 +33,8 @@ def stopped(request, tmp_path):
 
 def resumed(run, on_mismatch):
     clips = ClipSet.open(run.options["clips"])
-    from vglann_fast.config import TrainOptions, options_from_json
+    from vglann_fast.options.fields import options_from_json
+    from vglann_fast.options.training import TrainOptions
 
     training = Training(clips, options_from_json(TrainOptions, run.options["train"]), run)
     training.resume(on_mismatch)

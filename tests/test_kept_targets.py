@@ -11,7 +11,6 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
 from vglann_fast.glo.data import Mapped
@@ -21,6 +20,7 @@ from vglann_fast.glo.interruption import Interrupted
 from vglann_fast.glo.memory import forget_peak, free_beside_a_step, too_large
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.glo.train import Training, train
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
 CPU = torch.device("cpu")

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from golden_data import golden
 
-from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping.match import match, match_kept, rejected
 from vglann_fast.mapping.regression import Regression
-from vglann_fast.mapping_options import ImleOptions
+from vglann_fast.options.mapping import ImleOptions
+from vglann_fast.options.presets import PRESETS
 
 
 @pytest.mark.parametrize("epsilon", ["0.65", "0.75", "0.85"])

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import vglann_kernels.laplacian.reference as laplacian_reference
 from golden_data import author_generator_state, golden, normal, normal64, relative_l2, uniform
 
-from vglann_fast.config import PRESETS
 from vglann_fast.glo.data import Batch
 from vglann_fast.glo.train import Training
 from vglann_fast.interop.glann_video import load_generator
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
 

@@ -12,7 +12,6 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import to_range
-from vglann_fast.config import LOSSES, PRESETS, TrainOptions, loss_terms
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import data, perceptual
 from vglann_fast.glo.checkpoint import load_trained
@@ -25,6 +24,8 @@ from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import ResNet3d
 from vglann_fast.nets.vgg16 import VGG16
 from vglann_fast.nets.weights import Weights
+from vglann_fast.options.presets import PRESETS
+from vglann_fast.options.training import LOSSES, TrainOptions, loss_terms
 from vglann_fast.run.files import sha256, write_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.invert import invert

@@ -39,8 +39,9 @@ def made(tmp_path_factory):
 def stop_at(run, step):
     """As if the finished training had been stopped there."""
     from vglann_fast.clips.dataset import ClipSet
-    from vglann_fast.config import TrainOptions, options_from_json
     from vglann_fast.glo.train import Training
+    from vglann_fast.options.fields import options_from_json
+    from vglann_fast.options.training import TrainOptions
 
     shutil.rmtree(run.path / "checkpoints")
     options = options_from_json(TrainOptions, run.options["train"])

@@ -13,7 +13,7 @@ from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.train import train
 from vglann_fast.mapping.fit import fit_mapping, load_mapping
 from vglann_fast.mapping.split import run_shots, set_aside, shot_numbers
-from vglann_fast.mapping_options import GaussianOptions
+from vglann_fast.options.mapping import GaussianOptions
 
 SINGLE = "single clips are set aside, not whole shots"
 

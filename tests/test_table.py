@@ -14,8 +14,8 @@ from vglann_fast import table as module
 from vglann_fast.arguments import new_parser, spelled_out
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import preset
 from vglann_fast.glo.train import Training
+from vglann_fast.options.presets import preset
 from vglann_fast.report.evaluation import shown
 from vglann_fast.report.table_page import COLUMN, as_markdown, distance_tables, read_table, write_table_page
 from vglann_fast.table import CONTINUE, KEEP, NEW, Grid, plan_table

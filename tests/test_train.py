@@ -29,7 +29,8 @@ def clips(tmp_path_factory):
 
 
 def training_on(clips, run, seed=0):
-    from vglann_fast.config import TrainOptions, options_from_json
+    from vglann_fast.options.fields import options_from_json
+    from vglann_fast.options.training import TrainOptions
 
     return Training(
         ClipSet.open(clips, "train"), options_from_json(TrainOptions, run.options["train"]), run, seed=seed

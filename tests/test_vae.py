@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from golden_data import golden, normal, normal64, relative_l2, seeded_state
 
-from vglann_fast.config import PRESETS
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping import base
 from vglann_fast.mapping.vae import VAE
+from vglann_fast.options.presets import PRESETS
 
 # ours -> the author's
 LAYERS = {

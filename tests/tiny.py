@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import PRESETS, TrainOptions, options_to_json
 from vglann_fast.metrics.features import Extractor
+from vglann_fast.options.fields import options_to_json
+from vglann_fast.options.presets import PRESETS
+from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
 
 FRAMES, SIZE = 16, 32

@@ -11,9 +11,10 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from vglann_fast import __version__
-from vglann_fast.config import LOSSES, OnMismatch, PresetName, TrainOptions, Variant
-from vglann_fast.mapping_options import MAP_KINDS, MAP_PRESETS
 from vglann_fast.nets.weights import Network
+from vglann_fast.options.mapping import MAP_KINDS
+from vglann_fast.options.presets import PRESETS
+from vglann_fast.options.training import LOSSES, OnMismatch, PresetName, TrainOptions, Variant
 
 _FEATURES = "transnetv2,lite0,lite0-step"
 Seed = restricted_number_type(
@@ -292,7 +293,7 @@ def _add_map_options(parser: ArgumentParser) -> None:
     """One optional argument for each field of any kind of mapping; the help says which kinds have it."""
     owners: dict[str, list[str]] = {}
     first: dict[str, Any] = {}
-    for kind, options in MAP_PRESETS["modern"].items():
+    for kind, options in PRESETS["modern"].map.items():
         for field in fields(options):
             owners.setdefault(field.name, []).append(kind)
             first.setdefault(field.name, (get_type_hints(type(options))[field.name], field.metadata["help"]))

@@ -21,8 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
+from vglann_fast.options.fields import options_from_json
+from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.environment import default_cache, environment
 from vglann_fast.run.folder import RunDir
 

@@ -119,11 +119,12 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
 
 
 def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
-    from vglann_fast.config import TrainOptions, options_from_json
     from vglann_fast.glo.checkpoint import check_saved_size
     from vglann_fast.glo.determinism import deterministic_or_named, set_deterministic
     from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
     from vglann_fast.glo.train import Training
+    from vglann_fast.options.fields import options_from_json
+    from vglann_fast.options.training import TrainOptions
 
     state, _ = run.checkpoints.load()
     _check_repeatable(run, state["processes"])

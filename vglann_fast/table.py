@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from vglann_fast.clips.dataset import INDEX_FILE, ClipSet
-from vglann_fast.config import LOSSES, PERCEPTUAL, TrainOptions, options_from_json, options_to_json, preset
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained, new_generator
 from vglann_fast.glo.combinations import batch_size_for, check_combinations
@@ -36,10 +35,13 @@ from vglann_fast.glo.precision import resolve_precision
 from vglann_fast.glo.train import train
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.split import set_aside, shot_numbers
-from vglann_fast.mapping_options import map_options
 from vglann_fast.metrics.evaluate import Sides, evaluate, prepare
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.options.fields import options_from_json, options_to_json
+from vglann_fast.options.mapping import map_options
+from vglann_fast.options.presets import preset
+from vglann_fast.options.training import LOSSES, PERCEPTUAL, TrainOptions
 from vglann_fast.report.page import write_report
 from vglann_fast.report.table_page import write_table_page
 from vglann_fast.run.files import read_json, sha256, write_json

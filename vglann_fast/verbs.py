@@ -14,10 +14,12 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace
 
 from vglann_fast.arguments import new_parser
-from vglann_fast.config import TrainOptions, options_to_json, preset
 from vglann_fast.devices import device_and_kernels, device_of
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping_options import map_options
+from vglann_fast.options.fields import options_to_json
+from vglann_fast.options.mapping import map_options
+from vglann_fast.options.presets import preset
+from vglann_fast.options.training import TrainOptions
 
 
 def _clips_fetch(a: Namespace) -> None:

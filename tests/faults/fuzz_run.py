@@ -16,7 +16,8 @@ from vglann_fast.glo.train import train
 from vglann_fast.interop.weight_shapes import expected_shapes
 from vglann_fast.interop.weights import import_weights
 from vglann_fast.mapping.fit import fit_mapping, load_mapping
-from vglann_fast.mapping_options import MAP_PRESETS, map_options
+from vglann_fast.options.mapping import map_options
+from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.sample import draw_latents, render, sample
 
@@ -39,7 +40,7 @@ def run_with_mappings(root: Path) -> Path:
     run = new_run(root / "run", clips, options)
     train(ClipSet.open(clips, "train"), run, checkpoint_every=1, log_every=1)
     for kind, values in KINDS.items():
-        fit_mapping(run.path, kind, map_options(MAP_PRESETS["demo"], kind, {"held_out": 0.0, **values}))
+        fit_mapping(run.path, kind, map_options(PRESETS["demo"].map, kind, {"held_out": 0.0, **values}))
         run.logs.remember("map", {"kind": kind, "seed": 0, "preset": "demo", **values})
     sample(run.path, n=2)
     run.logs.remember("sample", {"n": 2, "seed": 0, "kind": "imle"})

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from vglann_fast.config import PERCEPTUAL, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.distributed import Ranks
+from vglann_fast.options.training import PERCEPTUAL, TrainOptions
 
 log = logging.getLogger("vglann_fast")
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vglann_kernels import mask_composite
 
-from vglann_fast.config import LatentNorm, Variant
+from vglann_fast.options.training import LatentNorm, Variant
 
 UPSAMPLING = 16  # four layers of stride 2: sizes and frame counts are multiples of this
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import OnMismatch
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.latents import LatentTable
+from vglann_fast.options.training import OnMismatch
 from vglann_fast.run.folder import RunDir
 
 _LISTED = 10  # ids named of the missing, and of the new

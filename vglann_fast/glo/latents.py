@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import latent_adam_state, latent_adam_step, latent_flush, latent_gather
 
-from vglann_fast.config import TrainOptions
+from vglann_fast.options.training import TrainOptions
 
 BETAS = (0.5, 0.999)
 INIT_STD = 0.01  # of latent_init="normal", the author's; its rows have norm 0.1

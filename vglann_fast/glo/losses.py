@@ -10,9 +10,9 @@ from torch import Tensor
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 
 from vglann_fast.clips.pixels import to_range
-from vglann_fast.config import TrainOptions
 from vglann_fast.glo.data import Batch
 from vglann_fast.glo.perceptual import Against, FeatureLoss
+from vglann_fast.options.training import TrainOptions
 
 
 def glo_loss(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vglann_fast.config import PERCEPTUAL, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import free_memory
 from vglann_fast.glo.generator import Layer, TwoStreamGenerator, frozen_statistics
+from vglann_fast.options.training import PERCEPTUAL, TrainOptions
 
 # Values that a training step keeps for its backward pass, per value of a layer's output: the convolution's output,
 # and that of BatchNorm with ReLU. With --checkpoint-activations only what goes into each layer.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vglann_fast.clips.pixels import to_range
-from vglann_fast.config import PERCEPTUAL, Precision, TrainOptions
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import HEADROOM, ClipSource
 from vglann_fast.glo.distributed import Ranks
@@ -28,6 +27,7 @@ from vglann_fast.nets.resnet3d import MEAN as KINETICS_MEAN
 from vglann_fast.nets.resnet3d import ResNet3d
 from vglann_fast.nets.vgg16 import CAFFE, IMAGENET, VGG16
 from vglann_fast.nets.weights import Weights, load_weights
+from vglann_fast.options.training import PERCEPTUAL, Precision, TrainOptions
 from vglann_fast.progress import Progress
 
 log = logging.getLogger("vglann_fast")

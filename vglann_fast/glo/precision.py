@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vglann_fast.config import Precision
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import TwoStreamGenerator, frozen_statistics
+from vglann_fast.options.training import Precision
 
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 

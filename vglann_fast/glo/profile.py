@@ -18,12 +18,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from vglann_fast.config import TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import graph
 from vglann_fast.glo.identity import open_clips
 from vglann_fast.glo.memory import forget_peak
 from vglann_fast.glo.train import Training
+from vglann_fast.options.fields import options_from_json
+from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
 

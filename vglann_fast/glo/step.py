@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function as stage  # names the parts of a step for `vglann profile`
 
-from vglann_fast.config import TrainOptions
 from vglann_fast.glo.data import Batch
 from vglann_fast.glo.generator import batch_norms
 from vglann_fast.glo.latents import LatentTable
@@ -15,6 +14,7 @@ from vglann_fast.glo.losses import glo_loss
 from vglann_fast.glo.optimizer import GeneratorAdam
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.glo.precision import Logits
+from vglann_fast.options.training import TrainOptions
 
 
 @dataclass

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.profiler import record_function as stage
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.config import OnMismatch, TrainOptions, options_from_json
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
 from vglann_fast.glo.checkpoint import (
@@ -48,6 +47,8 @@ from vglann_fast.glo.precision import (
     set_float32_products,
 )
 from vglann_fast.glo.step import Guard, RunningStatistics, glo_step
+from vglann_fast.options.fields import options_from_json
+from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.folder import RunDir
 
 log = logging.getLogger("vglann_fast")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vglann_fast.config import Variant
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.options.training import Variant
 
 # ours -> (his convolution, his BatchNorm). The index in a BatchNorm's name is that of the layer before it.
 _VIDEO_NORMS = {

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vglann_fast.config import Variant, options_to_json, preset
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.interop.torch_file import read_torch_file
+from vglann_fast.options.fields import options_to_json
+from vglann_fast.options.presets import preset
+from vglann_fast.options.training import Variant
 from vglann_fast.run.files import sha256
 from vglann_fast.run.folder import RunDir
 

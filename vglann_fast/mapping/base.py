@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from vglann_fast.config import MOST, options_from_json, options_to_json
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping_options import MapOptions
+from vglann_fast.options.fields import options_from_json, options_to_json
+from vglann_fast.options.mapping import MapOptions
+from vglann_fast.options.training import MOST
 from vglann_fast.run.files import open_regular, read_json, save_tensors
 
 MAPPING_FORMAT = ("vglann-mapping", 1)

@@ -16,7 +16,7 @@ from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
-from vglann_fast.mapping_options import MapOptions
+from vglann_fast.options.mapping import MapOptions
 from vglann_fast.progress import Progress
 from vglann_fast.run.files import atomic_dir
 from vglann_fast.run.folder import RunDir

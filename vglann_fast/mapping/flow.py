@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
-from vglann_fast.mapping_options import AutoregressiveOptions, FlowOptions
+from vglann_fast.options.mapping import AutoregressiveOptions, FlowOptions
 
 RADII = 33  # norms over which a density is summed
 HELD_OUT_DRAWS = 4  # norms given to each of the latents set aside

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vglann_fast.mapping.base import Log, Mapping
 from vglann_fast.mapping.directions import log_projected_normal
-from vglann_fast.mapping_options import GaussianOptions
+from vglann_fast.options.mapping import GaussianOptions
 
 log_line = logging.getLogger(__name__).warning
 

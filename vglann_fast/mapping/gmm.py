@@ -20,7 +20,7 @@ from vglann_fast.mapping.em import (
     expectation_maximisation,
     maximise,
 )
-from vglann_fast.mapping_options import GmmOptions
+from vglann_fast.options.mapping import GmmOptions
 
 log_line = logging.getLogger(__name__).warning
 

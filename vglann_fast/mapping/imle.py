@@ -18,7 +18,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
 from vglann_fast.mapping.match import match, same_everywhere
 from vglann_fast.mapping.regression import Regression
-from vglann_fast.mapping_options import ImleOptions
+from vglann_fast.options.mapping import ImleOptions
 
 MAPPED_AT_ONCE = 1 << 16  # noise vectors of the pool; a CPU takes fewer, which stay in its cache
 MAPPED_AT_ONCE_ON_CPU = 1 << 11

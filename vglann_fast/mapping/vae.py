@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
-from vglann_fast.mapping_options import VaeOptions
+from vglann_fast.options.mapping import VaeOptions
 
 BETAS = (0.5, 0.999)
 

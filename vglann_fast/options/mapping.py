@@ -1,11 +1,11 @@
-"""Options of every kind of mapping, and their presets. `config.py` holds those of the training."""
+"""Options of every kind of mapping. `training.py` has the options of the training, `presets.py` the presets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from vglann_fast.errors import VglannError
-from vglann_fast.options import check_choices, option, require
+from vglann_fast.options.fields import check_choices, option, require
 
 HELD_OUT = (
     "share of the latents that is set aside, whole shots, to measure how well the mapping does on latents it has not "
@@ -13,7 +13,7 @@ HELD_OUT = (
 )
 
 
-# Of what is counted from 1. As in `config.py`: beyond any machine, and would fail as a lack of memory or of time.
+# Of what is counted from 1. As in `training.py`: beyond any machine, and would fail as a lack of memory or of time.
 MOST = {
     "noise_dim": 65_536,
     "hidden": 65_536,
@@ -194,35 +194,15 @@ class FlowOptions(AutoregressiveOptions):
         require(self.bins >= 2, "bins", "at least 2", self.bins)
 
 
-_MODERN: dict[str, MapOptions] = {
-    "imle": ImleOptions(),
-    "vae": VaeOptions(),
-    "gmm": GmmOptions(),
-    "gaussian": GaussianOptions(),
-    "flow": FlowOptions(),
-    "autoregressive": AutoregressiveOptions(),
+MAP_OPTIONS: dict[str, type[MapOptions]] = {
+    "imle": ImleOptions,
+    "vae": VaeOptions,
+    "gmm": GmmOptions,
+    "gaussian": GaussianOptions,
+    "flow": FlowOptions,
+    "autoregressive": AutoregressiveOptions,
 }
-# The author's code has no flows: his future work, they are as in `modern`, but fitted to all latents.
-_PAPER: dict[str, MapOptions] = {
-    "imle": ImleOptions(
-        pool_factor=2, schedule="halving", normalise=False, adam_state="per-epoch", batchnorm="train"
-    ),
-    "vae": VaeOptions(schedule="halving", adam_state="per-epoch"),
-    "gmm": GmmOptions(components="100", starts=10, prior=0.0, held_out=0.0),
-    "gaussian": GaussianOptions(),
-    "flow": FlowOptions(),
-    "autoregressive": AutoregressiveOptions(),
-}
-_PAPER = {kind: replace(options, held_out=0.0) for kind, options in _PAPER.items()}
-# As many latents as the demo has are too few to set any aside.
-_DEMO: dict[str, MapOptions] = {
-    **_MODERN,
-    "imle": ImleOptions(epochs=400, batch_size=32, pool_factor=100, lr=3e-3),
-    "gmm": GmmOptions(components="1", held_out=0.0),
-}
-_DEMO = {kind: replace(options, held_out=0.0) for kind, options in _DEMO.items()}
-MAP_PRESETS: dict[str, Mapping[str, MapOptions]] = {"paper": _PAPER, "modern": _MODERN, "demo": _DEMO}
-MAP_KINDS = tuple(_MODERN)
+MAP_KINDS = tuple(MAP_OPTIONS)
 
 
 def map_options(presets: Mapping[str, MapOptions], kind: str, given: Mapping[str, Any]) -> MapOptions:

@@ -1,18 +1,12 @@
-"""Options of every stage: frozen dataclasses that check themselves, and the presets `paper`, `modern`, `demo`.
+"""Options of the training: a frozen dataclass that checks itself. The defaults are preset `modern`.
 
-`paper` is what the paper's author's code does, quirks included, so that his results can be reproduced.
-`modern` mends the quirks. `demo` is `modern`, small enough for two CPU cores.
-
-Each field carries its help text; the command line is made from these classes.
+Each field carries its help text; the command line is made from it.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from vglann_fast.errors import VglannError
-from vglann_fast.mapping_options import MAP_PRESETS, MapOptions
-from vglann_fast.options import check_choices, option, require
+from vglann_fast.options.fields import check_choices, option, require
 
 Variant = Literal["original", "expanded"]
 LatentNorm = Literal["projected", "detached"]
@@ -175,66 +169,3 @@ class TrainOptions:
     def scored_frames(self, frames: int) -> int:
         """Return how many of a clip's `frames`, counted from the first, enter the loss."""
         return frames - 1 if self.frame_reduction == "sum-but-last" else frames
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One named set of options for every stage that trains."""
-
-    train: TrainOptions
-    map: Mapping[str, MapOptions]  # by kind
-
-
-_PAPER = Preset(
-    train=TrainOptions(
-        latent_norm="detached",
-        reuse_norms=True,
-        blur="seed",
-        perceptual="seed",
-        target_range="unit",
-        frame_reduction="sum-but-last",
-        schedule="halving",
-        adam_state="per-epoch",
-        latent_mode="dense",
-        latent_init="normal",
-        lr_latents=0.01,
-        lr_generator=0.001,
-        batchnorm="train",
-    ),
-    map=MAP_PRESETS["paper"],
-)
-_MODERN = Preset(train=TrainOptions(), map=MAP_PRESETS["modern"])
-_DEMO = Preset(
-    train=replace(_MODERN.train, width=32, batch_size=5, epochs=150, lr_latents=0.01),
-    map=MAP_PRESETS["demo"],
-)
-PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "modern": _MODERN, "demo": _DEMO}
-
-
-def preset(name: str) -> Preset:
-    """The preset called `name`; `VglannError` names the known ones."""
-    if name not in PRESETS:
-        raise VglannError(f"--preset: expected one of {', '.join(PRESETS)}, got {name}")
-    return PRESETS[name]
-
-
-def options_from_json(cls: type, values: dict[str, Any]) -> Any:
-    """A dataclass of options from a JSON object. An option that is missing, since the file is of an earlier
-    version, has its default; unknown names are refused with `VglannError`."""
-    if not isinstance(values, dict):
-        raise VglannError("options: not a JSON object; the file was changed")
-    odd = sorted(values.keys() - {f.name for f in fields(cls)})
-    if odd:
-        raise VglannError(f"options: unknown {', '.join(odd)}; made by another version?")
-    for field_ in fields(cls):
-        value, kind = values.get(field_.name, field_.default), type(field_.default)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise VglannError(
-                f"options: {field_.name} is {value!r}, not a {kind.__name__}; the file was changed"
-            )
-    return cls(**values)
-
-
-def options_to_json(options: Any) -> dict[str, Any]:
-    """The JSON object `options_from_json` reads."""
-    return asdict(options)
