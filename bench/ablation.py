@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.batchnorm import recompute_batchnorm
 from vglann_fast.glo.checkpoint import Trained, load_trained
-from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.train import Training
 from vglann_fast.metrics.reconstruction import reconstruction_metrics

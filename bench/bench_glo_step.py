@@ -30,11 +30,11 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import clip_order
-from vglann_fast.glo.memory import peak_memory
 from vglann_fast.glo.train import Training
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.memory import peak_memory
 
 # This file is a script and a pytest module: neither finds its neighbours by itself.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]

@@ -28,9 +28,8 @@ from vglann_kernels.impl import using_impl
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.checkpoint import latent_batches
+from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
 from vglann_fast.glo.combinations import graph_key
-from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.train import Training
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir

@@ -18,8 +18,9 @@ from tiny import moving_squares, write_clip_folder
 from vglann_fast import verbs
 from vglann_fast.arguments import new_parser, spelled_out
 from vglann_fast.cli import main
-from vglann_fast.glo import data, distributed
-from vglann_fast.glo.distributed import Ranks
+from vglann_fast.glo import data
+from vglann_fast.runtime import distributed
+from vglann_fast.runtime.distributed import Ranks
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3"]

@@ -17,14 +17,14 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.checkpoint import Place, latent_batches, load_trained, place_in_run
+from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
+from vglann_fast.glo.checkpoint import Place, load_trained, place_in_run
 from vglann_fast.glo.combinations import batch_size_for
 from vglann_fast.glo.data import Batch, clip_order
-from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.train import Training
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 
 CLIPS = 9  # shares of 5 and 4: two steps of 2 clips each an epoch, and one clip that waits
 
@@ -203,7 +203,7 @@ HANG = """
 import sys, time, torch
 from datetime import timedelta
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.distributed import joined
+from vglann_fast.runtime.distributed import joined
 try:
     with joined(torch.device("cpu"), timeout=timedelta(seconds=3)) as ranks:
         ranks.wait()
@@ -280,7 +280,7 @@ STOP_IN_THE_MIDDLE = """
 import sys, torch
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.options.training import TrainOptions, options_from_json
-from vglann_fast.glo.distributed import joined
+from vglann_fast.runtime.distributed import joined
 from vglann_fast.glo.train import Training
 from vglann_fast.run.folder import RunDir
 def main():  # a group of processes that outlives the interpreter ends in an abort, at times

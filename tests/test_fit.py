@@ -11,12 +11,12 @@ from tiny import moving_squares, write_clip_folder
 
 from vglann_fast.cli import main
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.gap import describe_gap, measure_gap
 from vglann_fast.options.mapping import MAP_KINDS, map_options
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3"]
 SHORT = {

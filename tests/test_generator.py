@@ -6,7 +6,8 @@ from golden_data import author_generator_state, golden, normal, normal64, relati
 from torch import nn
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.generator import TwoStreamGenerator, batch_norms, recompute_batchnorm
+from vglann_fast.glo.batchnorm import batch_norms, recompute_batchnorm
+from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.interop.glann_video import load_generator
 
 LONG = {"orig": "original", "expanded": "expanded"}

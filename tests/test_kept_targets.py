@@ -14,14 +14,15 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
 from vglann_fast.glo.data import Mapped
-from vglann_fast.glo.determinism import set_deterministic
-from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.interruption import Interrupted
-from vglann_fast.glo.memory import forget_peak, free_beside_a_step, too_large
+from vglann_fast.glo.memory import too_large
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.glo.train import Training, train
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.memory import forget_peak, free_beside_a_step
+from vglann_fast.runtime.numerics import numerics
+from vglann_fast.runtime.signals import Interrupted
 
 CPU = torch.device("cpu")
 
@@ -87,14 +88,11 @@ def test_features_of_a_clip_do_not_depend_on_its_place_in_the_batch():
     options, device = tiny_options("modern", loss="lite0", deterministic=True), torch.device("cuda")
     table = torch.from_numpy(moving_squares(7)).to(device)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0)).to(device)
-    set_deterministic(True)
-    try:
+    with numerics(deterministic=True):
         for name in ("lite0", "vgg16", "resnet50-3d"):
             loss = FeatureLoss(random_weights(name), options, device)
             for one, other in zip(loss.levels(table[order]), loss.levels(table), strict=True):
                 assert torch.equal(one, other[order]), name
-    finally:
-        set_deterministic(False)
 
 
 def test_a_signal_ends_the_first_look_at_the_clips(clips, tmp_path, monkeypatch, capsys):

@@ -21,8 +21,8 @@ from vglann_kernels import impl as switch
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.glo import train as train_module
 from vglann_fast.glo.data import Batch
+from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.precision import AUTOCAST
-from vglann_fast.glo.step import Guard
 from vglann_fast.glo.train import Training
 from vglann_fast.run.folder import RunDir
 

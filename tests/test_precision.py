@@ -8,13 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import precision as precision_module
+from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
 from vglann_fast.glo.data import Batch
-from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.generator import TwoStreamGenerator, VideoNorm, batch_norms
+from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.losses import glo_loss
 from vglann_fast.glo.optimizer import GeneratorAdam
 from vglann_fast.glo.precision import LossScale, in_precision, resolve_precision, self_test
 from vglann_fast.glo.train import Training
+from vglann_fast.runtime.distributed import Ranks
 
 CPU = torch.device("cpu")
 

@@ -160,8 +160,8 @@ def test_each_step_is_deterministic_or_not_as_recorded(made, tmp_path, capsys, m
     for verb in ("map", "sample", "interpolate"):
 
         def noting(a, verb=verb, do=verbs.VERBS[verb]):
-            do(a)
             modes[verb] = torch.are_deterministic_algorithms_enabled()
+            do(a)
 
         monkeypatch.setitem(verbs.VERBS, verb, noting)
     assert main(["replay", str(run.path), "--device", "cpu"]) == 0

@@ -14,14 +14,16 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import combinations
+from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
 from vglann_fast.glo.combinations import check_combinations, use_graph, why_no_graph
 from vglann_fast.glo.data import Batch
-from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.generator import TwoStreamGenerator, VideoNorm, batch_norms
-from vglann_fast.glo.memory import checkpoint_activations, memory_table, out_of_memory, peak_memory
+from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.memory import checkpoint_activations, memory_table, out_of_memory
 from vglann_fast.glo.train import Training, train
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.memory import peak_memory
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from jsonargparse import ArgumentError, Namespace
 
 from vglann_fast.arguments import new_parser, spelled_out
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.interruption import Interrupted, terminated_in_order
 from vglann_fast.run.files import actionable
+from vglann_fast.runtime.signals import Interrupted, terminated_in_order
 from vglann_fast.verbs import REPLAYED, perform
 
 # As PyTorch, cuBLAS and cuDNN say it.
@@ -86,7 +86,7 @@ def _fail(message: str) -> int:
     """Print the error; of several processes only that which failed first does, for the others follow from it."""
     rank = os.environ.get("RANK", "0")  # torchrun's number of this process, if there are several
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from vglann_fast.glo.distributed import first_to_fail
+        from vglann_fast.runtime.distributed import first_to_fail
 
         if not first_to_fail():
             return 2

@@ -9,18 +9,10 @@ from vglann_fast.errors import VglannError
 
 
 def device_and_kernels(a: Namespace) -> Any:
-    """The torch device of --device; --kernels and --deterministic hold for the process from here on.
-
-    Products are in float32: PyTorch would allow TensorFloat-32 to convolutions. A training has its --precision.
-    """
+    """Return the torch device of --device; --kernels holds for the process from here on."""
     from vglann_kernels import ImplUnavailable, choices, use_impl
 
-    from vglann_fast.glo.determinism import set_deterministic
-    from vglann_fast.glo.precision import set_float32_products
-
     device = device_of(a)
-    set_deterministic(bool(a.deterministic))  # off too: `replay` does several verbs
-    set_float32_products("fp32", device)
     try:
         if a.kernels is not None:
             use_impl(a.kernels)

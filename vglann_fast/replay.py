@@ -98,15 +98,17 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
     import torch
     from vglann_kernels.impl import ImplUnavailable, using_impl
 
+    from vglann_fast.runtime.numerics import numerics
+
     then, now = run.recorded_environment(), environment()
     for name in ("vglann-fast", "torch", "gpu", "cuda"):
         if name in then and then[name] != now[name]:
             log.warning("%s was %s and is %s now: digits may differ", name, then[name], now[name])
     threads, kernels = then.get("cpu_threads"), then.get("kernels")
     with ExitStack() as restored:
-        restored.callback(torch.set_num_threads, torch.get_num_threads())
-        if type(threads) is int and 0 < threads <= (os.cpu_count() or 1):  # more may end the process
-            torch.set_num_threads(threads)
+        # More threads than processors may end the process.
+        if type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
+            restored.enter_context(numerics(threads=threads))
         elif threads is not None:
             log.warning(
                 "cpu_threads was %s and is %s now: digits may differ", threads, torch.get_num_threads()
@@ -120,8 +122,8 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
 
 def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     from vglann_fast.glo.checkpoint import check_saved_size
-    from vglann_fast.glo.determinism import deterministic_or_named, set_deterministic
     from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
+    from vglann_fast.glo.precision import training_numerics
     from vglann_fast.glo.train import Training
     from vglann_fast.options.fields import options_from_json
     from vglann_fast.options.training import TrainOptions
@@ -140,8 +142,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     for until, train in stretches:
         options: TrainOptions = options_from_json(TrainOptions, train)
         check_saved_size(run, options)
-        set_deterministic(options.deterministic)
-        with deterministic_or_named():
+        with training_numerics(options, device):
             training = Training(clips, options, second, seed=run.options["seed"], device=device)
             training.resume()
             training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)

@@ -29,7 +29,6 @@ from vglann_fast.clips.dataset import INDEX_FILE, ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained, new_generator
 from vglann_fast.glo.combinations import batch_size_for, check_combinations
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.identity import check_same_clips
 from vglann_fast.glo.precision import resolve_precision
 from vglann_fast.glo.train import train
@@ -46,6 +45,7 @@ from vglann_fast.report.page import write_report
 from vglann_fast.report.table_page import write_table_page
 from vglann_fast.run.files import read_json, sha256, write_json
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.samples.sample import draw_latents, render
 from vglann_fast.samples.write import write_videos
 

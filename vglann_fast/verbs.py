@@ -72,8 +72,8 @@ def _train(a: Namespace) -> None:
     if _dry_run(a, record):
         return
     from vglann_fast.clips.dataset import ClipSet
-    from vglann_fast.glo.distributed import joined
     from vglann_fast.run.folder import RunDir
+    from vglann_fast.runtime.distributed import joined
 
     device = device_and_kernels(a)
     with joined(device) as ranks:
@@ -94,8 +94,8 @@ def _resume(a: Namespace, given: dict[str, Any]) -> None:
         run.options["clips"] = str(Path(a.clips).absolute())
     if _dry_run(a, run.options):
         return
-    from vglann_fast.glo.distributed import joined
     from vglann_fast.glo.identity import open_clips
+    from vglann_fast.runtime.distributed import joined
 
     device = device_and_kernels(a)
     with joined(device) as ranks:
@@ -139,9 +139,9 @@ def _map(a: Namespace) -> None:
     options = map_options(presets, a.kind, _given(a, *map(type, presets.values())))
     if _dry_run(a, {"preset": name, "kind": a.kind, "map": options_to_json(options)}):
         return
-    from vglann_fast.glo.distributed import joined
     from vglann_fast.mapping.fit import fit_mapping
     from vglann_fast.mapping.gap import describe_gap
+    from vglann_fast.runtime.distributed import joined
 
     device = device_and_kernels(a)
     with joined(device) as ranks, _only_writer(a.run, ranks):
@@ -353,9 +353,10 @@ VERBS: dict[str, Callable[[Namespace], int | None]] = {
 
 def perform(verb: str, a: Namespace) -> int:
     """Do what `verb` says; returns the exit status. What has no deterministic version is a `VglannError`."""
-    if not a.get("deterministic"):
+    if "device" not in a:
         return VERBS[verb](a) or 0
-    from vglann_fast.glo.determinism import deterministic_or_named
+    from vglann_fast.runtime.numerics import numerics
 
-    with deterministic_or_named():
+    # A training has its --precision; everywhere else PyTorch would allow TensorFloat-32 to convolutions.
+    with numerics(deterministic=bool(a.get("deterministic")), tf32=False):
         return VERBS[verb](a) or 0

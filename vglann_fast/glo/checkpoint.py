@@ -15,7 +15,7 @@ It does not depend on how many processes trained: process 0 writes the latents o
 it hold a time: the same training writes the same bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.generator import UPSAMPLING, TwoStreamGenerator
 from vglann_fast.glo.identity import check_clips, matched_latents
 from vglann_fast.glo.latents import LatentTable
@@ -34,8 +33,8 @@ from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.files import open_regular
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 
-RECOMPUTE_LATENTS = 2048  # latents over which BatchNorm statistics are averaged
 KEEP = 2  # checkpoints of a run: the newest, and the one before should that be torn
 
 
@@ -243,13 +242,3 @@ def place_in_run(state: dict[str, Any], processes: int) -> Place:
     """Where `processes` processes continue: at the start of the pass if their number changed."""
     same = state["processes"] == processes
     return Place(state["step"], state["epoch"], state["position"] if same else 0)
-
-
-def latent_batches(rows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Batches for `recompute_batchnorm`: at most 2,048 of the latents, evenly spaced, none alone in its batch.
-
-    Neighbours are clips of one shot; they are dealt out to different batches, as the shuffle of the training does.
-    """
-    chosen = rows[:: -(-len(rows) // RECOMPUTE_LATENTS)]
-    count = max(1, len(chosen) // batch_size)
-    yield from (chosen[first::count] for first in range(count))

@@ -6,8 +6,8 @@ import os
 import torch
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.options.training import PERCEPTUAL, TrainOptions
+from vglann_fast.runtime.distributed import Ranks
 
 log = logging.getLogger("vglann_fast")
 

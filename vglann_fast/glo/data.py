@@ -6,7 +6,6 @@ needed). The order is a function of seed, epoch and share alone; nothing else ab
 """
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
+from vglann_fast.runtime.memory import free_memory
 
 CHUNK = 256  # clips copied to the device at a time
 HEADROOM = 0.5  # share of the free memory that resident clips may take, and then kept features
@@ -168,13 +168,6 @@ def open_source(
             f"them; use --data {'pinned' if device.type == 'cuda' else 'mmap'}"
         )
     return Resident(clips, own, device)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could still be allocated on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def clip_shape(clips: ClipSet, count: int) -> tuple[int, int, int, int, int]:

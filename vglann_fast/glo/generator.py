@@ -14,38 +14,17 @@ BatchNorm subtracts it again.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vglann_kernels import mask_composite
 
+from vglann_fast.glo.batchnorm import VideoNorm
 from vglann_fast.options.training import LatentNorm, Variant
 
 UPSAMPLING = 16  # four layers of stride 2: sizes and frame counts are multiples of this
-
-
-class VideoNorm(nn.BatchNorm3d):
-    """BatchNorm3d and the ReLU that follows it, by way of the 2-D one, for which PyTorch has tuned kernels.
-
-    Joining time and rows of a dense tensor is a view in either memory format. Forward and backward of 4 videos on
-    one CPU core, channels-last: 64 x 16 x 32 x 32 in 49.5 ms against 52.1 ms, 128 x 8 x 16 x 16 in 6.7 ms against
-    10.3 ms. On a GPU not measured.
-    """
-
-    def forward(self, x: Tensor, *, relu: bool = True) -> Tensor:
-        flat = super().forward(x.flatten(2, 3))  # [B, C, T H, W]
-        if (
-            relu
-        ):  # in place: nothing needs the values before it, and no second tensor is kept for the backward pass
-            flat = F.relu(flat, inplace=True)
-        return flat.unflatten(2, x.shape[2:4])
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"expected a video with time and rows joined, got {input.dim()} dimensions")
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
@@ -244,59 +223,6 @@ class TwoStreamGenerator(nn.Module):
         """Latents [B, d] -> videos [B, 3, T, H, W] in (-1, 1)."""
         video, _ = mask_composite(*self.logits(z))
         return video
-
-
-def batch_norms(generator: nn.Module) -> Iterator[nn.BatchNorm2d | nn.BatchNorm3d]:
-    """The BatchNorm layers of a generator, each once."""
-    for module in generator.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-            yield module
-
-
-@contextmanager
-def frozen_statistics(generator: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in train mode uses the statistics of its batch and leaves the running ones alone."""
-    # Not by track_running_stats: without running tensors a layer saves fewer for its backward pass, and activation
-    # checkpointing, which runs layers again in here, insists on the same ones.
-    norms = list(batch_norms(generator))
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-@torch.no_grad()
-def recompute_batchnorm(generator: TwoStreamGenerator, batches: Iterable[Tensor]) -> None:
-    """Replace the running BatchNorm statistics by plain averages over `batches` of latents [B, d].
-
-    The running averages of training belong to parameters and latents that have since moved; sampling in eval
-    mode is only as good as these statistics. Leaves the generator in the mode it was in.
-
-    Raises:
-        ValueError: no batches.
-    """
-    norms = list(batch_norms(generator))
-    momenta = [norm.momentum for norm in norms]
-    was_training = generator.training
-    seen = 0
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-        generator.train()
-        for z in batches:
-            generator.logits(z)
-            seen += 1
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        generator.train(was_training)
-    if not seen:
-        raise ValueError("batches: expected at least one batch of latents, got none")
 
 
 def _xavier_std(fan_a: int, fan_b: int, taps: int) -> float:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.progress import Progress
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 
 
 class Journal:

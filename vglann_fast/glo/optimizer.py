@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.latents import BETAS
 from vglann_fast.glo.precision import LossScale
 from vglann_fast.options.training import TrainOptions
+from vglann_fast.runtime.distributed import Ranks
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

@@ -19,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.data import HEADROOM, ClipSource
-from vglann_fast.glo.distributed import Ranks
-from vglann_fast.glo.memory import free_beside_a_step
 from vglann_fast.glo.precision import AUTOCAST
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import MEAN as KINETICS_MEAN
@@ -29,6 +27,8 @@ from vglann_fast.nets.vgg16 import CAFFE, IMAGENET, VGG16
 from vglann_fast.nets.weights import Weights, load_weights
 from vglann_fast.options.training import PERCEPTUAL, Precision, TrainOptions
 from vglann_fast.progress import Progress
+from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.memory import free_beside_a_step
 
 log = logging.getLogger("vglann_fast")
 

@@ -8,15 +8,17 @@ Weights, latents, losses, BatchNorm statistics and Adam are float32 in every pre
     fp16   the same in float16, with dynamic loss scaling
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.generator import TwoStreamGenerator, frozen_statistics
-from vglann_fast.options.training import Precision
+from vglann_fast.glo.batchnorm import frozen_statistics
+from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.options.training import Precision, TrainOptions
+from vglann_fast.runtime.numerics import numerics
 
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -42,11 +44,10 @@ def resolve_precision(asked: Precision, device: torch.device) -> Precision:
     return asked
 
 
-def set_float32_products(precision: Precision, device: torch.device) -> None:
-    """Allow TensorFloat-32 products for "tf32" alone; for the whole process."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+def training_numerics(options: TrainOptions, device: torch.device) -> AbstractContextManager[None]:
+    """Return the `numerics` in which a training with these options runs on `device`."""
+    tf32 = resolve_precision(options.precision, device) == "tf32"
+    return numerics(deterministic=options.deterministic, tf32=tf32)
 
 
 def in_precision(logits: Logits, precision: Precision, device: torch.device) -> Logits:
@@ -105,7 +106,7 @@ def self_test(generator: TwoStreamGenerator, precision: Precision, device: torch
         return
     seed = torch.Generator().manual_seed(0)
     z = torch.randn(TEST_BATCH, generator.latent_dim, generator=seed).to(device)
-    with frozen_statistics(generator), _float32_products(device):
+    with frozen_statistics(generator), numerics(tf32=False):
         exact = _probe(generator.logits, generator, z)
     with frozen_statistics(generator):
         fast = _probe(in_precision(generator.logits, precision, device), generator, z)
@@ -125,14 +126,3 @@ def _probe(logits: Logits, generator: TwoStreamGenerator, z: Tensor) -> tuple[Te
     score = head.float().tanh().square().mean() + background.float().tanh().square().mean()
     (gradient,) = torch.autograd.grad(score, [generator.stem.weight])
     return head.detach().float(), gradient.float()
-
-
-@contextmanager
-def _float32_products(device: torch.device) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    set_float32_products("fp32", device)
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

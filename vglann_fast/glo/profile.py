@@ -21,12 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import graph
 from vglann_fast.glo.identity import open_clips
-from vglann_fast.glo.memory import forget_peak
+from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.train import Training
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.memory import forget_peak
 
 STAGES = ("data", "generator", "loss", "backward", "update")
 WARM_UP = graph.WARM_UP + 1  # a step that is replayed was captured by then
@@ -50,19 +51,20 @@ def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str
     if steps < 1:
         raise VglannError(f"--steps: expected at least 1, got {steps}")
     run = RunDir.open(run_path)
-    training = _training_of(run, torch.device(device))
-    try:
-        record = _measure(training, steps, run.path / "profile")
-    finally:
-        training.source.close()
+    options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
+    with training_numerics(options, torch.device(device)):
+        training = _training_of(run, options, torch.device(device))
+        try:
+            record = _measure(training, steps, run.path / "profile")
+        finally:
+            training.source.close()
     write_json(run.path / "profile" / "profile.json", record)
     return report(record, run.path / "profile" / "trace.json")
 
 
-def _training_of(run: RunDir, device: torch.device) -> Training:
+def _training_of(run: RunDir, options: TrainOptions, device: torch.device) -> Training:
     """The run's training at its newest checkpoint; a finished one goes on as if it had further epochs."""
     clips = open_clips(run)
-    options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     training = Training(clips, options, run, seed=run.options["seed"], device=device)
     if run.checkpoints.exist():
         training.restore()

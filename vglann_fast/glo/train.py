@@ -17,24 +17,14 @@ from torch.profiler import record_function as stage
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
-from vglann_fast.glo.checkpoint import (
-    KEEP,
-    Checkpoints,
-    Learned,
-    Place,
-    check_saved_size,
-    latent_batches,
-    new_generator,
-)
+from vglann_fast.glo.batchnorm import RunningStatistics, latent_batches, recompute_batchnorm, sync_batch_norms
+from vglann_fast.glo.checkpoint import KEEP, Checkpoints, Learned, Place, check_saved_size, new_generator
 from vglann_fast.glo.checkpoint import Trained as Trained
 from vglann_fast.glo.checkpoint import load_trained as load_trained
 from vglann_fast.glo.combinations import batch_size_for, check_combinations, use_graph
 from vglann_fast.glo.data import Batch, batches_of, clip_order, open_source
-from vglann_fast.glo.determinism import deterministic_or_named, set_deterministic
-from vglann_fast.glo.distributed import Ranks, StopAgreement, sync_batch_norms
-from vglann_fast.glo.generator import recompute_batchnorm
 from vglann_fast.glo.graph import GraphedStep
-from vglann_fast.glo.interruption import Interrupted, signals_collected
+from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.journal import Journal
 from vglann_fast.glo.latents import LatentTable, initial_latents
 from vglann_fast.glo.optimizer import GeneratorAdam, learning_rate_factor
@@ -44,12 +34,15 @@ from vglann_fast.glo.precision import (
     in_precision,
     resolve_precision,
     self_test,
-    set_float32_products,
+    training_numerics,
 )
-from vglann_fast.glo.step import Guard, RunningStatistics, glo_step
+from vglann_fast.glo.step import glo_step
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks, StopAgreement
+from vglann_fast.runtime.memory import forget_peak, peak_memory
+from vglann_fast.runtime.signals import Interrupted, signals_collected
 
 log = logging.getLogger("vglann_fast")
 
@@ -87,13 +80,10 @@ class Training:
         self.device = torch.device(device)
         self.ranks = ranks or Ranks()
         check_saved_size(run, options)
-        if options.deterministic:
-            set_deterministic(True)
         self.batch_size = batch_size_for(len(clips), options, self.ranks)
         self.steps_per_epoch = len(clips) // self.ranks.size // (self.batch_size * options.accumulate)
         self.precision = resolve_precision(options.precision, self.device)
         check_combinations(options, self.ranks, self.precision, self.device)
-        set_float32_products(self.precision, self.device)
         self.features = load_features(options, self.device, precision=self.precision, dtype=dtype)
         with torch.random.fork_rng(devices=[]):  # CPU only: the same parameters on every device
             torch.manual_seed(seed)
@@ -161,13 +151,13 @@ class Training:
         stopping = False
         with signals_collected(self.ranks.size == 1) as received, self.journal.opened(self.step, last):
             stop = StopAgreement(self.ranks)
-            memory.forget_peak(self.device)
+            forget_peak(self.device)
             while self.step < until and not stopping:
                 logging_now = (self.step + 1) % log_every == 0 or self.step + 1 == until
                 loss, video, rows = self.train_step(with_video=logging_now)
                 self.journal.advance()
                 if self.step == first + 1:
-                    log.info("peak memory after step 1: %.3f GB", memory.peak_memory(self.device) / 1e9)
+                    log.info("peak memory after step 1: %.3f GB", peak_memory(self.device) / 1e9)
                     if self.step < until:
                         self.keep_targets(lambda: stop.agreed(bool(received)))
                 if logging_now:
@@ -369,25 +359,25 @@ def train(
     when another process writes to the run; and when the device's memory is full.
     """
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
-    try:
-        training = Training(clips, options, run, seed=seed, device=device, ranks=ranks)
-    except torch.OutOfMemoryError as error:
-        raise memory.too_large(options) from error
-    training.checkpoints.keep = keep_checkpoints
-    first = training.ranks.rank == 0
-    try:
-        self_test(training.generator, training.precision, training.device)
-        with deterministic_or_named(), run.locked() if first else nullcontext():
-            if resume:
-                training.resume(on_mismatch)
-            if first:
-                run.resumed(training.step, on_mismatch) if resume else run.begin()
-            if tensorboard and first:
-                run.logs.start_tensorboard()
-            training.loop(log_every=log_every, checkpoint_every=checkpoint_every)
-    except torch.OutOfMemoryError as error:
-        raise training.out_of_memory() from error
-    finally:
-        training.source.close()
-        set_float32_products("fp32", training.device)  # what comes next is no training
-    return training
+    with training_numerics(options, torch.device(device)):
+        try:
+            training = Training(clips, options, run, seed=seed, device=device, ranks=ranks)
+        except torch.OutOfMemoryError as error:
+            raise memory.too_large(options) from error
+        training.checkpoints.keep = keep_checkpoints
+        first = training.ranks.rank == 0
+        try:
+            self_test(training.generator, training.precision, training.device)
+            with run.locked() if first else nullcontext():
+                if resume:
+                    training.resume(on_mismatch)
+                if first:
+                    run.resumed(training.step, on_mismatch) if resume else run.begin()
+                if tensorboard and first:
+                    run.logs.start_tensorboard()
+                training.loop(log_every=log_every, checkpoint_every=checkpoint_every)
+        except torch.OutOfMemoryError as error:
+            raise training.out_of_memory() from error
+        finally:
+            training.source.close()
+        return training

@@ -7,7 +7,6 @@ import torch
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.glo.distributed import Ranks
 from vglann_fast.mapping.base import Mapping
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
 from vglann_fast.mapping.gap import measure_gap
@@ -20,6 +19,7 @@ from vglann_fast.options.mapping import MapOptions
 from vglann_fast.progress import Progress
 from vglann_fast.run.files import atomic_dir
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 
 KINDS: dict[str, type[Mapping]] = {
     kind.kind: kind for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow)

@@ -9,7 +9,7 @@ from vglann_kernels import nearest_rows
 from vglann_kernels.nearest.sharded import nearest_rows_sharded
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.distributed import Ranks
+from vglann_fast.runtime.distributed import Ranks
 
 
 def search(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor]:

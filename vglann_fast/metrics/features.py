@@ -12,8 +12,7 @@ time, in float32 without TensorFloat-32, so that features do not depend on the b
 several protocols look through runs once over each clip.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.nets import i3d, transnetv2
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.runtime.numerics import numerics
 
 LITE0_SIZE = 128
 
@@ -76,7 +76,7 @@ def extract(extractors: Mapping[str, Extractor], clips: np.ndarray | Tensor) -> 
     found = {
         key: torch.empty(len(clips), one.dimensions, device=one.device) for key, one in extractors.items()
     }
-    with torch.inference_mode(), _exact_float32():
+    with torch.inference_mode(), numerics(deterministic=True, tf32=False):
         for row, clip in enumerate(clips):
             seen: dict[Callable[[Tensor], Tensor], Tensor] = {}
             for key, one in extractors.items():
@@ -209,15 +209,3 @@ def _lite0(tensors: dict[str, Tensor]) -> _Loaded:
 def _bilinear(clip: Tensor, size: int) -> Tensor:
     """uint8 [3, T, H, W] -> float32 [T, 3, size, size], 0..255."""
     return F.interpolate(clip.transpose(0, 1).float(), (size, size), mode="bilinear", align_corners=False)
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """float32 products as such, and the same algorithm each time."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -26,8 +26,9 @@ from vglann_fast.clips.dataset import INDEX_FILE, ClipSet, read_index
 from vglann_fast.clips.pack import pack
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.checkpoint import Trained, latent_batches, load_trained
-from vglann_fast.glo.generator import UPSAMPLING, recompute_batchnorm
+from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
+from vglann_fast.glo.checkpoint import Trained, load_trained
+from vglann_fast.glo.generator import UPSAMPLING
 from vglann_fast.glo.latents import BETAS
 from vglann_fast.glo.losses import reconstruction_loss
 from vglann_fast.glo.perceptual import FeatureLoss, check_weights, load_features, weight_records

@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.generator import VideoNorm
 
 MEETING = timedelta(minutes=5)  # for all processes to be started
 LAST_WORDS = timedelta(seconds=10)  # for the same, when one has failed before it came to meet them
@@ -209,63 +207,3 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
     strides, sizes = tensor.stride(), tensor.shape
     order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], -sizes[axis]))
     return tensor.permute(order).view(-1)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """y = sum of x over all processes; the gradient of a sum of all processes' losses by x is a sum, too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
-        dist.all_reduce(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        y = gradients[0].contiguous().clone()
-        dist.all_reduce(y)
-        return y
-
-
-def sync_batch_norms(generator: nn.Module, ranks: Ranks) -> None:
-    """Let every BatchNorm of `generator` take its statistics over the batches of all processes, in train mode.
-
-    Batches are of one size in all processes. torch's own SyncBatchNorm has no CPU version; this one is plain
-    tensor arithmetic and reads a layer's input twice.
-    """
-    for module in generator.modules():
-        if ranks.size > 1 and isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-            module.forward = _SyncedForward(module, ranks.size)  # type: ignore[method-assign,assignment]
-
-
-@dataclass
-class _SyncedForward:
-    norm: nn.BatchNorm2d | nn.BatchNorm3d
-    size: int
-
-    def __call__(self, x: Tensor, **relu: bool) -> Tensor:
-        norm = self.norm
-        if not norm.training:
-            return type(norm).forward(norm, x, **relu)
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        over = [0, *range(2, x.ndim)]
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        mean = _SumOverProcesses.apply(wide.mean(over)) / self.size  # [C]
-        centred = wide - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().mean(over)) / self.size  # [C]
-        if norm.num_batches_tracked is not None:  # None inside `frozen_statistics`
-            self._remember(mean.detach(), variance.detach(), self.size * x.numel() // x.shape[1])
-        scale = norm.weight * torch.rsqrt(variance + norm.eps)
-        y = (centred * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
-        return F.relu(y) if isinstance(norm, VideoNorm) and relu.get("relu", True) else y
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        norm = self.norm
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked += 1
-        share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance * (count / max(1, count - 1)), share)

@@ -1,0 +1,119 @@
+"""How this process computes: the one place that touches what PyTorch keeps as global state.
+
+Everything else receives tensors and gives tensors back. `numerics` states, for a block, the algorithms, the products
+and the threads, and leaves the process as it found it, also if the caller is a program with settings of its own.
+
+With `deterministic`, equal inputs give equal bits on one machine: our kernels sum in a fixed order, PyTorch's
+operations are restricted to those that do too, at some cost in time, and no algorithm is chosen by timing. Another
+GPU, another number of CPU threads or another version of PyTorch may still round differently.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vglann_fast.errors import VglannError
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What one block asks for; None leaves a setting as it is."""
+
+    deterministic: bool | None
+    tf32: bool | None
+    threads: int | None
+
+
+_lock = threading.RLock()
+_blocks: list[_Settings] = []  # those that are open, in the order they began
+_found: list[Any] = []  # the state before the first of them
+
+
+@contextmanager
+def numerics(
+    *, deterministic: bool | None = None, tf32: bool | None = None, threads: int | None = None
+) -> Iterator[None]:
+    """Compute in a stated way inside the block; usable as a decorator.
+
+    Inside, new tensors are float32 whatever the caller's default dtype is. Afterwards the caller's default dtype,
+    random state, algorithms and threads are as they were. Blocks may be nested, and open in several threads at a
+    time: the settings are the process's, so the block that began last decides, and the state comes back when the
+    last one ends.
+
+    Args:
+        deterministic: whether only operations run that give the same bits each time. Where it is true, an
+            operation that has no such version raises `VglannError`.
+        tf32: whether float32 products on a GPU may be computed in TensorFloat-32.
+        threads: CPU threads of an operation.
+    """
+    block = _Settings(deterministic, tf32, threads)
+    with _lock:
+        if not _blocks:
+            _found.append(_state())
+        _blocks.append(block)
+        _apply(block)
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if not deterministic or "deterministic" not in reason:
+            raise
+        raise VglannError(f"--deterministic: {reason.split('. ')[0]}; leave it out on this device") from error
+    finally:
+        with _lock:
+            # By identity: equal settings of another thread are another block.
+            del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
+            _restore(_found[0])
+            for other in _blocks:
+                _apply(other)
+            if not _blocks:
+                _restore_random_state(_found.pop())
+
+
+def _state() -> dict[str, Any]:
+    return {
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "threads": torch.get_num_threads(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+    }
+
+
+def _apply(settings: _Settings) -> None:
+    torch.set_default_dtype(torch.float32)
+    if settings.deterministic is not None:
+        if settings.deterministic:
+            # cuBLAS reads it when it starts.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(settings.deterministic)
+        torch.backends.cudnn.deterministic = settings.deterministic
+        torch.backends.cudnn.benchmark = False
+    if settings.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+        torch.backends.cudnn.allow_tf32 = settings.tf32
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_default_dtype(state["dtype"])
+    torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = state["cudnn"]
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = state["tf32"]
+    if torch.get_num_threads() != state["threads"]:
+        torch.set_num_threads(state["threads"])
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"] is not None:
+        torch.cuda.set_rng_state_all(state["random_cuda"])
