@@ -34,10 +34,12 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import recompute_batchnorm
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.glo.latents import LatentTable
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.loader import Batch
+from vglann_fast.glo.training import Training
 from vglann_fast.metrics.reconstruction import reconstruction_metrics
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.presets import PRESETS
@@ -116,7 +118,7 @@ def plan() -> list[Wanted]:
 class LongEpochTraining(Training):
     """A training whose latents pass through the steps of an epoch of many more clips; see the top of this file."""
 
-    def train_step(self, *, with_video: bool = True) -> tuple[Tensor, Tensor | None, np.ndarray]:
+    def train_step(self, *, with_video: bool = True) -> tuple[Tensor, Tensor | None, Batch]:
         """The next step, before it the idle ones that part it from the one before."""
         if self.position:
             idle(self.latents, idle_steps(len(self.clips)))
@@ -167,7 +169,7 @@ def train_one(wanted: Wanted, clips: ClipSet, folder: Path, clips_folder: Path) 
     }
     run = RunDir.open(folder) if folder.exists() else RunDir.new(folder, record).begin()
     kind = LongEpochTraining if wanted.regime == "long" else Training
-    training = kind(clips, options, run, seed=wanted.seed)
+    training = new_training(clips, options, run, seed=wanted.seed, training_class=kind)
     training.resume()
     every = 1 if wanted.row in ENDS else 10  # bench/time_to_quality.py wants all steps of the ends
     training.loop(log_every=every, checkpoint_every=options.epochs + 1)
@@ -230,7 +232,7 @@ def time_all(clips_folder: Path, out: Path) -> None:
     """
     torch.set_num_threads(1)
     clips = ClipSet.open(clips_folder, "train")
-    trainings = {row: Training(clips, options_of(row), RunDir(out, {})) for row in CHANGES}
+    trainings = {row: new_training(clips, options_of(row), RunDir(out, {})) for row in CHANGES}
     times: dict[str, list[float]] = {row: [] for row in trainings}
     for _ in range(WARM_UP + TIMED):
         for row, training in trainings.items():

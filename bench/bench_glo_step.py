@@ -29,8 +29,9 @@ from vglann_kernels import ImplUnavailable, use_impl
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.data import clip_order
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.loader import clip_order
+from vglann_fast.glo.training import Training
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
@@ -71,7 +72,7 @@ def author_and_ours(
     given = {"width": width, "batch_size": batch, "data": "resident", "cuda_graph": "off", "epochs": 1000}
     options = replace(PRESETS["paper"].train, reuse_norms=False, **{**given, **changes})
     run = RunDir(Path(tempfile.mkdtemp()), {})
-    training = Training(clips, options, run, device=device)
+    training = new_training(clips, options, run, device=device)
     torch.manual_seed(0)
     theirs = AuthorGenerator(options.latent_dim, width).to(device)
     same = load_generator({name: value.cpu() for name, value in theirs.state_dict().items()})

@@ -11,7 +11,7 @@ from interleaved import DEVICE, SHAPES, agree
 from torch.utils.flop_counter import FlopCounterMode
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.data import Batch
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import ResNet3d

@@ -23,7 +23,7 @@ from ablation import ENDS, SEEDS, TIMED, WARM_UP, Wanted, finished, options_of
 from bench_glo_step import Step, author_and_ours
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
 
@@ -52,7 +52,7 @@ def milliseconds(clips: ClipSet) -> dict[str, float]:
     author, paper, training = author_and_ours(
         clips, options.batch_size, options.width, torch.device("cpu"), {"precision": "fp32"}
     )
-    modern = Training(clips, options_of("modern"), training.run)
+    modern = new_training(clips, options_of("modern"), training.run)
     steps: dict[str, Step] = {
         AUTHOR: author,
         "paper": paper,

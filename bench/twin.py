@@ -7,7 +7,7 @@ is in float32 with plain PyTorch; each of the others changes one thing more: bfl
 graph. Prints the PSNR of each over all clips, rendered in float32 by plain PyTorch with BatchNorm's statistics taken
 anew. Exit code 1 when one is more than 0.3 dB from the first or could not be trained. A CPU has the first two rows.
 
-A graph that passes here may be named in `TESTED` of vglann_fast/glo/combinations.py, as it is printed: then
+A graph that passes here may be named in `TESTED` of vglann_fast/glo/compatibility.py, as it is printed: then
 --cuda-graph auto uses it.
 """
 
@@ -28,9 +28,10 @@ from vglann_kernels.impl import using_impl
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
-from vglann_fast.glo.combinations import graph_key
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.compatibility import graph_key
+from vglann_fast.glo.training import Training
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
@@ -55,7 +56,7 @@ def trained_psnr(
     per_epoch = len(clips) // min(len(clips), options.batch_size)
     options = replace(options, epochs=-(-steps // per_epoch))
     with tempfile.TemporaryDirectory() as folder, using_impl(kernels):
-        training = Training(clips, options, RunDir(Path(folder), {}), device=device)
+        training = new_training(clips, options, RunDir(Path(folder), {}), device=device)
         started = time.perf_counter()
         for step in range(steps):
             loss, *_ = training.train_step(with_video=step % LOG_EVERY == 0)  # as the loop, which logs

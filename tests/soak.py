@@ -16,7 +16,7 @@ import torch
 from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
 
 
 def resident_bytes() -> int:
@@ -59,7 +59,7 @@ def soak(steps: int, folder: Path, warm_up: int = 100) -> dict[str, float]:
     clips = write_clip_folder(folder / "clips", moving_squares(4, size=32))
     options = tiny_options("modern", width=1, latent_dim=4, batch_size=2, levels=1, epochs=10**6)
     run = new_run(folder / "run", clips, options)
-    training = Training(ClipSet.open(clips, "train"), options, run)
+    training = new_training(ClipSet.open(clips, "train"), options, run)
     training.loop(max_steps=warm_up, checkpoint_every=25)
     before = measured(run.path)
     training.loop(max_steps=warm_up + steps, checkpoint_every=25)

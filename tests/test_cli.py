@@ -18,7 +18,7 @@ from tiny import moving_squares, write_clip_folder
 from vglann_fast import verbs
 from vglann_fast.arguments import new_parser, spelled_out
 from vglann_fast.cli import main
-from vglann_fast.glo import data
+from vglann_fast.glo import loader
 from vglann_fast.runtime import distributed
 from vglann_fast.runtime.distributed import Ranks
 
@@ -168,7 +168,7 @@ IMPOSSIBLE = {
 def test_what_cannot_be_trained_costs_nothing(name, untouched, tmp_path, monkeypatch, capsys):
     """Neither a new run, which is not begun, nor one that is resumed, which stays as it is."""
     options, processes, message = IMPOSSIBLE[name]
-    monkeypatch.setattr(data, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(loader, "free_memory", lambda device: 1000)
     monkeypatch.setattr(distributed, "joined", lambda device: nullcontext(Ranks(0, processes)))
     run = untouched / "run"
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}

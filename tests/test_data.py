@@ -11,10 +11,10 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
-from vglann_fast.glo import data
-from vglann_fast.glo.data import Mapped, Pinned, Resident, batches_of, clip_order, open_source
+from vglann_fast.glo import loader
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.loader import Mapped, Pinned, Resident, batches_of, clip_order, open_source
 from vglann_fast.glo.losses import glo_loss, reconstruction_loss
-from vglann_fast.glo.train import Training
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_training_is_the_same_however_the_clips_are_kept(clips, tmp_path, kind):
     losses = []
     for name in ("mmap", kind):
         options = tiny_options("modern", data="mmap", batch_size=2, accumulate=1 + (kind == "pinned"))
-        training = Training(
+        training = new_training(
             clips, options, new_run(tmp_path / f"{kind}-{name}-{len(losses)}", clips.folder, options)
         )
         if name == "pinned":
@@ -85,15 +85,17 @@ def test_which_source_auto_takes(clips, monkeypatch):
     assert open_source("resident", clips, own, CPU, 2).name == "resident"
     with pytest.raises(VglannError, match="--data pinned: needs a GPU"):
         open_source("pinned", clips, own, CPU, 2)
-    monkeypatch.setattr(data, "free_memory", lambda device: 600_000)  # 7 clips take 344 kB, half is for them
+    monkeypatch.setattr(
+        loader, "free_memory", lambda device: 600_000
+    )  # 7 clips take 344 kB, half is for them
     with pytest.raises(VglannError, match=r"--data resident: the clips take 0.00 GB .* use --data mmap"):
         open_source("resident", clips, own, CPU, 2)
     gpu = torch.device("cuda")
     taken = []
-    monkeypatch.setattr(data, "Resident", lambda *args: taken.append("resident"))
-    monkeypatch.setattr(data, "Pinned", lambda *args: taken.append("pinned"))
+    monkeypatch.setattr(loader, "Resident", lambda *args: taken.append("resident"))
+    monkeypatch.setattr(loader, "Pinned", lambda *args: taken.append("pinned"))
     open_source("auto", clips, own, gpu, 2)
-    monkeypatch.setattr(data, "free_memory", lambda device: 700_000)
+    monkeypatch.setattr(loader, "free_memory", lambda device: 700_000)
     open_source("auto", clips, own, gpu, 2)
     assert taken == ["pinned", "resident"]
 
@@ -117,7 +119,7 @@ def test_the_fused_loss_reads_rows_of_the_table_and_gives_the_same_numbers(clips
     results = []
     for table in (batch.clips, to_range(batch.clips, torch.float32, options.target_limits)):
         logits = [tensor.clone().requires_grad_() for tensor in made]
-        loss, video = glo_loss(*logits, data.Batch(table, batch.at, batch.rows), options, with_video=True)
+        loss, video = glo_loss(*logits, loader.Batch(table, batch.at, batch.rows), options, with_video=True)
         loss.backward()
         results.append([loss.detach(), video, *(tensor.grad for tensor in logits)])
     for fused, apart in zip(*results, strict=True):
@@ -133,7 +135,7 @@ def test_data_and_logging_take_under_three_percent_of_a_step(tmp_path):
     folder = write_clip_folder(tmp_path / "clips", moving_squares(10, frames=32, size=64))
     opened = ClipSet.open(folder, "train")
     options = tiny_options("modern", width=16, batch_size=5, levels=3, latent_dim=100, epochs=50)
-    training = Training(opened, options, new_run(tmp_path / "run", folder, options))
+    training = new_training(opened, options, new_run(tmp_path / "run", folder, options))
     spent = {"step": [], "batch": [], "log": []}
 
     def timed(name, call):
@@ -147,9 +149,9 @@ def test_data_and_logging_take_under_three_percent_of_a_step(tmp_path):
 
     training.loop(max_steps=2)
     training.source.batch = timed("batch", training.source.batch)
-    training.train_step, training.journal.write = (
+    training.train_step, training.logger.write = (
         timed("step", training.train_step),
-        timed("log", training.journal.write),
+        timed("log", training.logger.write),
     )
     training.loop(max_steps=22, log_every=2)
     assert {name: len(seconds) for name, seconds in spent.items()} == {"step": 20, "batch": 20, "log": 10}

@@ -17,11 +17,11 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
 from vglann_fast.glo.checkpoint import Place, load_trained, place_in_run
-from vglann_fast.glo.combinations import batch_size_for
-from vglann_fast.glo.data import Batch, clip_order
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.compatibility import batch_size_for
+from vglann_fast.glo.loader import Batch, clip_order
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
@@ -106,7 +106,7 @@ def both_shares_in_one_process(clips, path, options):
     """What two processes do, done by one: each share is one of the batches of an update."""
     opened = ClipSet.open(clips, "train")
     run = new_run(path, clips, options)
-    training = Training(opened, options, run)
+    training = new_training(opened, options, run)
     assert training.batch_size == options.batch_size
     shares = [Ranks(rank, 2).owns(CLIPS).numpy() for rank in range(2)]
     losses = []
@@ -145,7 +145,7 @@ def test_sync_bn_equals_one_process_with_the_whole_batch(clips, tmp_path):
     run = train_in_processes(clips, tmp_path / "two", options)
     one = tiny_options("modern", batch_size=4, epochs=3)
     opened = ClipSet.open(clips, "train")
-    training = Training(opened, one, new_run(tmp_path / "one", clips, one))
+    training = new_training(opened, one, new_run(tmp_path / "one", clips, one))
     losses = []
     for epoch in range(3):
         training.begin_epoch(epoch)
@@ -279,16 +279,17 @@ def test_a_checkpoint_continues_with_another_number_of_processes(clips, tmp_path
 STOP_IN_THE_MIDDLE = """
 import sys, torch
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.options.training import TrainOptions, options_from_json
+from vglann_fast.options.fields import options_from_json
+from vglann_fast.options.training import TrainOptions
 from vglann_fast.runtime.distributed import joined
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.run.folder import RunDir
 def main():  # a group of processes that outlives the interpreter ends in an abort, at times
     run = RunDir.open(sys.argv[1])
     options = options_from_json(TrainOptions, run.options["train"])
     with joined(torch.device("cpu")) as ranks:
         clips = ClipSet.open(run.options["clips"], "train")
-        Training(clips, options, run, ranks=ranks).loop(max_steps=3, log_every=1)
+        new_training(clips, options, run, ranks=ranks).loop(max_steps=3, log_every=1)
 main()
 """
 

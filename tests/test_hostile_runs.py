@@ -14,7 +14,7 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.mapping.em import Mixture
 from vglann_fast.mapping.fit import KINDS, load_mapping
 from vglann_fast.options.mapping import map_options
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("sizes")
     clips = write_clip_folder(root / "clips", moving_squares(6))
     run = new_run(root / "run", clips, tiny_options(batch_size=2, epochs=2))
-    Training(ClipSet.open(clips), tiny_options(batch_size=2, epochs=2), run).loop(max_steps=2)
+    new_training(ClipSet.open(clips), tiny_options(batch_size=2, epochs=2), run).loop(max_steps=2)
     for kind, values in SMALL.items():
         folder = run.path / "mapping" / kind
         folder.mkdir(parents=True)

@@ -16,8 +16,8 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.checkpoint import load_trained, new_generator
-from vglann_fast.glo.train import Training
 from vglann_fast.mapping.em import Mixture
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.mapping.gaussian import Gaussian
@@ -239,7 +239,7 @@ def test_options_of_a_training_that_lie(clips, run):
         with suppress(VglannError):
             assert load_trained(lying).latents.shape == (2, 8)
         with suppress(VglannError):
-            Training(there, options_from_json(TrainOptions, train), lying)
+            new_training(there, options_from_json(TrainOptions, train), lying)
 
     lied()
 

@@ -1,4 +1,4 @@
-"""identity.py: latents follow their clips when a training goes on with other ones."""
+"""resume.py: latents follow their clips when a training goes on with other ones."""
 
 import json
 
@@ -8,10 +8,12 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.of_run import clip_changes
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.identity import check_clips, clip_changes, matched_latents
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.latents import LatentTable
-from vglann_fast.glo.train import Training, load_trained
+from vglann_fast.glo.resume import check_clips, matched_latents
 from vglann_fast.run.folder import RunDir
 
 VIDEOS = moving_squares(9)
@@ -23,7 +25,7 @@ def stopped(request, tmp_path):
     folder = write_clip_folder(tmp_path / "clips", VIDEOS[:6])
     options = tiny_options(batch_size=2, latent_mode=request.param)
     run = new_run(tmp_path / "run", folder, options)
-    Training(ClipSet.open(folder), options, run).loop(max_steps=4)  # 3 a pass
+    new_training(ClipSet.open(folder), options, run).loop(max_steps=4)  # 3 a pass
     trained = load_trained(run)
     write_clip_folder(tmp_path / "other", VIDEOS[[8, 4, 5, 2, 6]])
     run.options["clips"] = str(tmp_path / "other")
@@ -36,7 +38,7 @@ def resumed(run, on_mismatch):
     from vglann_fast.options.fields import options_from_json
     from vglann_fast.options.training import TrainOptions
 
-    training = Training(clips, options_from_json(TrainOptions, run.options["train"]), run)
+    training = new_training(clips, options_from_json(TrainOptions, run.options["train"]), run)
     training.resume(on_mismatch)
     return training
 
@@ -82,7 +84,7 @@ def test_init_starts_all_latents_anew_and_keeps_the_generator(stopped):
     run, _ = stopped
     clips = ClipSet.open(run.options["clips"])
     training = resumed(run, "init")
-    fresh = Training(clips, training.options, run)
+    fresh = new_training(clips, training.options, run)
     flushed = training.latents.retraction is None
     torch.testing.assert_close(
         training.latents.rows, unit(fresh.latents.rows) if flushed else fresh.latents.rows

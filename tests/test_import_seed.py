@@ -10,7 +10,7 @@ from torch import nn
 
 from vglann_fast.cli import main
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.train import load_trained
+from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.interop.import_seed import import_seed
 from vglann_fast.run.folder import RunDir

@@ -10,7 +10,8 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.cli import main
 from vglann_fast.clips.pixels import psnr
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.train import load_trained, train
+from vglann_fast.glo.checkpoint import load_trained
+from vglann_fast.glo.train import train
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.invert import invert
 from vglann_fast.samples.sample import great_circle, render

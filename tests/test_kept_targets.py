@@ -12,13 +12,14 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.glo import memory
-from vglann_fast.glo.data import Mapped
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.loader import Mapped
 from vglann_fast.glo.memory import too_large
 from vglann_fast.glo.perceptual import FeatureLoss
-from vglann_fast.glo.train import Training, train
+from vglann_fast.glo.train import train
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime import memory
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.memory import forget_peak, free_beside_a_step
 from vglann_fast.runtime.numerics import numerics
@@ -67,7 +68,7 @@ def two_passes(wish):
 def test_kept_features_change_no_bit(clips, tmp_path, looks, fresh, cut):
     """Of a training that stops at step `cut`, after which its features are kept anew."""
     run, opened = new_run(tmp_path / "run", clips, two_passes("on")), ClipSet.open(clips, "train")
-    Training(opened, two_passes("on"), run).loop(max_steps=cut, log_every=1)
+    new_training(opened, two_passes("on"), run).loop(max_steps=cut, log_every=1)
     looks.clear()
     train(opened, run, log_every=1, resume=True)
     # Both videos of a step; of the first alone, then of the clips in four batches, then the made one.
@@ -107,7 +108,7 @@ def test_a_signal_ends_the_first_look_at_the_clips(clips, tmp_path, monkeypatch,
 
     monkeypatch.setattr(FeatureLoss, "levels", told_to_stop)
     options = tiny_options("modern", loss="lite0")
-    training = Training(ClipSet.open(clips, "train"), options, new_run(tmp_path / "run", clips, options))
+    training = new_training(ClipSet.open(clips, "train"), options, new_run(tmp_path / "run", clips, options))
     with pytest.raises(Interrupted):
         training.loop()
     assert len(seen) == 4
@@ -198,7 +199,7 @@ def test_out_of_memory_names_kept_features(clips, tmp_path, caplog):
     taken = []
     for wish in ("off", "on"):
         options = tiny_options("modern", loss="lite0", cache_features=wish)
-        training = Training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / wish, {}))
+        training = new_training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / wish, {}))
         training.keep_targets()
         with caplog.at_level("INFO", "vglann_fast"):
             message = str(training.out_of_memory())

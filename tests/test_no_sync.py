@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from vglann_kernels import impl as switch
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.glo import train as train_module
-from vglann_fast.glo.data import Batch
+from vglann_fast.glo import assemble
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.guard import Guard
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.precision import AUTOCAST
-from vglann_fast.glo.train import Training
 from vglann_fast.run.folder import RunDir
 
 
@@ -79,8 +79,8 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", new_adam)
     monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
-    monkeypatch.setattr(train_module, "in_precision", in_precision)
-    monkeypatch.setattr(train_module, "resolve_precision", lambda asked, device: asked)
+    monkeypatch.setattr(assemble, "in_precision", in_precision)
+    monkeypatch.setattr(assemble, "resolve_precision", lambda asked, device: asked)
     for op in switch.OPS:
         monkeypatch.setitem(switch.implementations(op), "triton", lambda device: None)
 
@@ -94,7 +94,7 @@ def clips(tmp_path_factory):
 def update_of(clips, preset, **changes):
     """`Training.update` of such a training, after a first one: as before a capture, it may make what is kept."""
     options = tiny_options(preset, data="resident", **changes)
-    training = Training(clips, options, RunDir(clips.folder, {}), device="meta")
+    training = new_training(clips, options, RunDir(clips.folder, {}), device="meta")
     training.begin_epoch(0)
     rows = torch.zeros(training.batch_size, dtype=torch.int64, device="meta")
     batches = [Batch(training.source.table, rows, rows) for _ in range(options.accumulate)]

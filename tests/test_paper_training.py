@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import vglann_kernels.laplacian.reference as laplacian_reference
 from golden_data import author_generator_state, golden, normal, normal64, relative_l2, uniform
 
-from vglann_fast.glo.data import Batch
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.loader import Batch
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
@@ -43,7 +43,7 @@ def author_run(tmp_path_factory):
     # His recording halves the rates every second epoch: a tenth of 20.
     options = replace(PRESETS["paper"].train, batch_size=2, epochs=20, lr_latents=0.01, lr_generator=0.001)
     run = RunDir(tmp_path_factory.mktemp("run"), {})
-    training = Training(FourClips(), options, run, dtype=torch.float64)
+    training = new_training(FourClips(), options, run, dtype=torch.float64)
     training.generator.load_state_dict(load_generator(author_generator_state("orig", gain=1.4)).state_dict())
     training.latents.rows.copy_(normal("glo.Z0", (4, 100), std=0.01))
     videos = uniform("glo.videos", (4, 32, 3, 64, 64)).double().transpose(1, 2)  # [N, C, T, H, W]

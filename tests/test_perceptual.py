@@ -13,12 +13,12 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
-from vglann_fast.glo import data, perceptual
+from vglann_fast.glo import loader, perceptual
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.glo.combinations import why_no_graph
+from vglann_fast.glo.compatibility import why_no_graph
 from vglann_fast.glo.losses import glo_loss, reconstruction_loss
 from vglann_fast.glo.perceptual import FeatureLoss, load_features
-from vglann_fast.glo.train import Training
 from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import ResNet3d
@@ -132,7 +132,7 @@ def test_the_fused_loss_weighed_is_the_plain_one(real, reduction):
     options = replace(PRESETS["modern"].train, levels=2, mask_weight=0.3, frame_reduction=reduction)
     noise = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 4, 8, 32, 32, generator=noise), torch.randn(2, 3, 32, 32, generator=noise)
-    batch = data.Batch(real, torch.tensor([1, 0]), torch.tensor([0, 1]))
+    batch = loader.Batch(real, torch.tensor([1, 0]), torch.tensor([0, 1]))
     summed = replace(options, loss="laplacian:2,l1:1e-9")
     fused = glo_loss(*logits, batch, replace(options, loss="laplacian:2"), with_video=False)[0]
     assert fused.item() == pytest.approx(
@@ -215,7 +215,7 @@ def test_half_precision_is_near(spec, dtype, real, imported):
     noise = torch.Generator().manual_seed(3)
     head = torch.randn(2, 4, 8, 32, 32, generator=noise).to(dtype)
     background = torch.randn(2, 3, 32, 32, generator=noise).to(dtype)
-    batch = data.Batch(real, torch.arange(2), torch.arange(2))
+    batch = loader.Batch(real, torch.arange(2), torch.arange(2))
 
     def loss(precision, *logits):
         features = load_features(options, CPU, precision=precision)
@@ -253,29 +253,29 @@ def test_weights_not_imported(clips, tmp_path, monkeypatch):
     monkeypatch.setenv("VGLANN_WEIGHTS", str(tmp_path / "none"))
     options = tiny_options("modern", loss="l1,vgg16:0.1")
     with pytest.raises(VglannError, match=r"vgg16 .*vglann weights import vgg16 FILE"):
-        Training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / "run", {}))
+        new_training(ClipSet.open(clips, "train"), options, RunDir(tmp_path / "run", {}))
 
 
 def test_resumed_with_the_same_weights_or_not_at_all(clips, tmp_path, imported):
     options = tiny_options("modern", loss="lite0")
     opened = ClipSet.open(clips, "train")
-    whole = steps_of(Training(opened, options, new_run(tmp_path / "whole", clips, options)), 5)
+    whole = steps_of(new_training(opened, options, new_run(tmp_path / "whole", clips, options)), 5)
     run = new_run(tmp_path / "run", clips, options)
-    first = Training(opened, options, run)
+    first = new_training(opened, options, run)
     steps_of(first, 3)
     first.save()
-    again = Training(opened, options, run)
+    again = new_training(opened, options, run)
     again.restore()
     assert torch.equal(steps_of(again, 2), whole[3:])
     import_lite0(tmp_path / "weights", sha="b" * 64)
     with pytest.raises(VglannError, match=OTHER_WEIGHTS):
-        Training(opened, options, run).restore()
+        new_training(opened, options, run).restore()
 
 
 def test_inversion_by_features(clips, tmp_path, imported):
     options = tiny_options("modern", loss="l2:0.1,lite0", batchnorm="train")
     run = new_run(tmp_path / "run", clips, options)
-    training = Training(ClipSet.open(clips, "train"), options, run)
+    training = new_training(ClipSet.open(clips, "train"), options, run)
     steps_of(training, 1)
     training.save()
     trained = load_trained(run)
@@ -334,7 +334,7 @@ def test_the_authors_training_with_vgg(dtype, tmp_path, monkeypatch):
     tensors = as_his(network_state("vgg16_features", gain=2**0.5), "features.0.weight")
     monkeypatch.setattr(perceptual, "load_weights", lambda name: Weights(name, tensors, ""))
     options = replace(PRESETS["paper"].train, loss="vgg16", batch_size=2, epochs=20, cache_features="off")
-    training = Training(FourClips(), options, RunDir(tmp_path / "run", {}), dtype=dtype)
+    training = new_training(FourClips(), options, RunDir(tmp_path / "run", {}), dtype=dtype)
     training.generator.load_state_dict(load_generator(author_generator_state("orig", gain=1.4)).state_dict())
     training.latents.rows.copy_(normal("glo.Z0", (4, 100), std=0.01))
     videos = uniform("glo.videos", (4, 32, 3, 64, 64)).to(dtype).transpose(1, 2)  # [N, C, T, H, W]
@@ -342,7 +342,7 @@ def test_the_authors_training_with_vgg(dtype, tmp_path, monkeypatch):
     losses = []
     exact = dtype == torch.float64
     for rows in expected["ep0.perm"].split(2)[: None if exact else 1]:
-        losses.append(training.update([data.Batch(videos[rows], torch.arange(2), rows)], False)[0].double())
+        losses.append(training.update([loader.Batch(videos[rows], torch.arange(2), rows)], False)[0].double())
     tolerance = 1e-9 if exact else 1e-6
     assert torch.allclose(torch.stack(losses), expected["losses"][: len(losses)], rtol=tolerance, atol=0)
     if exact:

@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import precision as precision_module
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
-from vglann_fast.glo.data import Batch
 from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
 from vglann_fast.glo.optimizer import GeneratorAdam
 from vglann_fast.glo.precision import LossScale, in_precision, resolve_precision, self_test
-from vglann_fast.glo.train import Training
 from vglann_fast.runtime.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_the_flat_batchnorm_is_the_3d_one():
 
 def test_bf16_keeps_weights_latents_statistics_adam_and_loss_in_float32(clips, tmp_path):
     options = tiny_options("modern", precision="bf16")
-    training = Training(ClipSet.open(clips, "train"), options, new_run(tmp_path / "run", clips, options))
+    training = new_training(ClipSet.open(clips, "train"), options, new_run(tmp_path / "run", clips, options))
     assert training.logits(training.latents.rows[:2])[0].dtype == torch.bfloat16
     loss, _, _ = training.train_step()
     kept = [
@@ -130,7 +130,7 @@ def test_bf16_trains_like_fp32(clips, tmp_path):
     for precision in ("fp32", "bf16"):
         options = tiny_options("modern", precision=precision, epochs=20, width=8, lr_generator=0.005)
         run = new_run(tmp_path / precision, clips, options)
-        training = Training(ClipSet.open(clips, "train"), options, run)
+        training = new_training(ClipSet.open(clips, "train"), options, run)
         losses[precision] = [training.train_step()[0].item() for _ in range(40)]
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"][0] == pytest.approx(losses["fp32"][0], rel=0.01)

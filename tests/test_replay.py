@@ -39,13 +39,13 @@ def made(tmp_path_factory):
 def stop_at(run, step):
     """As if the finished training had been stopped there."""
     from vglann_fast.clips.dataset import ClipSet
-    from vglann_fast.glo.train import Training
+    from vglann_fast.glo.assemble import new_training
     from vglann_fast.options.fields import options_from_json
     from vglann_fast.options.training import TrainOptions
 
     shutil.rmtree(run.path / "checkpoints")
     options = options_from_json(TrainOptions, run.options["train"])
-    training = Training(ClipSet.open(run.options["clips"]), options, run, seed=run.options["seed"])
+    training = new_training(ClipSet.open(run.options["clips"]), options, run, seed=run.options["seed"])
     training.loop(max_steps=step)
 
 

@@ -11,8 +11,8 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.glo.train import Training
 from vglann_fast.mapping import fit
 from vglann_fast.report.mappings import compare_mappings
 from vglann_fast.report.page import write_report
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mapped")
     clips = write_clip_folder(folder / "clips", moving_squares(9))
     run = new_run(folder / "run", clips, tiny_options(latent_init="sphere"))
-    Training(ClipSet.open(clips, "train"), tiny_options(latent_init="sphere"), run).loop(max_steps=1)
+    new_training(ClipSet.open(clips, "train"), tiny_options(latent_init="sphere"), run).loop(max_steps=1)
     for kind, *more in (("gaussian",), ("vae", "--epochs", "2")):
         assert main(["map", str(run.path), "--kind", kind, "--preset", "demo", *more]) == 0
     return run.path

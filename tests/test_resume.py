@@ -12,8 +12,10 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.data import clip_order
-from vglann_fast.glo.train import Training, train
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.loader import clip_order
+from vglann_fast.glo.train import train
+from vglann_fast.glo.training import Training
 from vglann_fast.run.folder import RunDir
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
@@ -25,7 +27,7 @@ def clips(tmp_path_factory):
 
 
 def training_on(clips, run, options):
-    return Training(ClipSet.open(clips, "train"), options, run)
+    return new_training(ClipSet.open(clips, "train"), options, run)
 
 
 def tensors(run):
@@ -79,7 +81,7 @@ def test_it_goes_on_with_a_lower_rate_which_holds_at_once_and_is_recorded(
     run = new_run(tmp_path / "run", clips, options)
     training = training_on(clips, run, options)
     poison(training, after=4)
-    monkeypatch.setattr("vglann_fast.glo.train.Training", lambda *args, **kwargs: training)
+    monkeypatch.setattr("vglann_fast.glo.train.new_training", lambda *args, **kwargs: training)
     assert main(["train", "--resume", str(run.path), "--device", "cpu"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert sum("error:" in line for line in error) == 1

@@ -13,13 +13,15 @@ from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
-from vglann_fast.glo import combinations
+from vglann_fast.glo import assemble, compatibility
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
-from vglann_fast.glo.combinations import check_combinations, use_graph, why_no_graph
-from vglann_fast.glo.data import Batch
+from vglann_fast.glo.compatibility import check_compatibility, use_graph, why_no_graph
 from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.memory import checkpoint_activations, memory_table, out_of_memory
-from vglann_fast.glo.train import Training, train
+from vglann_fast.glo.train import train
+from vglann_fast.glo.training import Training
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
@@ -36,7 +38,7 @@ def clips(tmp_path_factory):
 def training_of(clips, path, dtype=torch.float32, **changes):
     preset = changes.pop("preset", "modern")
     options = tiny_options(preset, **changes)
-    return Training(ClipSet.open(clips, "train"), options, new_run(path, clips, options), dtype=dtype)
+    return new_training(ClipSet.open(clips, "train"), options, new_run(path, clips, options), dtype=dtype)
 
 
 class ReferenceTwin:
@@ -88,16 +90,16 @@ def test_twin_training_is_equal_to_rounding_over_100_steps(clips, tmp_path, pres
 def test_accumulation_is_the_mean_over_batches_and_updates_once(clips, tmp_path):
     training = training_of(clips, tmp_path / "two", torch.float64, batch_size=3, accumulate=2)
     before = training.latents.rows.clone()
-    _, _, rows = training.train_step()
+    _, _, batch = training.train_step()
     gradient = training.generator.stem.weight.grad.clone()
     assert training.optimizer.tensors()["step.stem.weight"].item() == 1
     assert training.latents.adam.row_step.tolist() == [1] * 6
-    assert len(rows) == 3
+    assert len(batch.rows) == 3
     assert training.steps_per_epoch == 1
 
     apart = training_of(clips, tmp_path / "one", torch.float64, batch_size=3)
     table = torch.from_numpy(apart.clips.read())
-    from vglann_fast.glo.data import clip_order
+    from vglann_fast.glo.loader import clip_order
     from vglann_fast.glo.losses import glo_loss
 
     apart.begin_epoch(0)
@@ -207,7 +209,7 @@ def test_out_of_memory_is_one_line_after_a_table_and_loses_nothing(clips, tmp_pa
     options = tiny_options("modern", batch_size=3)
     run = new_run(tmp_path / "run", clips, options)
     opened = ClipSet.open(clips, "train")
-    Training(opened, options, run).loop(max_steps=2)
+    new_training(opened, options, run).loop(max_steps=2)
     step = Training.train_step
 
     def full(self, **wanted):
@@ -227,10 +229,10 @@ def test_out_of_memory_is_one_line_after_a_table_and_loses_nothing(clips, tmp_pa
 
 
 def test_out_of_memory_before_the_first_step_is_one_line_too(clips, tmp_path, monkeypatch):
-    def full(self, *args):
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Training, "_wrap_generator", full)
+    monkeypatch.setattr(assemble, "open_source", full)
     run = RunDir(tmp_path / "run", new_run(tmp_path / "other", clips, tiny_options("modern")).options)
     with pytest.raises(VglannError, match=r"out of memory before the first step.*--data pinned, --width 2"):
         train(ClipSet.open(clips, "train"), run)
@@ -274,7 +276,7 @@ def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
     assert "latent mode row, bf16 it was not compared" in caplog.text
     assert not use_graph(TrainOptions(), gpu, **given)
-    monkeypatch.setattr(combinations, "TESTED", frozenset({("Card", torch.__version__, "row", "bf16")}))
+    monkeypatch.setattr(compatibility, "TESTED", frozenset({("Card", torch.__version__, "row", "bf16")}))
     caplog.clear()
     assert use_graph(TrainOptions(), gpu, **given)
     assert not use_graph(TrainOptions(latent_mode="catchup"), gpu, **given)
@@ -284,8 +286,8 @@ def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
 
 def test_options_nobody_tried_together_are_refused():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    check_combinations(TrainOptions(compile=True), Ranks(0, 2), "bf16", gpu)
-    check_combinations(TrainOptions(deterministic=True), Ranks(0, 2), "fp32", cpu)
+    check_compatibility(TrainOptions(compile=True), Ranks(0, 2), "bf16", gpu)
+    check_compatibility(TrainOptions(deterministic=True), Ranks(0, 2), "fp32", cpu)
     for options, ranks, precision in (
         (TrainOptions(compile=True, sync_bn=True), Ranks(0, 2), "bf16"),
         (TrainOptions(compile=True, checkpoint_activations=True), Ranks(), "bf16"),
@@ -294,7 +296,7 @@ def test_options_nobody_tried_together_are_refused():
         (TrainOptions(), Ranks(0, 2), "fp16"),
     ):
         with pytest.raises(VglannError, match="not tested together"):
-            check_combinations(options, ranks, precision, gpu)
+            check_compatibility(options, ranks, precision, gpu)
 
 
 def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_path, capsys):

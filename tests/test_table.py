@@ -14,7 +14,7 @@ from vglann_fast import table as module
 from vglann_fast.arguments import new_parser, spelled_out
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.options.presets import preset
 from vglann_fast.report.evaluation import shown
 from vglann_fast.report.table_page import COLUMN, as_markdown, distance_tables, read_table, write_table_page
@@ -163,7 +163,7 @@ def test_a_mapping_with_other_options_is_named(made, clips, capsys):
 def test_a_training_that_was_cut_goes_on(clips, tmp_path):
     options = tiny_options("modern", epochs=2, loss="l1")
     run = new_run(tmp_path / "l1", clips, options, preset="modern")
-    Training(ClipSet.open(clips, "train"), options, run).loop(max_steps=3)
+    new_training(ClipSet.open(clips, "train"), options, run).loop(max_steps=3)
     assert plan_table(grid(clips, tmp_path, ("l1",)))["l1"].training == CONTINUE
     assert main(command(clips, tmp_path, "l1", "gaussian")) == 0
     assert json.loads((tmp_path / "table.json").read_text())["runs"]["l1"]["step"] == 8

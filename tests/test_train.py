@@ -14,11 +14,12 @@ from tiny import moving_squares, new_run, tiny_options, write_clip_folder
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import latent_batches
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.glo.data import clip_order
+from vglann_fast.glo.loader import clip_order
 from vglann_fast.glo.optimizer import learning_rate_factor
-from vglann_fast.glo.train import Training, train
+from vglann_fast.glo.train import train
 from vglann_fast.metrics.reconstruction import reconstruction_metrics
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.signals import Interrupted
@@ -33,7 +34,7 @@ def training_on(clips, run, seed=0):
     from vglann_fast.options.fields import options_from_json
     from vglann_fast.options.training import TrainOptions
 
-    return Training(
+    return new_training(
         ClipSet.open(clips, "train"), options_from_json(TrainOptions, run.options["train"]), run, seed=seed
     )
 
@@ -119,8 +120,8 @@ def test_resumed_metrics_are_not_logged_twice(clips, tmp_path):
     training = training_on(clips, run)
     training.loop(max_steps=2, log_every=1)
     for _ in range(2):  # steps that were logged but whose checkpoint was never written
-        loss, video, rows = training.train_step()
-        training._log(loss, video, rows)
+        loss, video, batch = training.train_step()
+        training._log(loss, video, batch)
     train(ClipSet.open(clips, "train"), run, log_every=1, resume=True)
     assert [row["step"] for row in run.logs.metrics("glo")] == [1, 2, 3, 4, 5, 6]
 
@@ -249,10 +250,10 @@ def test_what_cannot_be_trained_on(clips, tmp_path):
     one = write_clip_folder(tmp_path / "one", moving_squares(1))
     run = RunDir(tmp_path / "none", {})
     with pytest.raises(VglannError, match="at least 2 clips"):
-        Training(ClipSet.open(one, "train"), options, run)
+        new_training(ClipSet.open(one, "train"), options, run)
     odd = write_clip_folder(tmp_path / "odd", moving_squares(2, frames=10))
     with pytest.raises(VglannError, match="frames: expected a positive multiple of 16, got 10"):
-        Training(ClipSet.open(odd, "train"), options, run)
+        new_training(ClipSet.open(odd, "train"), options, run)
 
 
 def test_seed_decides_the_start(clips, tmp_path):
@@ -263,5 +264,5 @@ def test_seed_decides_the_start(clips, tmp_path):
 
 
 def training_on_options(clips, run, seed):
-    training = Training(ClipSet.open(clips, "train"), replace(tiny_options(), epochs=1), run, seed=seed)
+    training = new_training(ClipSet.open(clips, "train"), replace(tiny_options(), epochs=1), run, seed=seed)
     return training.generator.stem.weight.detach()

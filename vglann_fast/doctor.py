@@ -243,7 +243,7 @@ def _tiny_training(device: Any, steps: int) -> tuple[float, float]:
     """Losses of the first and the last of `steps` steps on four clips of a moving edge."""
     import numpy as np
 
-    from vglann_fast.glo.train import Training
+    from vglann_fast.glo.assemble import new_training
 
     class Edges:
         ids = ("a", "b", "c", "d")
@@ -263,7 +263,7 @@ def _tiny_training(device: Any, steps: int) -> tuple[float, float]:
         width=4, latent_dim=8, levels=2, batch_size=4, epochs=10 * steps, lr_generator=0.01
     )
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(Edges(), options, RunDir(Path(folder), {}), device=device)  # type: ignore[arg-type]
+        training = new_training(Edges(), options, RunDir(Path(folder), {}), device=device)  # type: ignore[arg-type]
         losses = [training.train_step(with_video=False)[0].item() for _ in range(steps)]
         training.source.close()
     return losses[0], losses[-1]

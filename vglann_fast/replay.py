@@ -121,10 +121,10 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
 
 
 def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
+    from vglann_fast.clips.of_run import check_same_clips, has_clips, open_clips
+    from vglann_fast.glo.assemble import new_training
     from vglann_fast.glo.checkpoint import check_saved_size
-    from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
     from vglann_fast.glo.precision import training_numerics
-    from vglann_fast.glo.train import Training
     from vglann_fast.options.fields import options_from_json
     from vglann_fast.options.training import TrainOptions
 
@@ -143,7 +143,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
         options: TrainOptions = options_from_json(TrainOptions, train)
         check_saved_size(run, options)
         with training_numerics(options, device):
-            training = Training(clips, options, second, seed=run.options["seed"], device=device)
+            training = new_training(clips, options, second, seed=run.options["seed"], device=device)
             training.resume()
             training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)
         training.source.close()

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from vglann_fast.clips.dataset import INDEX_FILE, ClipSet
+from vglann_fast.clips.of_run import check_same_clips
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained, new_generator
-from vglann_fast.glo.combinations import batch_size_for, check_combinations
-from vglann_fast.glo.identity import check_same_clips
+from vglann_fast.glo.compatibility import batch_size_for, check_compatibility
 from vglann_fast.glo.precision import resolve_precision
 from vglann_fast.glo.train import train
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
@@ -202,7 +202,7 @@ def _names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
 def _check_training(options: TrainOptions, clips: ClipSet, device: torch.device) -> None:
     """Raise `VglannError` for what `train` would refuse, as far as that is quickly found."""
     batch_size_for(len(clips), options, Ranks())
-    check_combinations(options, Ranks(), resolve_precision(options.precision, device), device)
+    check_compatibility(options, Ranks(), resolve_precision(options.precision, device), device)
     new_generator(options, clips.frames, clips.size)
     for network in options.loss_terms.keys() & set(PERCEPTUAL):
         load_weights(network)

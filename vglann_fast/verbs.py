@@ -94,7 +94,7 @@ def _resume(a: Namespace, given: dict[str, Any]) -> None:
         run.options["clips"] = str(Path(a.clips).absolute())
     if _dry_run(a, run.options):
         return
-    from vglann_fast.glo.identity import open_clips
+    from vglann_fast.clips.of_run import open_clips
     from vglann_fast.runtime.distributed import joined
 
     device = device_and_kernels(a)

@@ -15,10 +15,10 @@ from tiny_study import answer_all, prefer, tiny_study
 
 from vglann_fast.cli import main
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.of_run import has_clips, open_clips
 from vglann_fast.clips.sources import find_sources
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.glo.identity import has_clips, open_clips
 from vglann_fast.glo.train import train
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.page import write_report

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import UPSAMPLING, TwoStreamGenerator
-from vglann_fast.glo.identity import check_clips, matched_latents
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.optimizer import GeneratorAdam
 from vglann_fast.glo.perceptual import check_weights
+from vglann_fast.glo.resume import check_clips, matched_latents
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.files import open_regular

@@ -10,7 +10,7 @@ from torch import Tensor
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 
 from vglann_fast.clips.pixels import to_range
-from vglann_fast.glo.data import Batch
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import Against, FeatureLoss
 from vglann_fast.options.training import TrainOptions
 

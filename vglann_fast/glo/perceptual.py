@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.data import HEADROOM, ClipSource
+from vglann_fast.glo.loader import HEADROOM, ClipSource
 from vglann_fast.glo.precision import AUTOCAST
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
 from vglann_fast.nets.resnet3d import MEAN as KINETICS_MEAN

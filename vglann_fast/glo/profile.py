@@ -18,11 +18,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
+from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
-from vglann_fast.glo import graph
-from vglann_fast.glo.identity import open_clips
+from vglann_fast.glo import cuda_graph
+from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.precision import training_numerics
-from vglann_fast.glo.train import Training
+from vglann_fast.glo.training import Training
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.files import write_json
@@ -30,7 +31,7 @@ from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.memory import forget_peak
 
 STAGES = ("data", "generator", "loss", "backward", "update")
-WARM_UP = graph.WARM_UP + 1  # a step that is replayed was captured by then
+WARM_UP = cuda_graph.WARM_UP + 1  # a step that is replayed was captured by then
 TOP = 10
 # Parts of names of operations and kernels that a step of ours should not have, and what they mean.
 SUSPECT = {
@@ -65,7 +66,7 @@ def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str
 def _training_of(run: RunDir, options: TrainOptions, device: torch.device) -> Training:
     """The run's training at its newest checkpoint; a finished one goes on as if it had further epochs."""
     clips = open_clips(run)
-    training = Training(clips, options, run, seed=run.options["seed"], device=device)
+    training = new_training(clips, options, run, seed=run.options["seed"], device=device)
     if run.checkpoints.exist():
         training.restore()
         training.epoch, training.position = 0, 0  # the learning rate of a last epoch may be zero

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function as stage  # names the parts of a step for `vglann profile`
 
-from vglann_fast.glo.data import Batch
 from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.latents import LatentTable
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
 from vglann_fast.glo.optimizer import GeneratorAdam
 from vglann_fast.glo.perceptual import FeatureLoss

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.identity import open_clips
 from vglann_fast.run.folder import RunDir
 
 log_line = logging.getLogger(__name__).warning

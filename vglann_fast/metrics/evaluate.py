@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet, read_index
+from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Trained, load_trained
-from vglann_fast.glo.identity import open_clips
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.metrics.compare import Measured, compare, measure
 from vglann_fast.metrics.coverage import nearest_distances

@@ -10,9 +10,9 @@ from torch import Tensor
 from vglann_kernels import laplacian_pyramid_loss
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.of_run import check_same_clips
 from vglann_fast.clips.pixels import psnr, to_range
 from vglann_fast.glo.checkpoint import Trained, load_trained
-from vglann_fast.glo.identity import check_same_clips
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.invert import invert
 from vglann_fast.samples.sample import Rendered, open_clips, render

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import mask_composite, nearest_rows
 
+from vglann_fast.clips.of_run import check_same_clips, has_clips, open_clips
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
 from vglann_fast.glo.checkpoint import Trained, load_trained
-from vglann_fast.glo.identity import check_same_clips, has_clips, open_clips
 from vglann_fast.mapping.base import Mapping
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run.folder import RunDir

@@ -9,48 +9,12 @@ Latents are stored beside the ids of their clips, in their order. What happens w
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.errors import VglannError
+from vglann_fast.clips.of_run import check_same_clips, clip_changes
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.options.training import OnMismatch
-from vglann_fast.run.folder import RunDir
-
-_LISTED = 10  # ids named of the missing, and of the new
-
-
-def has_clips(run: RunDir) -> bool:
-    """Whether the run was trained here, on clips; an imported one was not."""
-    return run.options["clips"] is not None
-
-
-def open_clips(run: RunDir, *, verify: bool = False) -> ClipSet:
-    """The training clips of a run. Raises `VglannError` when it never had any, or says where they were.
-
-    verify: read all of them and compare their checksums.
-    """
-    if not has_clips(run):
-        raise VglannError(f"{run.path} was imported: it has no clips, and no training that could go on")
-    folder = Path(run.options["clips"])
-    if not folder.is_dir():
-        raise VglannError(
-            f"the clips of {run.path} are not in {folder} any more; put them back, or say where they are: "
-            f"vglann train CLIPS --resume {run.path}"
-        )
-    return ClipSet.open(folder, "train", verify=verify)
-
-
-def clip_changes(trained: Sequence[str], present: Sequence[str]) -> str:
-    """What became of the clips, in words; empty if they are the same in the same order."""
-    if list(trained) == list(present):
-        return ""
-    missing, new = sorted(set(trained) - set(present)), sorted(set(present) - set(trained))
-    if not missing and not new:
-        return "the clips are in another order"
-    return f"{_listed(missing, 'missing')}, {_listed(new, 'new')}"
 
 
 def matched_latents(
@@ -79,13 +43,6 @@ def matched_latents(
     return matched
 
 
-def check_same_clips(trained: Sequence[str], present: Sequence[str], advice: str = "put them back") -> None:
-    """Raise `VglannError`, with what is missing and new, unless both are the same clips in the same order."""
-    changes = clip_changes(trained, present)
-    if changes:
-        raise VglannError(f"the clip set changed since the run began: {changes}; {advice}")
-
-
 def check_clips(trained: Sequence[str], present: Sequence[str], on_mismatch: OnMismatch) -> str:
     """What became of the clips and their latents, in words, empty if nothing. Raises `VglannError` for "error"."""
     if on_mismatch == "error":
@@ -99,8 +56,3 @@ def check_clips(trained: Sequence[str], present: Sequence[str], on_mismatch: OnM
         return ""
     kept = len(set(trained) & set(present)) if on_mismatch == "keep" else 0
     return f"the clip set changed: {changes}. {kept} latents were kept, {len(present) - kept} start anew"
-
-
-def _listed(ids: Sequence[str], what: str) -> str:
-    names = ", ".join(ids[:_LISTED]) + (", ..." if len(ids) > _LISTED else "")
-    return f"{len(ids)} {what}" + (f" ({names})" if ids else "")

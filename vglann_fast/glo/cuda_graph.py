@@ -3,7 +3,7 @@
 Right by construction, as far as that goes without a GPU: all that changes from step to step lies in tensors that
 keep their place (rows of the batch, learning rates, Adam's counters and moments, the guard), gradients are made
 inside the graph's own memory, and nothing in the step looks at a value from the host. What it was not tried with is
-refused, see `combinations.py`.
+refused, see `compatibility.py`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vglann_fast.glo.data import Batch
+from vglann_fast.glo.loader import Batch
 
 Step = Callable[[Batch, bool], tuple[Tensor, Tensor | None]]  # (batch, with_video) -> (loss, video)
 

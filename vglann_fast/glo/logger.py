@@ -4,30 +4,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
+from vglann_fast.glo.loader import Batch
 from vglann_fast.progress import Progress
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 
 
-class Journal:
+class Logger:
     """The figures of a training as it goes. Only process 0 writes and shows them, but they are of all processes.
 
     Args:
         run: to whose metrics.jsonl lines are added.
-        clips, own: the clips, and the rows of them that belong to this process.
         limits: values of a video that are black and white.
     """
 
-    def __init__(
-        self, run: RunDir, ranks: Ranks, clips: ClipSet, own: np.ndarray, limits: tuple[float, float]
-    ) -> None:
-        self.run, self.ranks, self.clips, self.own, self.limits = run, ranks, clips, own, limits
+    def __init__(self, run: RunDir, ranks: Ranks, limits: tuple[float, float]) -> None:
+        self.run, self.ranks, self.limits = run, ranks, limits
         self.seconds = 0.0  # of training up to the last line, over all resumes
         self._progress: Progress | None = None
         self._started = time.monotonic()
@@ -46,18 +41,16 @@ class Journal:
         if self._progress is not None:
             self._progress.advance()
 
-    def write(
-        self, step: int, epoch: float, loss: Tensor, video: Tensor, rows: np.ndarray, lr: float
-    ) -> None:
+    def write(self, step: int, epoch: float, loss: Tensor, video: Tensor, batch: Batch, lr: float) -> None:
         """Add a line about `step`; waits for the device.
 
         Args:
             epoch: passes over the clips, the one that is not whole as a fraction.
             loss: [].
-            video: [B, 3, T, H, W] of the last batch, made from the clips `rows` [B] of this process's share.
+            video: [B, 3, T, H, W] made for the clips of `batch`, the last one of the step.
             lr: of the generator.
         """
-        real = torch.from_numpy(self.clips.read(self.own[rows])).to(video.device)
+        real = batch.clips[batch.at]
         quality = self.ranks.mean(psnr(to_uint8(video, self.limits), real).mean().item())
         figures = {"loss": loss.item(), "psnr": quality}
         self.seconds = time.monotonic() - self._started

@@ -29,7 +29,7 @@ def batch_size_for(count: int, options: TrainOptions, ranks: Ranks) -> int:
     return batch_size
 
 
-def check_combinations(options: TrainOptions, ranks: Ranks, precision: str, device: torch.device) -> None:
+def check_compatibility(options: TrainOptions, ranks: Ranks, precision: str, device: torch.device) -> None:
     """Raise `VglannError` for options that nobody has tried together, before anything is loaded."""
     untested = {
         "--compile true with --sync-bn true": options.compile and options.sync_bn,

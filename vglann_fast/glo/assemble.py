@@ -1,0 +1,119 @@
+"""Makes a training of its parts: checks what goes together, then builds generator, latents, optimizer and data."""
+
+import numpy as np
+import torch
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.batchnorm import sync_batch_norms
+from vglann_fast.glo.checkpoint import check_saved_size, new_generator
+from vglann_fast.glo.compatibility import batch_size_for, check_compatibility, use_graph
+from vglann_fast.glo.cuda_graph import GraphedStep
+from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.guard import Guard
+from vglann_fast.glo.latents import LatentTable, initial_latents
+from vglann_fast.glo.loader import open_source
+from vglann_fast.glo.memory import checkpoint_activations
+from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.perceptual import load_features
+from vglann_fast.glo.precision import (
+    Logits,
+    LossScale,
+    in_precision,
+    resolve_precision,
+)
+from vglann_fast.glo.training import Training
+from vglann_fast.options.training import Precision, TrainOptions
+from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
+
+
+def new_training(
+    clips: ClipSet,
+    options: TrainOptions,
+    run: RunDir,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
+    training_class: type[Training] = Training,
+) -> Training:
+    """Return a training of `options` on `clips` that has taken no step.
+
+    Args:
+        seed: of the first parameters, the first latents and the order of the clips.
+        dtype: float32; float64 in conformance tests.
+        ranks: this process among those that train together. Default: alone.
+
+    Raises:
+        VglannError: too few clips, clips the generator cannot make, options that do not go together here, or a run
+            with checkpoints of another size.
+    """
+    device, ranks = torch.device(device), ranks or Ranks()
+    check_saved_size(run, options)
+    batch_size = batch_size_for(len(clips), options, ranks)
+    precision = resolve_precision(options.precision, device)
+    check_compatibility(options, ranks, precision, device)
+    features = load_features(options, device, precision=precision, dtype=dtype)
+    # CPU only: the same parameters on every device.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = new_generator(options, clips.frames, clips.size)
+        rows = initial_latents(len(clips), options, torch.default_generator, clips.read)
+    generator = generator.to(device, dtype).channels_last()
+    ranks.broadcast(generator.parameters())
+    own = ranks.owns(len(clips))
+    ids = [clips.ids[row] for row in own.tolist()]
+    scale = LossScale(device) if precision == "fp16" else None
+    training = training_class(
+        clips=clips,
+        options=options,
+        run=run,
+        seed=seed,
+        device=device,
+        ranks=ranks,
+        batch_size=batch_size,
+        precision=precision,
+        features=features,
+        generator=generator,
+        logits=_wrapped_logits(generator, options, precision, device, ranks),
+        own=own,
+        latents=LatentTable(rows[own].to(device, dtype), ids, options),
+        guard=Guard.new(batch_size * options.accumulate, device),
+        optimizer=GeneratorAdam(generator, options, ranks, scale),
+        source=open_source(options.data, clips, own.numpy(), device, batch_size),
+    )
+    training.graphed = _graphed_step(training)
+    return training
+
+
+def _wrapped_logits(
+    generator: TwoStreamGenerator,
+    options: TrainOptions,
+    precision: Precision,
+    device: torch.device,
+    ranks: Ranks,
+) -> Logits:
+    """Wrap the generator in what the step knows nothing of: memory, processes, compilation and precision."""
+    if options.checkpoint_activations:
+        checkpoint_activations(generator)
+    if options.sync_bn:
+        sync_batch_norms(generator, ranks)
+    logits = torch.compile(generator.logits) if options.compile else generator.logits
+    return in_precision(logits, precision, device)
+
+
+def _graphed_step(training: Training) -> GraphedStep | None:
+    use = use_graph(
+        training.options,
+        training.device,
+        processes=training.ranks.size,
+        source=training.source.name,
+        precision=training.precision,
+    )
+    if not use:
+        return None
+    table = training.source.batch(np.zeros(0, np.int64)).clips
+    return GraphedStep(
+        lambda batch, with_video: training.update([batch], with_video), table, training.batch_size
+    )
