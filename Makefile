@@ -40,7 +40,7 @@ resources: $(VENV)/installed-test
 	$(BIN)/python -m vglann_kernels.resources
 
 faults: $(VENV)/installed-test
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.report $(PARTS)
+	PYTHONPATH=tests:tests/fixtures OMP_NUM_THREADS=1 $(BIN)/python -m faults.report $(PARTS)
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-clips

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import DEVICE, DTYPE, LAYOUTS, SHAPES, agree, compiled, in_mode
 from torch import Tensor
+
+from vglann_fast.experiments.timing import DEVICE, DTYPE, LAYOUTS, SHAPES, agree, compiled, in_mode
 
 # channels and grid of a video of 32 x 64 x 64
 NORMS = {

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from interleaved import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 from vglann_kernels import mask_composite
+
+from vglann_fast.experiments.timing import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

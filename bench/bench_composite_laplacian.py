@@ -5,8 +5,9 @@ The joined kernel makes its gradients in the forward; "bwd" of it is the scaling
 
 import pytest
 import torch
-from interleaved import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
+
+from vglann_fast.experiments.timing import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 
 CASES = [("binomial", layout, mode) for layout in LAYOUTS for mode in MODES]
 

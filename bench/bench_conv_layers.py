@@ -9,7 +9,8 @@ import math
 
 import pytest
 import torch
-from interleaved import DEVICE, DTYPE, SHAPES, Contender, agree
+
+from vglann_fast.experiments.timing import DEVICE, DTYPE, SHAPES, Contender, agree
 
 # in and out channels, input grid of a video of 32 x 64 x 64
 LAYERS = {

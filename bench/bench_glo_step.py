@@ -13,95 +13,23 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from vglann_kernels import ImplUnavailable, use_impl
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.assemble import new_training
-from vglann_fast.glo.loader import clip_order
-from vglann_fast.glo.training import Training
-from vglann_fast.interop.glann_video import load_generator
-from vglann_fast.options.presets import PRESETS
-from vglann_fast.run.folder import RunDir
-from vglann_fast.runtime.memory import peak_memory
 
 # This file is a script and a pytest module: neither finds its neighbours by itself.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
-from author_step import AuthorGenerator, AuthorStep  # noqa: E402
-from tiny import moving_squares, write_clip_folder  # noqa: E402
-
-# Row -> (options of the training, kernels). The author's row is not one of ours.
-ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "author": ({}, ""),
-    "fp32": ({"precision": "fp32"}, "reference"),
-    "tf32": ({"precision": "tf32"}, "reference"),
-    "bf16": ({"precision": "bf16"}, "reference"),
-    "bf16 compile": ({"precision": "bf16", "compile": True}, "reference"),
-    "bf16 kernels": ({"precision": "bf16"}, "triton"),
-    "bf16 compile kernels": ({"precision": "bf16", "compile": True}, "triton"),
-    "bf16 kernels graph": ({"precision": "bf16", "cuda_graph": "on", "data": "resident"}, "triton"),
-}
-WARM_UP = 2
-Step = Callable[[int], Tensor]
-
-
-def open_clips(folder: str | None, batch: int) -> ClipSet:
-    """The training clips of `folder`, or some moving squares."""
-    if folder is None:
-        where = Path(tempfile.mkdtemp()) / "clips"
-        folder = str(write_clip_folder(where, moving_squares(2 * batch, frames=32, size=64)))
-    return ClipSet.open(folder, "train")
-
-
-def author_and_ours(
-    clips: ClipSet, batch: int, width: int, device: torch.device, changes: dict[str, Any]
-) -> tuple[Step, Step, Training]:
-    """Both steps from the same weights and latents, over the same clips in the same order."""
-    given = {"width": width, "batch_size": batch, "data": "resident", "cuda_graph": "off", "epochs": 1000}
-    options = replace(PRESETS["paper"].train, reuse_norms=False, **{**given, **changes})
-    run = RunDir(Path(tempfile.mkdtemp()), {})
-    training = new_training(clips, options, run, device=device)
-    torch.manual_seed(0)
-    theirs = AuthorGenerator(options.latent_dim, width).to(device)
-    same = load_generator({name: value.cpu() for name, value in theirs.state_dict().items()})
-    training.generator.load_state_dict(same.state_dict())
-    table = torch.from_numpy(clips.read()).to(device)
-    step = AuthorStep(theirs, training.latents.rows, table)
-    per_epoch = training.steps_per_epoch
-
-    def author(number: int) -> Tensor:
-        epoch, position = divmod(number, per_epoch)
-        rows = clip_order(0, epoch, len(clips))[position * batch : (position + 1) * batch]
-        return step(torch.from_numpy(rows).to(device))
-
-    def ours(number: int) -> Tensor:
-        assert training.step == number
-        return training.train_step(with_video=False)[0]
-
-    return author, ours, training
-
-
-def seconds_of(step: Callable[[], Tensor], device: torch.device) -> tuple[float, float]:
-    """(seconds of one step, its loss); the device is idle before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    loss = step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started, loss.item()
+from vglann_fast.experiments.step_rows import ROWS, WARM_UP, Step, author_and_ours, open_clips, seconds_of
+from vglann_fast.glo.precision import training_numerics
+from vglann_fast.glo.training import Training
+from vglann_fast.runtime.memory import peak_memory
+from vglann_fast.runtime.numerics import numerics
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -144,7 +72,12 @@ def measure_row(
         author, ours, training = author_and_ours(clips, batch, width, device, changes)
     except (VglannError, ImplUnavailable) as error:
         return {"row": name, "why_not": " ".join(str(error).split())}
-    step = author if name == "author" else ours
+    with training_numerics(training.options, device):
+        return _measured_row(name, author if name == "author" else ours, training, steps)
+
+
+def _measured_row(name: str, step: Step, training: Training, steps: int) -> dict[str, Any]:
+    device, batch, width = training.device, training.batch_size, training.options.width
     losses, times = [], []
     for number in range(WARM_UP + steps):
         seconds, loss = seconds_of(lambda number=number: step(number), device)
@@ -210,7 +143,8 @@ def test_step_against_the_author(benchmark):
     for number in range(WARM_UP + 5):
         losses = {}
         for name, step in steps.items():
-            seconds, losses[name] = seconds_of(lambda step=step, number=number: step(number), device)
+            with numerics(tf32=False):
+                seconds, losses[name] = seconds_of(lambda step=step, number=number: step(number), device)
             times[name].append(seconds)
         if number < 2:  # later, rounding grows: Adam divides by small second moments
             assert abs(losses["fp32"] / losses["author"] - 1) < (1e-5, 1e-3)[number]

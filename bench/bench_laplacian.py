@@ -6,8 +6,9 @@ The kernel makes its gradient in the forward; "bwd" of it is the scaling by the 
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 from vglann_kernels import laplacian_pyramid_loss
+
+from vglann_fast.experiments.timing import DEVICE, DTYPE, LAYOUTS, MODES, SHAPES, agree, compiled, in_mode
 
 LEVELS = 3
 

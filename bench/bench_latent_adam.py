@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from interleaved import DEVICE, agree
 from vglann_kernels import latent_adam_state, latent_adam_step
+
+from vglann_fast.experiments.timing import DEVICE, agree
 
 ROWS = 50_000 if DEVICE == "cuda" else 5_000
 

@@ -7,10 +7,10 @@ on them.
 
 import pytest
 import torch
-from interleaved import DEVICE, SHAPES, agree
 from torch.utils.flop_counter import FlopCounterMode
 
 from vglann_fast.errors import VglannError
+from vglann_fast.experiments.timing import DEVICE, SHAPES, agree
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0

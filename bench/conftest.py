@@ -1,12 +1,8 @@
 """What the benchmarks of the ops share: they find `interleaved`, and one `Timing` serves a session."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from interleaved import Timing, keep_band_matrices
+from vglann_fast.experiments.timing import Timing, keep_band_matrices
 
 
 @pytest.fixture(scope="session")

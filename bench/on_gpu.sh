@@ -55,7 +55,7 @@ kernels() {
 step() {
     local clips=()
     [ -z "${CLIPS:-}" ] || clips=(--clips "$CLIPS")
-    run 110 "$python" bench/twin.py "${clips[@]}"
+    run 110 "$python" -m vglann_fast.experiments.parity "${clips[@]}"
     run 210 "$python" bench/bench_glo_step.py --batch 15 --steps 50 "${clips[@]}"
     run 400 "$python" bench/bench_glo_step.py --batch 256 --steps 20 "${clips[@]}"  # what is left of the time
 }

@@ -2,7 +2,7 @@
 
 import sys
 
-from vglann_fast.cli import main
+from vglann_fast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vglann_fast.cli import main
+from vglann_fast.cli.main import main
 
 PATIENCE = 300.0  # seconds; a command that takes longer hangs
 

@@ -17,19 +17,20 @@ from faults.case import Case, part_of
 from faults.fuzz_run import KINDS, rendered, run_with_mappings, sampled, weights_at, weights_of_lite0
 from faults.mutations import Reader, fuzz
 from safetensors.torch import save_file
-from tiny import COLOURS, moving_squares
+from tiny import COLOURS
 from tiny_study import answer_all, prefer, tiny_study
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.experiments.moving_squares import moving_squares
 from vglann_fast.interop.weight_shapes import expected_shapes
 from vglann_fast.interop.weights import _only_weight_file, _read
 from vglann_fast.metrics.features import extract
 from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.artefacts import read_artefacts
-from vglann_fast.report.study import _samples
-from vglann_fast.report.study_database import Study
 from vglann_fast.run.files import sha256
+from vglann_fast.study.database import Study
+from vglann_fast.study.make import _samples
 
 FULL = 400  # broken files for each reader
 

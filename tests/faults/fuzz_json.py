@@ -13,7 +13,7 @@ from faults.fuzz_run import KINDS, rendered, run_with_mappings, sampled, weights
 from faults.mutations import Reader, fuzz
 from tiny_study import answer_all, prefer, tiny_study
 
-from vglann_fast.cli import main
+from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.of_run import has_clips, open_clips
 from vglann_fast.clips.sources import find_sources
@@ -22,10 +22,10 @@ from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.train import train
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.report.page import write_report
-from vglann_fast.report.study_database import Study
-from vglann_fast.report.study_results import report_study
 from vglann_fast.report.table_page import write_table_page
 from vglann_fast.run.folder import RunDir
+from vglann_fast.study.database import Study
+from vglann_fast.study.results import report_study
 
 FULL = 600  # broken files for each reader
 

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 from faults.case import Case, case, part_of
 from faults.mutations import BYTES
-from tiny import moving_squares
 from video_files import write_video
 
 from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, Rejected, decode_all
 from vglann_fast.clips.strips import is_strip
+from vglann_fast.experiments.moving_squares import moving_squares
 
 FULL = 150  # broken files of each kind
 LIMITS = DecodeLimits(seconds=60, memory_mb=512, max_frames=100, max_pixels=2**22)

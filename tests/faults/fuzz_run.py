@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import moving_squares, new_run, tiny_options, write_clip_folder
+from tiny import new_run, tiny_options
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.train import train
 from vglann_fast.interop.weight_shapes import expected_shapes

@@ -35,9 +35,7 @@ def cases(share: float) -> Iterable[Case]:
 def measured(what: str, name: str, words: list[str]) -> Case:
     """Run `what` of this file in a process of its own; it prints figures and, where one is too large, which."""
     words = [sys.executable, "-m", "faults.load", what, *words]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if done.returncode:
         return case(name, [done.stderr.strip().splitlines()[-1]], "")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -151,7 +149,7 @@ def _no_clips(rows: object) -> np.ndarray:
 
 
 def steps(count: int) -> None:
-    """So many tiny steps, see tests/soak.py."""
+    """So many tiny steps, see tests/fixtures/soak.py."""
     import torch
     from soak import soak
 

@@ -1,6 +1,6 @@
 """What is done to the program, how often, and how often it came through: `make faults`.
 
-    cd tests && python -m faults.report [--share X] [--json FILE] [--markdown FILE] [PART ...]
+    PYTHONPATH=tests:tests/fixtures python -m faults.report [--share X] [--json FILE] [--markdown FILE] [PART ...]
 
 A part is a file of this folder with
 

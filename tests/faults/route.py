@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from faults.forked import Ended, run, run_here
-from tiny import moving_squares, write_clip_folder
 from video_files import write_video
 
+from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.interop.weight_shapes import expected_shapes
 
 # These differ from one undisturbed run to the next: times, and how often a command was begun.

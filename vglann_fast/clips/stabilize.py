@@ -9,7 +9,7 @@ before it, never black: black edges are the first thing a two-stream generator w
 "Generating Videos with Scene Dynamics", 2016). The rest bounds cost and error. Measured on frames of two films
 panned, zoomed and turned by known amounts: RANSAC's own fit to all points within 5 pixels is wrong by up to 14
 pixels in a corner of a blurred 768x432 picture; fitted again to the points that agree with it, and with twice as
-many faint keypoints, by less than 0.7 (`bench/stabilization.py`).
+many faint keypoints, by less than 0.7 (`vglann_fast/experiments/stabilization.py`).
 
 A motion is float64 (12,): the homography that takes pixels of a frame to pixels of the frame before it, row by
 row, then the number of its inliers, the number of matches, and the median distance in pixels by which inliers

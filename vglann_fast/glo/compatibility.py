@@ -11,8 +11,8 @@ from vglann_fast.runtime.distributed import Ranks
 
 log = logging.getLogger("vglann_fast")
 
-# (GPU, version of PyTorch, latent mode, precision) whose graph was compared with eager training, by bench/twin.py:
-# what --cuda-graph auto replays. None was yet.
+# (GPU, version of PyTorch, latent mode, precision) whose graph `experiments/parity.py` compared with eager training:
+# what --cuda-graph auto replays. None was compared yet.
 TESTED: frozenset[tuple[str, str, str, str]] = frozenset()
 
 
@@ -87,7 +87,7 @@ def use_graph(
     if options.cuda_graph == "on" and not tested:
         log.warning(
             "--cuda-graph on: on %s, torch %s, latent mode %s, %s it was not compared with a training without it; "
-            "bench/twin.py does that",
+            "python -m vglann_fast.experiments.parity does that",
             *here,
         )
     return tested or options.cuda_graph == "on"

@@ -9,8 +9,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.mapping.base import Mapping
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
-from vglann_fast.mapping.gap import measure_gap
 from vglann_fast.mapping.gaussian import Gaussian
+from vglann_fast.mapping.generalization import measure_gap
 from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping.split import run_shots, set_aside

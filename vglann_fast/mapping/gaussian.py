@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vglann_fast.mapping.base import Log, Mapping
-from vglann_fast.mapping.directions import log_projected_normal
+from vglann_fast.mapping.projected_normal import log_projected_normal
 from vglann_fast.options.mapping import GaussianOptions
 
 log_line = logging.getLogger(__name__).warning

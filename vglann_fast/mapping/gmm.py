@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import Log, Mapping
-from vglann_fast.mapping.directions import log_projected_normal
 from vglann_fast.mapping.em import (
     Mixture,
     Regularisation,
@@ -20,6 +19,7 @@ from vglann_fast.mapping.em import (
     expectation_maximisation,
     maximise,
 )
+from vglann_fast.mapping.projected_normal import log_projected_normal
 from vglann_fast.options.mapping import GmmOptions
 
 log_line = logging.getLogger(__name__).warning

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.metrics.coverage import density_coverage, precision_recall
 from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.metrics.frechet import FeatureMoments, frechet_distance, frechet_warnings
+from vglann_fast.metrics.prdc import density_coverage, precision_recall
 from vglann_fast.metrics.temporal import frame_steps
 from vglann_fast.progress import Progress
 from vglann_fast.samples.nearest import nearest_clips

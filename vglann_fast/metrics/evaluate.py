@@ -26,9 +26,9 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.metrics.compare import Measured, compare, measure
-from vglann_fast.metrics.coverage import nearest_distances
 from vglann_fast.metrics.features import Extractor, load_extractors
 from vglann_fast.metrics.kept_features import features_of_clips
+from vglann_fast.metrics.prdc import nearest_distances
 from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles

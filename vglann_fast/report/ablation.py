@@ -1,4 +1,4 @@
-"""The report's table and charts of an ablation, from the ablation.json that `bench/ablation.py` writes."""
+"""The report's table and charts of an ablation, from the ablation.json of `experiments/ablation.py`."""
 
 from pathlib import Path
 from typing import Any

@@ -96,7 +96,7 @@ def _compared(run: "RunDir", latents: "Tensor", kinds: list[str], problems: list
 def _figures(rows: "Tensor", samples: "Tensor", points: np.ndarray) -> Compared:
     from vglann_kernels import nearest_rows
 
-    from vglann_fast.metrics.coverage import density_coverage
+    from vglann_fast.metrics.prdc import density_coverage
 
     enough = len(rows) > _NEIGHBOURS
     density, coverage = density_coverage(rows, samples, _NEIGHBOURS) if enough else (None, None)

@@ -1,7 +1,7 @@
 """The results of `vglann table`: table.md and the page table.html, and what a run's own page shows of them.
 
-All from table.json, whose format is that of `vglann_fast/table.py`. It is read leniently: nothing here raises for
-what is in it, and what cannot be shown is said.
+All from table.json, see `experiments/table.py`. It is read leniently: nothing here raises for what is in it, and
+what cannot be shown is said.
 """
 
 import re

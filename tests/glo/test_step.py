@@ -1,0 +1,337 @@
+"""The step and what is put around it: accumulation, activation checkpointing, memory, compilation, CUDA graphs."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import new_run, tiny_options
+from torch import nn
+
+from vglann_fast.cli.main import main
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.pixels import to_range
+from vglann_fast.errors import VglannError
+from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.glo import assemble, compatibility
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
+from vglann_fast.glo.compatibility import check_compatibility, use_graph, why_no_graph
+from vglann_fast.glo.generator import TwoStreamGenerator
+from vglann_fast.glo.loader import Batch
+from vglann_fast.glo.memory import checkpoint_activations, memory_table, out_of_memory
+from vglann_fast.glo.train import train
+from vglann_fast.glo.training import Training
+from vglann_fast.options.training import TrainOptions
+from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.memory import peak_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_clip_folder(tmp_path_factory.mktemp("data") / "clips", moving_squares(6))
+
+
+def training_of(clips, path, dtype=torch.float32, **changes):
+    preset = changes.pop("preset", "modern")
+    options = tiny_options(preset, **changes)
+    return new_training(ClipSet.open(clips, "train"), options, new_run(path, clips, options), dtype=dtype)
+
+
+class ReferenceTwin:
+    """The same training in the plainest form: contiguous, 3-D BatchNorm, floating-point targets, one op at a time."""
+
+    def __init__(self, training):
+        self.training = training
+        generator = training.generator
+        for module in generator.modules():
+            if isinstance(module, VideoNorm):
+                module.forward = lambda x, norm=module: nn.functional.relu(
+                    nn.functional.batch_norm(
+                        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, 0.1, norm.eps
+                    )
+                )
+        for parameter in generator.parameters():
+            parameter.data = parameter.data.contiguous()
+            state = training.optimizer.adam.state[parameter]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = state[moment].contiguous()
+        table = torch.from_numpy(training.clips.read())
+        self.table = to_range(table, training.latents.rows.dtype, training.options.target_limits)
+
+    def train_step(self):
+        def batch(rows, following=None):
+            at = torch.from_numpy(rows)
+            return Batch(self.table, at, at)
+
+        self.training.source.batch = batch
+        return self.training.train_step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=["float64", "float32"]
+)
+@pytest.mark.parametrize("preset", ["modern", "paper"])
+def test_twin_training_is_equal_to_rounding_over_100_steps(clips, tmp_path, preset, dtype, tolerance):
+    changes = {"preset": preset, "epochs": 50, "data": "resident"}
+    fast = training_of(clips, tmp_path / "fast", dtype, **changes)
+    twin = ReferenceTwin(training_of(clips, tmp_path / "reference", dtype, **changes))
+    losses = [[one.train_step()[0].item() for one in (fast, twin)] for _ in range(100)]
+    for quick, plain in losses:
+        assert quick == pytest.approx(plain, rel=tolerance)
+    assert losses[-1][0] < 0.9 * losses[0][0]
+    error = (fast.latents.rows - twin.training.latents.rows).norm() / fast.latents.rows.norm()
+    assert error < 10 * tolerance
+
+
+def test_accumulation_is_the_mean_over_batches_and_updates_once(clips, tmp_path):
+    training = training_of(clips, tmp_path / "two", torch.float64, batch_size=3, accumulate=2)
+    before = training.latents.rows.clone()
+    _, _, batch = training.train_step()
+    gradient = training.generator.stem.weight.grad.clone()
+    assert training.optimizer.tensors()["step.stem.weight"].item() == 1
+    assert training.latents.adam.row_step.tolist() == [1] * 6
+    assert len(batch.rows) == 3
+    assert training.steps_per_epoch == 1
+
+    apart = training_of(clips, tmp_path / "one", torch.float64, batch_size=3)
+    table = torch.from_numpy(apart.clips.read())
+    from vglann_fast.glo.loader import clip_order
+    from vglann_fast.glo.losses import glo_loss
+
+    apart.begin_epoch(0)
+    expected = 0
+    for part in torch.from_numpy(clip_order(0, 0, 6)).split(3):
+        z = before[part].clone().requires_grad_()
+        loss, _ = glo_loss(
+            *apart.generator.logits(z), Batch(table, part, part), apart.options, with_video=False
+        )
+        expected = expected + torch.autograd.grad(loss, apart.generator.stem.weight)[0] / 2
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("variant", ["original", "expanded"])
+def test_activation_checkpointing_changes_no_number(variant):
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        generator = TwoStreamGenerator(variant, 8, 4, frames=16, size=32).channels_last().train()
+        if checkpointed:
+            checkpoint_activations(generator)
+        z = torch.randn(3, 8, requires_grad=True)
+        head, background = generator.logits(z)
+        (head.square().mean() + background.square().mean()).backward()
+        statistics = [
+            s for norm in batch_norms(generator) for s in (norm.running_mean, norm.num_batches_tracked)
+        ]
+        results.append([z.grad, *(p.grad for p in generator.parameters()), *statistics])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_activation_checkpointing_keeps_less():
+    kept = []
+    for checkpointed in (False, True):
+        generator = TwoStreamGenerator("original", 8, 8, frames=32, size=64).channels_last().train()
+        if checkpointed:
+            checkpoint_activations(generator)
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = generator.logits(torch.randn(3, 8))
+        kept.append(sum(sizes.values()))
+        del result
+    assert kept[1] < 0.7 * kept[0]
+
+
+def table_of(options, **changes):
+    generator = TwoStreamGenerator("original", 100, options.width)
+    latents = [torch.zeros(1000, 100)] * 3
+    given = {"batch_size": 15, "frames": 32, "size": 64, "clips": 1000, "half": False, **changes}
+    return dict(memory_table(generator, latents, options, **given))
+
+
+def test_the_memory_table_adds_up():
+    table = table_of(TrainOptions())
+    assert table["weights and gradients"] == 2 * 4 * 16_245_383 - 2 * 4 * (16_245_383 - count_of(64))
+    assert table["Adam of the generator"] == table["weights and gradients"]
+    assert table["latents and their Adam"] == 3 * 4 * 100_000
+    assert table["clips"] == 1000 * 393_216
+    halved = table_of(TrainOptions(), half=True, clips=15)
+    assert halved["activations (estimate)"] * 2 == table["activations (estimate)"]
+    saved = table_of(TrainOptions(checkpoint_activations=True))
+    assert saved["activations (estimate)"] < 0.6 * table["activations (estimate)"]
+
+
+def count_of(width):
+    return sum(p.numel() for p in TwoStreamGenerator("original", 100, width).parameters())
+
+
+def test_the_activation_estimate_is_what_autograd_keeps():
+    """Within a quarter: the background stream and the loss are not counted."""
+    options = TrainOptions(width=8)
+    generator = TwoStreamGenerator("original", 100, 8).channels_last().train()
+    sizes = {}
+    parameters = {p.untyped_storage().data_ptr() for p in generator.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = generator.logits(torch.randn(4, 100))
+    head = result[0].numel() * 4
+    estimate = dict(
+        memory_table(generator, [], options, batch_size=4, frames=32, size=64, clips=0, half=False)
+    )["activations (estimate)"]
+    assert sum(sizes.values()) + head == pytest.approx(estimate, rel=0.35)
+
+
+def test_the_three_options_that_help():
+    options = TrainOptions()
+    first = str(out_of_memory(options, 15, resident=True, half=False))
+    for option in ("--batch-size 7 --accumulate 2", "--checkpoint-activations true", "--data pinned"):
+        assert option in first
+    options = TrainOptions(checkpoint_activations=True, width=64)
+    last = str(out_of_memory(options, 2, resident=False, half=True))
+    assert "--width 32" in last
+    assert "--batch-size" not in last
+
+
+def test_out_of_memory_is_one_line_after_a_table_and_loses_nothing(clips, tmp_path, monkeypatch, caplog):
+    options = tiny_options("modern", batch_size=3)
+    run = new_run(tmp_path / "run", clips, options)
+    opened = ClipSet.open(clips, "train")
+    new_training(opened, options, run).loop(max_steps=2)
+    step = Training.train_step
+
+    def full(self, **wanted):
+        if self.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, **wanted)
+
+    monkeypatch.setattr(Training, "train_step", full)
+    with caplog.at_level(logging.INFO, "vglann_fast"), pytest.raises(VglannError) as caught:
+        train(opened, run, resume=True)
+    assert str(caught.value).startswith(
+        "out of memory; try --checkpoint-activations true, or --precision bf16"
+    )
+    for part in ("weights and gradients", "Adam of the generator", "latents", "activations", "clips"):
+        assert part in caplog.text
+    assert run.checkpoints.load()[0]["step"] == 2
+
+
+def test_out_of_memory_before_the_first_step_is_one_line_too(clips, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(assemble, "open_source", full)
+    run = RunDir(tmp_path / "run", new_run(tmp_path / "other", clips, tiny_options("modern")).options)
+    with pytest.raises(VglannError, match=r"out of memory before the first step.*--data pinned, --width 2"):
+        train(ClipSet.open(clips, "train"), run)
+    assert not run.path.exists()
+
+
+def test_the_peak_is_told_once_after_the_first_step(clips, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "vglann_fast"):
+        training_of(clips, tmp_path / "run").loop(max_steps=3)
+    assert caplog.text.count("peak memory after step 1: ") == 1
+    assert 1e7 < peak_memory(CPU) < 1e12
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "source", "precision", "reason"),
+    [
+        ({"accumulate": 2}, 1, "resident", "bf16", "--accumulate 2"),
+        ({}, 4, "resident", "bf16", "4 processes"),
+        ({}, 1, "pinned", "bf16", "--data pinned"),
+        ({"compile": True}, 1, "resident", "bf16", "--compile true"),
+        ({"checkpoint_activations": True}, 1, "resident", "bf16", "--checkpoint-activations true"),
+        ({}, 1, "resident", "fp16", "--precision fp16"),
+    ],
+)
+def test_graphs_not_tested_are_refused(changes, processes, source, precision, reason, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    given = {"processes": processes, "source": source, "precision": precision}
+    assert reason in why_no_graph(TrainOptions(**changes), gpu, **given)
+    with pytest.raises(VglannError, match=f"--cuda-graph on: it was not tested with {reason}"):
+        use_graph(TrainOptions(cuda_graph="on", **changes), gpu, **given)
+    assert not use_graph(TrainOptions(cuda_graph="off", **changes), gpu, **given)
+    assert not use_graph(TrainOptions(**changes), gpu, **given)
+
+
+def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
+    gpu, given = torch.device("cuda", 0), {"processes": 1, "source": "resident", "precision": "bf16"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
+    assert "latent mode row, bf16 it was not compared" in caplog.text
+    assert not use_graph(TrainOptions(), gpu, **given)
+    monkeypatch.setattr(compatibility, "TESTED", frozenset({("Card", torch.__version__, "row", "bf16")}))
+    caplog.clear()
+    assert use_graph(TrainOptions(), gpu, **given)
+    assert not use_graph(TrainOptions(latent_mode="catchup"), gpu, **given)
+    assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
+    assert not caplog.text
+
+
+def test_options_nobody_tried_together_are_refused():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    check_compatibility(TrainOptions(compile=True), Ranks(0, 2), "bf16", gpu)
+    check_compatibility(TrainOptions(deterministic=True), Ranks(0, 2), "fp32", cpu)
+    for options, ranks, precision in (
+        (TrainOptions(compile=True, sync_bn=True), Ranks(0, 2), "bf16"),
+        (TrainOptions(compile=True, checkpoint_activations=True), Ranks(), "bf16"),
+        (TrainOptions(compile=True, deterministic=True), Ranks(), "fp32"),
+        (TrainOptions(deterministic=True), Ranks(0, 2), "fp32"),
+        (TrainOptions(), Ranks(0, 2), "fp16"),
+    ):
+        with pytest.raises(VglannError, match="not tested together"):
+            check_compatibility(options, ranks, precision, gpu)
+
+
+def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_path, capsys):
+    run = new_run(tmp_path / "run", clips, tiny_options("modern", epochs=1))
+    command = ["train", "--resume", str(run.path), "--device", "cpu"]
+    assert main([*command, "--accumulate", "2"]) == 2
+    assert "give it alone" in capsys.readouterr().err
+    assert main([*command, "--data", "resident", "--checkpoint-activations"]) == 0
+    options = RunDir.open(run.path).options
+    assert options["train"]["data"] == "resident"
+    (entry,) = options["resumed"]
+    assert entry["step"] == 0
+    assert entry["changed"] == {"data": ["auto", "resident"], "checkpoint_activations": [False, True]}
+    assert run.checkpoints.load()[0]["finished"]
+
+
+def test_a_compiled_generator_trains_the_same(clips, tmp_path):
+    """In a process of its own: the compiler imports setuptools, which refuses one where distutils came first."""
+    losses = {}
+    for compiled in (False, True):
+        run = new_run(
+            tmp_path / str(compiled), clips, tiny_options("modern", width=4, epochs=2, compile=compiled)
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "vglann_fast",
+            "train",
+            "--resume",
+            str(run.path),
+            "--log-every",
+            "1",
+        ]
+        subprocess.run([*command, "--device", "cpu"], check=True, capture_output=True)
+        losses[compiled] = [row["loss"] for row in run.logs.metrics("glo")]
+    assert len(losses[True]) == 4
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -1,0 +1,68 @@
+"""The distribution: what the wheel holds, and what pytest collects from the root."""
+
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_both_packages_the_template_and_the_notes(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in (
+        "vglann_fast/py.typed",
+        "vglann_fast/report/templates/page.html",
+        "vglann_kernels/py.typed",
+        "vglann_kernels/laplacian/README.md",
+    ):
+        assert name in names
+    assert not any(name.split("/")[0] in ("tests", "bench", "kernels") for name in names)
+
+
+def test_wheel_is_pure_and_pins_no_torch(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+    required = re.findall(
+        r"^Requires-Dist: (torch\b.*)$", archive.read(metadata).decode(), flags=re.MULTILINE
+    )
+    assert required == ["torch>=2.10"]
+
+
+def test_wheel_imports_in_an_empty_environment(wheel, tmp_path):
+    """Both packages import outside the checkout with nothing else installed, not even torch."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    code = "import vglann_fast, vglann_kernels; print(vglann_fast.__version__, vglann_fast.__file__)"
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    version, path = done.stdout.split()
+    assert version == "0.1.0"
+    assert path.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted", "unwanted"), [([], "tests/", "bench/"), (["--benchmark-only"], "bench/", "tests/")]
+)
+def test_pytest_collects_tests_or_benchmarks(flags, wanted, unwanted):
+    command = [sys.executable, "-m", "pytest", "--collect-only", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    collected = [line for line in done.stdout.splitlines() if "::" in line]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert collected
+    assert all(line.startswith(wanted) and not line.startswith(unwanted) for line in collected)

@@ -1,0 +1,91 @@
+"""`numerics`: the global state of PyTorch inside a block, and that it comes back."""
+
+import threading
+
+import pytest
+import torch
+
+from vglann_fast.cli.main import main
+from vglann_fast.errors import VglannError
+from vglann_fast.runtime.numerics import numerics
+
+
+def modes():
+    return {
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "threads": torch.get_num_threads(),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.fixture
+def foreign_modes():
+    """A host program that computes in its own way."""
+    before = modes()
+    torch.set_default_dtype(torch.float64)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield modes()
+    torch.set_default_dtype(before["dtype"])
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before["tf32"]
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_block_decides_and_the_state_of_the_host_comes_back(foreign_modes):
+    with numerics(deterministic=True, tf32=False, threads=1):
+        inside = modes()
+        torch.manual_seed(3)
+    assert inside["dtype"] == torch.float32
+    assert inside["deterministic"]
+    assert inside["cudnn"] == (True, False)
+    assert inside["tf32"] == (False, False)
+    assert inside["threads"] == 1
+    assert modes() == foreign_modes
+
+
+def test_the_state_comes_back_after_an_error(foreign_modes):
+    with pytest.raises(KeyError), numerics(deterministic=True, tf32=False):
+        raise KeyError
+    assert modes() == foreign_modes
+
+
+def test_an_inner_block_ends_and_the_outer_one_holds_again():
+    with numerics(deterministic=True, tf32=False):
+        with numerics(deterministic=False):
+            assert not torch.are_deterministic_algorithms_enabled()
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_blocks_of_two_threads_that_overlap_leave_nothing_behind(foreign_modes):
+    opened, first_ended = threading.Event(), threading.Event()
+
+    def second():
+        with numerics(deterministic=False):
+            opened.set()
+            assert first_ended.wait(60)
+
+    thread = threading.Thread(target=second)
+    with numerics(deterministic=True):
+        thread.start()
+        assert opened.wait(60)
+    first_ended.set()
+    thread.join()
+    assert modes() == foreign_modes
+
+
+def test_a_refused_operation_is_named_only_where_determinism_was_asked_for():
+    message = "cumsum_cuda_kernel does not have a deterministic implementation, but you set ..."
+    with pytest.raises(VglannError, match="--deterministic: cumsum"), numerics(deterministic=True):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError), numerics():
+        raise RuntimeError(message)
+
+
+def test_a_command_leaves_the_state_of_the_host(foreign_modes, tmp_path, capsys):
+    assert main(["sample", str(tmp_path), "--deterministic", "--device", "cpu"]) == 2  # not a run
+    assert modes() == foreign_modes
