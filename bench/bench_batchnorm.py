@@ -22,17 +22,17 @@ NORMS = {
 
 
 def contenders(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Each normalises x [B,C,T,H,W] by its own statistics in train mode, keeps them, and applies ReLU."""
+    """Each normalizes x [B,C,T,H,W] by its own statistics in train mode, keeps them, and applies ReLU."""
     kept = [torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())]
 
-    def normalised(values: Tensor) -> Tensor:
+    def normalized(values: Tensor) -> Tensor:
         return F.relu(F.batch_norm(values, *kept, weight, bias, training=True), inplace=True)
 
     return {
-        "reference": lambda: normalised(x),
-        "flatten": lambda: normalised(x.flatten(2, 3)).unflatten(2, x.shape[2:4]),
-        "compile": compiled(lambda: normalised(x)),
-        "flatten, compile": compiled(lambda: normalised(x.flatten(2, 3)).unflatten(2, x.shape[2:4])),
+        "reference": lambda: normalized(x),
+        "flatten": lambda: normalized(x.flatten(2, 3)).unflatten(2, x.shape[2:4]),
+        "compile": compiled(lambda: normalized(x)),
+        "flatten, compile": compiled(lambda: normalized(x.flatten(2, 3)).unflatten(2, x.shape[2:4])),
     }
 
 

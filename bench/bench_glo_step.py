@@ -24,7 +24,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
 
-# This file is a script and a pytest module: neither finds its neighbours by itself.
+# This file is a script and a pytest module: neither finds its neighbors by itself.
 from vglann_fast.experiments.step_rows import ROWS, WARM_UP, Step, author_and_ours, open_clips, seconds_of
 from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training

@@ -123,9 +123,9 @@ def compare(latents: Tensor, options: ImleOptions, rounds: int) -> dict[str, Any
 def unit_latents(n: int, device: torch.device) -> Tensor:
     """n unit latents in clusters, seeded."""
     generator = torch.Generator(device).manual_seed(0)
-    centres = torch.randn(50, LATENT_DIM, generator=generator, device=device)
+    centers = torch.randn(50, LATENT_DIM, generator=generator, device=device)
     rows = torch.randint(50, (n,), generator=generator, device=device)
-    return F.normalize(centres[rows] + torch.randn(n, LATENT_DIM, generator=generator, device=device), dim=1)
+    return F.normalize(centers[rows] + torch.randn(n, LATENT_DIM, generator=generator, device=device), dim=1)
 
 
 def test_an_epoch_against_the_author(benchmark):

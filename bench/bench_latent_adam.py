@@ -1,4 +1,4 @@
-"""A step of the latents: dense Adam with embedding gradient and renormalisation, and our three modes."""
+"""A step of the latents: dense Adam with embedding gradient and renormalization, and our three modes."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ def test_latent_adam(benchmark, timing, batch, mode):
     table = torch.nn.functional.normalize(torch.randn(ROWS, 100, device=DEVICE))
     index, grad = torch.randint(0, ROWS, (batch,), device=DEVICE), torch.randn(batch, 100, device=DEVICE)
     embedding = torch.nn.Parameter(table.clone())
-    optimiser = torch.optim.Adam(
+    optimizer = torch.optim.Adam(
         [embedding], lr=0.01, betas=(0.5, 0.999), fused=True, capturable=DEVICE == "cuda"
     )
     lr = torch.tensor(0.01, device=DEVICE)
 
     def torch_adam():
         embedding.grad = torch.zeros_like(embedding).index_add_(0, index, grad)
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             embedding.div_(embedding.norm(dim=1, keepdim=True))
 

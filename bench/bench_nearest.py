@@ -43,12 +43,12 @@ def data_sets(
 
     yield "uniform", *(torch.rand(rows, d, generator=g, device=device) for rows in (n, m))
     yield "unit sphere", *(F.normalize(normal(rows), dim=1) for rows in (n, m))
-    centres = F.normalize(normal(100), dim=1)
+    centers = F.normalize(normal(100), dim=1)
     for spread in (1e-1, 1e-2, 1e-3):
         yield (
             f"clusters of {spread:g}",
             *(
-                centres[torch.randint(100, (rows,), generator=g, device=device)] + spread * normal(rows)
+                centers[torch.randint(100, (rows,), generator=g, device=device)] + spread * normal(rows)
                 for rows in (n, m)
             ),
         )
@@ -79,7 +79,7 @@ def ours(impl: str) -> Search:
 
 
 def raw_faiss_cpu(queries: Tensor, database: Tensor) -> Tensor:
-    """`IndexFlatL2` as a user calls it, one neighbour, the filling of the index included."""
+    """`IndexFlatL2` as a user calls it, one neighbor, the filling of the index included."""
     if queries.is_cuda:
         raise CannotRun("faiss-cpu is timed on CPU tensors")
     try:
@@ -92,7 +92,7 @@ def raw_faiss_cpu(queries: Tensor, database: Tensor) -> Tensor:
 
 
 def raw_faiss_gpu(dtype: torch.dtype) -> Search:
-    """`knn_gpu` on tensors of one dtype as they lie, one resources object, one neighbour."""
+    """`knn_gpu` on tensors of one dtype as they lie, one resources object, one neighbor."""
 
     def search(queries: Tensor, database: Tensor) -> Tensor:
         from vglann_kernels.nearest.faiss import _resources, why_not

@@ -59,10 +59,10 @@ def plot(found: dict[str, dict[str, Any]], out: Path) -> None:
         for contender, row in info["rows"].items()
         if "ms" in row and contender != "reference"
     ]
-    colours = {name: f"C{i}" for i, name in enumerate(sorted({bar[2] for bar in bars}))}
+    colors = {name: f"C{i}" for i, name in enumerate(sorted({bar[2] for bar in bars}))}
     figure = Figure(figsize=(9, 1.2 + 0.2 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([b[0] for b in bars], [b[1] for b in bars], color=[colours[b[2]] for b in bars])
+    axes.barh([b[0] for b in bars], [b[1] for b in bars], color=[colors[b[2]] for b in bars])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="times faster than the eager reference")
     axes.tick_params(axis="y", labelsize=7)

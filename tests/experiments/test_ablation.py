@@ -13,7 +13,7 @@ from tiny import tiny_options
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.experiments import ablation, ablation_figure, time_to_quality
-from vglann_fast.experiments.ablation import CHANGES, Wanted
+from vglann_fast.experiments.ablation import CHANGES, PlannedTraining
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.options.presets import PRESETS
@@ -61,11 +61,17 @@ def test_three_seeds_for_the_ends_and_one_for_the_rows_between():
 
 
 def test_lines_share_a_training_only_where_nothing_in_it_differs():
-    assert Wanted("modern", "long", 1).folder == Wanted("modern", "short", 1).folder
-    assert Wanted("+ Laplacian kernel", "short", 0).folder == Wanted("+ statistics anew", "short", 0).folder
-    assert Wanted("+ statistics anew", "short", 0).folder != Wanted("modern", "short", 0).folder
+    assert PlannedTraining("modern", "long", 1).folder == PlannedTraining("modern", "short", 1).folder
+    assert (
+        PlannedTraining("+ Laplacian kernel", "short", 0).folder
+        == PlannedTraining("+ statistics anew", "short", 0).folder
+    )
+    assert (
+        PlannedTraining("+ statistics anew", "short", 0).folder
+        != PlannedTraining("modern", "short", 0).folder
+    )
     dense = [row for row in CHANGES if ablation.options_of(row).latent_mode == "dense"]
-    folders = {Wanted(row, regime, 0).folder for row in dense for regime in ("short", "long")}
+    folders = {PlannedTraining(row, regime, 0).folder for row in dense for regime in ("short", "long")}
     assert len(folders) == 2 * len(dense) == 10
 
 
@@ -117,7 +123,7 @@ def test_idle_steps_leave_row_wise_latents_bit_for_bit():
 def test_a_long_epoch_has_the_steps_of_50000_clips(clips, small, tmp_path, monkeypatch):
     counted = []
     monkeypatch.setattr(ablation, "idle", lambda latents, steps: counted.append(steps))
-    ablation.train_one(Wanted("paper", "long", 0), clips, tmp_path / "run", clips.folder)
+    ablation.train_one(PlannedTraining("paper", "long", 0), clips, tmp_path / "run", clips.folder)
     epochs, between = 2, len(clips) // 4 - 1
     assert counted == [50_000 // 8 - 1] * epochs * between
 
@@ -127,7 +133,7 @@ def test_a_long_epoch_has_the_steps_of_50000_clips(clips, small, tmp_path, monke
 
 def test_a_stopped_training_goes_on_where_it_was(clips, small, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "LONG_EPOCH", 40)
-    wanted = Wanted("+ Adam state kept", "long", 1)
+    wanted = PlannedTraining("+ Adam state kept", "long", 1)
     ablation.train_one(wanted, clips, tmp_path / "whole", clips.folder)
     train_step = ablation.LongEpochTraining.train_step
 

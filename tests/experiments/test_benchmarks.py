@@ -132,7 +132,7 @@ def test_a_group_is_timed_in_turns_and_says_who_could_not_run(monkeypatch):
 
     order = []
     calls = {name: lambda name=name: lambda: order.append(name) for name in ("first", "second")}
-    monkeypatch.setattr(timing, "MOST_CALLS", 1)
+    monkeypatch.setattr(timing, "MAX_CALLS", 1)
     found = timing.Timing().group({**calls, "absent": absent}, floor_bytes=1000, flops=10)
     assert found["rows"]["absent"] == {"cannot_run": "not installed"}
     assert order[-4:] == ["first", "second", "first", "second"]
@@ -149,7 +149,7 @@ def test_trainings_that_differ_are_told_by_the_exit_code(tmp_path, monkeypatch, 
     assert parity.main(command) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said] == ["4", "fp32", "bf16", "all"]
-    monkeypatch.setattr(parity, "MOST_APART", 1e-9)
+    monkeypatch.setattr(parity, "MAX_APART", 1e-9)
     assert parity.main(command) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("apart: bf16")
     monkeypatch.setitem(parity.ROWS_ON, "cpu", ("fp32", "bf16 kernels"))

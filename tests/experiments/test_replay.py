@@ -57,8 +57,8 @@ def test_everything_comes_out_the_same(made, tmp_path, capsys):
     capsys.readouterr()
     assert main(["replay", str(made / "run"), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
     parts = [f"checkpoint 12, {part}" for part in ("generator", "latents", "optimizer")]
-    artefacts = ["checkpoint 12", *parts, "metrics", "mapping/imle", "media/samples", "media/nearest"]
-    assert verdicts(capsys) == dict.fromkeys([*artefacts, "media/interpolation"], "SAME")
+    artifacts = ["checkpoint 12", *parts, "metrics", "mapping/imle", "media/samples", "media/nearest"]
+    assert verdicts(capsys) == dict.fromkeys([*artifacts, "media/interpolation"], "SAME")
     assert RunDir.open(tmp_path / "again").checkpoints.load()[0]["step"] == 12
 
 

@@ -24,7 +24,7 @@ TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3
 
 
 @pytest.fixture(autouse=True)
-def colours_only(monkeypatch, tmp_path):
+def colors_only(monkeypatch, tmp_path):
     instead_of_networks(monkeypatch, tmp_path / "cache")
 
 
@@ -61,7 +61,7 @@ def test_every_cell_is_there(made):
             evaluated = json.loads((made / loss / "evaluation" / f"{kind}.json").read_text())
             assert run["records"][kind] == evaluated
             assert np.load(made / "samples" / loss / kind / "video.npy").shape == (8, 3, 16, 32, 32)
-            value = evaluated["features"]["frechet[lite0]"]["made"]["frechet"]
+            value = evaluated["features"]["frechet[lite0]"]["generated"]["frechet"]
             assert shown(value) in (made / "table.md").read_text()
         assert json.loads((made / loss / "options.json").read_text())["train"]["loss"] == loss
     assert len(np.load(made / "samples" / "real" / "video.npy")) == 7
@@ -89,7 +89,7 @@ def test_the_pages_show_it(made):
     assert 'href="../../table.html"' in run
     assert "frechet[lite0], n = 7" in run
     assert run.count('class="series series-1 cloud"') == 2  # samples of both mappings over the latents
-    assert "hubness" in run
+    assert "match_diversity" in run
 
 
 def test_a_second_time_nothing_is_made(made, clips, monkeypatch, capsys):
@@ -207,7 +207,7 @@ def test_something_else_in_its_place_stays(clips, tmp_path, capsys):
 
 def table_of(folder, title, losses, mappings):
     figures = {"n": 2048, "frechet": 300.0, "quarters": {"mean": 400.0, "sd": 3.0}, "warnings": []}
-    one = {"features": {title: {"made": figures, "floor": {**figures, "frechet": 200.0}}}}
+    one = {"features": {title: {"generated": figures, "floor": {**figures, "frechet": 200.0}}}}
     runs = {loss: {"records": dict.fromkeys(mappings, one)} for loss in losses}
     content = {"format": "vglann-table", "version": 1, "losses": losses, "mappings": mappings, "runs": runs}
     (folder / "table.json").write_text(json.dumps(content))
@@ -261,7 +261,7 @@ def test_hostile_and_damaged_tables_do_no_harm(tmp_path):
 def test_damaged_records_are_said_to_be(made, tmp_path, part):
     """Those of one run; the other's are shown."""
     content = json.loads((made / "table.json").read_text())
-    for value in (None, "x", 10**400, [], {}, {"made": 3}, {"FVD": {"made": {"warnings": 7}}}):
+    for value in (None, "x", 10**400, [], {}, {"generated": 3}, {"FVD": {"generated": {"warnings": 7}}}):
         content["runs"]["l1"]["records"]["imle"][part] = value
         (tmp_path / "table.json").write_text(json.dumps(content))
         whole, damaged = write_table_page(tmp_path).read_text().split("## l1")

@@ -17,7 +17,7 @@ from faults.case import Case, part_of
 from faults.fuzz_run import KINDS, rendered, run_with_mappings, sampled, weights_at, weights_of_lite0
 from faults.mutations import Reader, fuzz
 from safetensors.torch import save_file
-from tiny import COLOURS
+from tiny import COLORS
 from tiny_study import answer_all, prefer, tiny_study
 
 from vglann_fast.clips.dataset import ClipSet
@@ -27,7 +27,7 @@ from vglann_fast.interop.weights import _only_weight_file, _read
 from vglann_fast.metrics.features import extract
 from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.nets.weights import load_weights
-from vglann_fast.report.artefacts import read_artefacts
+from vglann_fast.report.artifacts import read_artifacts
 from vglann_fast.run.files import sha256
 from vglann_fast.study.database import Study
 from vglann_fast.study.make import _samples
@@ -86,7 +86,7 @@ def _seal_checkpoint(folder: Path) -> None:
 
 def _arrays(folder: Path) -> None:
     """A report names what it cannot read and raises nothing."""
-    found = read_artefacts(folder).samples
+    found = read_artifacts(folder).samples
     for array in (found.video, found.mask):
         if array is not None:
             array[-1].max()
@@ -111,7 +111,7 @@ def _study(folder: Path) -> None:
 
 def _kept_features(folder: Path) -> None:
     """Features of two clips with this cache: the right ones, whatever is in it."""
-    clips, extractors = moving_squares(2), {"x": COLOURS}
+    clips, extractors = moving_squares(2), {"x": COLORS}
     with patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
         found = features_of_clips("clips", [clips], clips.shape[1:], [b"0", b"1"], extractors)
     assert torch.equal(found["x"], extract(extractors, clips)["x"])

@@ -57,14 +57,14 @@ def run_with_mappings(root: Path) -> Path:
     }
     features = {
         "frechet[lite0]": {
-            "made": figures,
+            "generated": figures,
             "floor": figures,
-            "nearest_training_clip": {"made": {"median": 1.0}},
+            "nearest_training_clip": {"generated": {"median": 1.0}},
         }
     }
     motion = {
         name: {"energy": {"mean": 1.0, "p05": 0.5, "p95": 2.0}, "last_frame_jump": 1.0, "steps": [1.0, 2.0]}
-        for name in ("made", "real")
+        for name in ("generated", "real")
     }
     head = {"format": "vglann-evaluation", "version": 1, "step": 4}
     quality = {"clips": 8, "psnr": 20.0, "psnr_last_frame": 19.0, "ssim": 0.5, "l1": 9.0, "laplacian": 0.1}

@@ -37,7 +37,7 @@ FORMAT = ("vglann-faults", 1)
 HEAD = """# Faults
 
 What was done to the program on purpose, how often it came through, and how often it did not. *Survived* means that
-everything promised was true afterwards: the artefacts equal those of an undisturbed run bit for bit, or the mistake
+everything promised was true afterwards: the artifacts equal those of an undisturbed run bit for bit, or the mistake
 was one line and exit code 2, and nothing half-written is ever taken for whole. Made by `make faults` from
 `tests/faults/`; this file and [faults.json](faults.json) are its output. In full that is 50 moments of each verb,
 every operation on files, more than 10,000 broken files and 100,000 steps; where a command at the end says `--share`,

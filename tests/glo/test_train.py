@@ -61,7 +61,7 @@ def test_it_learns(clips, tmp_path):
 
     made = render(trained, trained.latents)
     measures = reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(real))
-    assert measures["psnr"].mean() > measures["psnr_mean_colour"].mean() + 3
+    assert measures["psnr"].mean() > measures["psnr_mean_color"].mean() + 3
     rows = run.logs.metrics("glo")
     assert rows[-1]["step"] == 120
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]

@@ -58,7 +58,7 @@ def test_it_goes_through_map_sample_interpolate_and_report(imported, capsys):
 
 
 @pytest.mark.parametrize("variant", ["original", "expanded"])
-def test_its_videos_are_the_authors_with_the_colours_swapped(variant, tmp_path):
+def test_its_videos_are_the_authors_with_the_colors_swapped(variant, tmp_path):
     files = write_checkpoints(tmp_path, variant)
     run = import_seed(*files, tmp_path / "run", variant)
     trained = load_trained(run)

@@ -13,11 +13,11 @@ from vglann_fast.errors import VglannError
 from vglann_fast.mapping import em
 from vglann_fast.mapping.em import (
     Mixture,
-    Regularisation,
+    Regularization,
     clusters,
-    expectation_maximisation,
+    expectation_maximization,
     log_joint,
-    maximise,
+    maximize,
 )
 from vglann_fast.mapping.gmm import GMM
 from vglann_fast.options.presets import PRESETS
@@ -26,7 +26,7 @@ PAPER, MODERN = PRESETS["paper"].map["gmm"], PRESETS["modern"].map["gmm"]
 
 
 def no_prior(d, floor=1e-6):
-    return Regularisation(floor, 0.0, torch.eye(d).double())
+    return Regularization(floor, 0.0, torch.eye(d).double())
 
 
 def from_means(means):
@@ -39,7 +39,7 @@ def test_rounds_match_the_recording(rounds):
     expected = golden("gmm_em")
     latents = expected["X"].double()
     found = list(
-        expectation_maximisation(
+        expectation_maximization(
             latents, from_means(expected["means_init"]), no_prior(4), rounds=rounds, tolerance=1e-3
         )
     )
@@ -56,10 +56,10 @@ def test_rounds_match_the_recording(rounds):
 def blobs(n=600, d=6, k=4, seed=0):
     """n rows of k stretched blobs, float32, and the blob of each."""
     random = torch.Generator().manual_seed(seed)
-    centres = 4 * torch.randn(k, d, generator=torch.Generator().manual_seed(9))
+    centers = 4 * torch.randn(k, d, generator=torch.Generator().manual_seed(9))
     stretch = torch.randn(k, d, d, generator=torch.Generator().manual_seed(8)) / 3
     blob = torch.arange(n) % k
-    return centres[blob] + (torch.randn(n, 1, d, generator=random) @ stretch[blob])[:, 0], blob
+    return centers[blob] + (torch.randn(n, 1, d, generator=random) @ stretch[blob])[:, 0], blob
 
 
 def test_the_end_is_scikit_learns(monkeypatch):
@@ -72,7 +72,7 @@ def test_the_end_is_scikit_learns(monkeypatch):
         weights_init=np.full(5, 0.2), precisions_init=np.stack([np.eye(6)] * 5),
     ).fit(latents.numpy())  # fmt: skip
     found = list(
-        expectation_maximisation(latents, from_means(start), no_prior(6, 1e-4), rounds=500, tolerance=1e-6)
+        expectation_maximization(latents, from_means(start), no_prior(6, 1e-4), rounds=500, tolerance=1e-6)
     )
     assert len(found) == oracle.n_iter_
     assert np.allclose(found[-1][0].covariances, oracle.covariances_, rtol=1e-6, atol=1e-9)
@@ -81,8 +81,8 @@ def test_the_end_is_scikit_learns(monkeypatch):
 
 def test_likelihood_never_falls():
     latents = blobs(200)[0].double()
-    start = maximise(latents, clusters(latents, 7, torch.Generator().manual_seed(3)), no_prior(6))
-    rounds = expectation_maximisation(latents, start, no_prior(6), rounds=30, tolerance=0)
+    start = maximize(latents, clusters(latents, 7, torch.Generator().manual_seed(3)), no_prior(6))
+    rounds = expectation_maximization(latents, start, no_prior(6), rounds=30, tolerance=0)
     bounds = [bound for _, bound in rounds]
     assert len(bounds) == 30
     assert all(later > before - 1e-6 for before, later in pairwise(bounds))
@@ -101,7 +101,7 @@ def test_a_component_of_few_latents_takes_the_prior_shape():
     shares = torch.zeros(50, 2).double()
     shares[1:, 0], shares[0, 1] = 1, 1
     shape = torch.tensor([[2.0, 0.5, 0], [0.5, 1, 0], [0, 0, 3]]).double()
-    mixture = maximise(latents, shares, Regularisation(0.0, 9.0, shape))
+    mixture = maximize(latents, shares, Regularization(0.0, 9.0, shape))
     assert torch.allclose(mixture.covariances[1], shape * 9 / 10)
     assert relative_l2(mixture.covariances[0], latents[1:].T.cov(correction=0)) < 0.5
 

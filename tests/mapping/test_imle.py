@@ -59,7 +59,7 @@ def test_epochs_match_the_author(monkeypatch):
         assert row["match_distance"] == pytest.approx(
             expected[f"ep{epoch}.dist2"].sqrt().mean().item(), rel=1e-5
         )
-        assert row["hubness"] == expected[f"ep{epoch}.index"].unique().numel() / 300
+        assert row["match_diversity"] == expected[f"ep{epoch}.index"].unique().numel() / 300
     for name, value in mapping.network.state_dict().items():
         layer, kind = name.split(".")
         assert relative_l2(value.double(), expected[f"final.{LAYERS[layer]}.{kind}"]) < 1e-6, name
@@ -77,27 +77,27 @@ def test_blocks_at_once_are_blocks_in_train_mode():
 def clustered_latents():
     """Three tight groups on the unit sphere in 8 dimensions."""
     generator = torch.Generator().manual_seed(0)
-    centres = F.normalize(torch.randn(3, 8, generator=generator), dim=1)
-    rows = centres.repeat_interleave(20, 0) + 0.02 * torch.randn(60, 8, generator=generator)
-    return F.normalize(rows, dim=1), centres
+    centers = F.normalize(torch.randn(3, 8, generator=generator), dim=1)
+    rows = centers.repeat_interleave(20, 0) + 0.02 * torch.randn(60, 8, generator=generator)
+    return F.normalize(rows, dim=1), centers
 
 
 @pytest.fixture(scope="module", params=["paper", "modern"])
 def fitted(request):
-    latents, centres = clustered_latents()
+    latents, centers = clustered_latents()
     options = replace(
         PRESETS[request.param].map["imle"], noise_dim=4, hidden=32, epochs=80, batch_size=20, lr=5e-3
     )
     mapping = IMLE(8, options)
     rows = []
     mapping.fit(latents, torch.Generator().manual_seed(1), rows.append)
-    return mapping, latents, centres, rows
+    return mapping, latents, centers, rows
 
 
 def test_fit_covers_every_group(fitted):
-    mapping, _, centres, rows = fitted
+    mapping, _, centers, rows = fitted
     samples = mapping.sample(200, torch.Generator().manual_seed(2))
-    nearest = torch.cdist(F.normalize(samples, dim=1), centres).argmin(1)
+    nearest = torch.cdist(F.normalize(samples, dim=1), centers).argmin(1)
     assert all((nearest == group).sum() > 20 for group in range(3))
     assert rows[-1]["match_distance"] < 0.5 * rows[0]["match_distance"]
     assert [row["epoch"] for row in rows] == list(range(80))
@@ -130,7 +130,7 @@ def test_a_second_fit_matches_anew():
         assert rows[1]["rematched"] < 1
 
 
-def test_normalised_mapping_stays_on_the_sphere():
+def test_normalized_mapping_stays_on_the_sphere():
     mapping = IMLE(8, replace(PRESETS["modern"].map["imle"], noise_dim=4, hidden=32))
     samples = mapping.sample(50, torch.Generator().manual_seed(0))
     assert torch.allclose(samples.norm(dim=1), torch.ones(50))

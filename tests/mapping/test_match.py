@@ -68,7 +68,7 @@ def test_bad_options(value):
 def test_rejection_keeps_distance_while_fitting():
     plain, rejecting = fitted()[1], fitted(reject_quantile=0.3)[1]
     assert rejecting[0]["match_distance"] > plain[0]["match_distance"]
-    assert all(0 < row["hubness"] <= 1 for row in rejecting)
+    assert all(0 < row["match_diversity"] <= 1 for row in rejecting)
 
 
 def test_adaptive_rematching_matches_only_what_came_near():
@@ -91,7 +91,7 @@ def test_a_kept_match_is_looked_at_without_training():
 
 
 def test_a_regression_restarts_and_forgets():
-    """What a capture needs: after `nothing_happened` and `restart` the steps are those of a new optimiser."""
+    """What a capture needs: after `nothing_happened` and `restart` the steps are those of a new optimizer."""
     latents, noise = torch.randn(40, 3), torch.randn(40, 5)
     order = torch.randperm(40)
     results = []

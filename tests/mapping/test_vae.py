@@ -96,10 +96,10 @@ def test_epochs_match_the_author(monkeypatch):
 
 
 def groups(seed, rows=20):
-    """Three tight groups on the unit sphere in 8 dimensions, and their centres."""
-    centres = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    """Three tight groups on the unit sphere in 8 dimensions, and their centers."""
+    centers = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     noise = torch.randn(3 * rows, 8, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(centres.repeat_interleave(rows, 0) + 0.02 * noise, dim=1), centres
+    return F.normalize(centers.repeat_interleave(rows, 0) + 0.02 * noise, dim=1), centers
 
 
 @pytest.fixture(scope="module", params=["paper", "modern"])

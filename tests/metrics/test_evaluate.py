@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from evaluated import instead_of_networks, mixed_folder, trained_run
-from tiny import COLOURS, mean_colours
+from tiny import COLORS, mean_colors
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
@@ -30,12 +30,12 @@ from vglann_fast.samples.nearest import nearest_clips
 from vglann_fast.samples.sample import sample
 
 
-def colours_of(clips):
-    return extract({"x": COLOURS}, clips)["x"]
+def colors_of(clips):
+    return extract({"x": COLORS}, clips)["x"]
 
 
 @pytest.fixture(autouse=True)
-def colours_only(monkeypatch, tmp_path):
+def colors_only(monkeypatch, tmp_path):
     """Inversion is cut short, too."""
     instead_of_networks(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(reconstruction, "invert", partial(invert, starts=2, steps=2))
@@ -62,21 +62,21 @@ def test_a_whole_evaluation(run, capsys):
     assert record["seed"] == 3
     assert record["real"] | {"sha256": 0} == {"split": "test", "clips": 33, "of": 33, "sha256": 0}
     assert len(record["real"]["sha256"]) == 64
-    assert record["made"]["clips"] == 33
+    assert record["generated"]["clips"] == 33
     assert record["training"]["clips"] == 40
     compared = record["features"]["frechet[lite0]"]
-    assert compared["protocol"] == COLOURS.protocol
-    assert compared["made"]["n"] == compared["floor"]["n"] == 33
-    assert compared["made"]["quarters"]["n"] == 8
-    assert len(compared["made"]["quarters"]["values"]) == 4
+    assert compared["protocol"] == COLORS.protocol
+    assert compared["generated"]["n"] == compared["floor"]["n"] == 33
+    assert compared["generated"]["quarters"]["n"] == 8
+    assert len(compared["generated"]["quarters"]["values"]) == 4
 
     # the same numbers, the long way round
     sample(run.path, n=33, seed=3, kind="imle")
-    made = colours_of(np.load(run.path / "media" / "samples" / "video.npy"))
+    made = colors_of(np.load(run.path / "media" / "samples" / "video.npy"))
     clips = ClipSet.open(run.path.parent / "clips")
-    real, known = (colours_of(ClipSet.open(clips.folder, split).read()) for split in ("test", "train"))
+    real, known = (colors_of(ClipSet.open(clips.folder, split).read()) for split in ("test", "train"))
     expected = frechet_distance(FeatureMoments.of(real), FeatureMoments.of(made))
-    assert compared["made"]["frechet"] == pytest.approx(expected, rel=1e-3)  # batches of another size
+    assert compared["generated"]["frechet"] == pytest.approx(expected, rel=1e-3)  # batches of another size
     lowest = np.argsort(ClipSet.open(clips.folder, "train").ids)[:33]
     floor = frechet_distance(FeatureMoments.of(real), FeatureMoments.of(known[lowest]))
     assert compared["floor"]["frechet"] == pytest.approx(floor, rel=1e-9)
@@ -96,27 +96,29 @@ def test_the_seed_decides_alone(run, monkeypatch):
         record = evaluate(run.path, kinds=["imle"], features=["lite0"], n=20, held_out=0, seed=1).records[
             "imle"
         ]
-        return {key: record[key] for key in ("features", "motion", "nearest_training_clip", "real", "made")}
+        return {
+            key: record[key] for key in ("features", "motion", "nearest_training_clip", "real", "generated")
+        }
 
     first = figures()
     monkeypatch.setattr(module, "_BLOCK", 7)
     monkeypatch.setattr(nearest, "_CLIPS", 3)
     again = figures()
-    # The generator's own batches may round otherwise, to one step of a colour; everything else is exact.
+    # The generator's own batches may round otherwise, to one step of a color; everything else is exact.
     assert again["real"] == first["real"]
     assert again["motion"]["real"] == first["motion"]["real"]
-    close = pytest.approx(first["features"]["frechet[lite0]"]["made"]["frechet"], rel=1e-3)
-    assert again["features"]["frechet[lite0]"]["made"]["frechet"] == close
+    close = pytest.approx(first["features"]["frechet[lite0]"]["generated"]["frechet"], rel=1e-3)
+    assert again["features"]["frechet[lite0]"]["generated"]["frechet"] == close
 
 
 def test_the_order_of_clips_does_not_matter(run, tmp_path):
     clips = ClipSet.open(run.options["clips"], "test")
     rows = np.argsort(clips.ids)
-    real = measure("a", [clips.read(rows[:20]), clips.read(rows[20:])], 33, {"x": COLOURS})
-    same = measure("b", [clips.read(rows[::-1])], 33, {"x": COLOURS})
+    real = measure("a", [clips.read(rows[:20]), clips.read(rows[20:])], 33, {"x": COLORS})
+    same = measure("b", [clips.read(rows[::-1])], 33, {"x": COLORS})
     assert real.sha256 == same.sha256
     assert torch.equal(real.features["x"], same.features["x"].flip(0))
-    other = measure("c", [clips.read(rows[1:])], 32, {"x": COLOURS})
+    other = measure("c", [clips.read(rows[1:])], 32, {"x": COLORS})
     assert other.sha256 != real.sha256
 
 
@@ -127,13 +129,13 @@ def test_without_held_out_clips_half_of_the_training_clips_stand_in(tmp_path):
     assert list(result.records) == ["reconstruction", "training-latents", "gaussian"]
     record = result.records["gaussian"]
     assert record["real"]["split"] == "train"
-    assert record["real"]["clips"] == record["made"]["clips"] == 4
+    assert record["real"]["clips"] == record["generated"]["clips"] == 4
     assert record["warnings"] == result.warnings
     assert "real" not in record["nearest_training_clip"]
     assert "held_out" not in result.records["reconstruction"]
     figures = record["features"]["frechet[lite0]"]
-    assert figures["made"]["precision"] is None
-    assert figures["made"]["quarters"] is None
+    assert figures["generated"]["precision"] is None
+    assert figures["generated"]["quarters"] is None
     lines = doubts(result.records)
     assert any("4 videos for 4 features" in line and "of gaussian" in line for line in lines)
     assert any("too few for precision" in line for line in lines)
@@ -167,7 +169,7 @@ def test_mistakes(run, capsys, arguments, message):
 
 
 def test_mistakes_of_the_run(run, tmp_path, monkeypatch):
-    instead_of_networks(monkeypatch, tmp_path, replace(COLOURS, min_frames=17))
+    instead_of_networks(monkeypatch, tmp_path, replace(COLORS, min_frames=17))
     with pytest.raises(VglannError, match="at least 17 frames, the run's have 16"):
         evaluate(run.path, features=["i3d-16"])
     with pytest.raises(VglannError, match="not a run"):
@@ -180,11 +182,11 @@ def test_mistakes_of_the_run(run, tmp_path, monkeypatch):
 def test_sixteen_videos_have_a_name_of_their_own(run):
     record = evaluate(run.path, kinds=["imle"], features=["i3d-16"], held_out=0).records["imle"]
     assert list(record["features"]) == ["frechet[i3d, 16 videos]"]
-    assert record["features"]["frechet[i3d, 16 videos]"]["made"]["n"] == 16
+    assert record["features"]["frechet[i3d, 16 videos]"]["generated"]["n"] == 16
 
 
 def test_constant_features_are_an_error_that_names_their_source(run, tmp_path, monkeypatch):
-    instead_of_networks(monkeypatch, tmp_path, replace(COLOURS, network=torch.ones_like, reduce=mean_colours))
+    instead_of_networks(monkeypatch, tmp_path, replace(COLORS, network=torch.ones_like, reduce=mean_colors))
     with pytest.raises(
         VglannError, match=r"frechet\[lite0\] of the floor: the features of all 33 real videos"
     ):
@@ -192,7 +194,7 @@ def test_constant_features_are_an_error_that_names_their_source(run, tmp_path, m
 
 
 def test_comparing_a_set_with_itself_is_warned_of():
-    rows = colours_of(moving_squares(40))
+    rows = colors_of(moving_squares(40))
     figures = compare(rows, rows)
     assert figures["frechet"] < 1e-8
     assert (figures["precision"], figures["coverage"]) == (1, 1)

@@ -136,7 +136,7 @@ def test_the_record_says_all(imported):
         assert take.protocol["sha256"] == f"sha of {network}"
         assert take.protocol["name"] == name
         assert take.protocol["dimensions"] == take.dimensions
-        assert {"network", "layer", "resize", "size", "range", "colour", "frames"} <= take.protocol.keys()
+        assert {"network", "layer", "resize", "size", "range", "color", "frames"} <= take.protocol.keys()
 
 
 def test_clips_that_are_not(imported, clips):

@@ -84,7 +84,7 @@ def test_the_factor_holds_the_scatter():
 
 
 @pytest.mark.parametrize(
-    ("real", "made", "message"),
+    ("real", "generated", "message"),
     [
         (normal(1, 4), normal(9, 4), "at least 2 real videos, got 1"),
         (normal(9, 4), normal(1, 4), "at least 2 made videos, got 1"),
@@ -112,7 +112,7 @@ def test_rows_of_another_length_do_not_join():
 
 
 @pytest.mark.parametrize(
-    ("real", "made", "expected"),
+    ("real", "generated", "expected"),
     [
         (normal(50, 4), normal(50, 4, seed=1), []),
         (normal(4, 4), normal(50, 4, seed=1), ["4 videos for 4 features", "4 real and 50 made"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluated import instead_of_networks, trained_run
 from safetensors.torch import save_file
-from tiny import COLOURS, mean_colours
+from tiny import COLORS, mean_colors
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
@@ -21,16 +21,16 @@ from vglann_fast.metrics.kept_features import features_of_clips
 
 
 class Counting:
-    """`COLOURS`, counting the clips its network sees."""
+    """`COLORS`, counting the clips its network sees."""
 
     def __init__(self, weights="0" * 64):
         self.seen = 0
-        protocol = {**COLOURS.protocol, "sha256": weights}
-        self.extractor = replace(COLOURS, protocol=protocol, network=self.network)
+        protocol = {**COLORS.protocol, "sha256": weights}
+        self.extractor = replace(COLORS, protocol=protocol, network=self.network)
 
     def network(self, clip):
         self.seen += 1
-        return mean_colours(clip)
+        return mean_colors(clip)
 
     def of(self, clips):
         """Features of the clips, and how many of them the network saw for that."""

@@ -1,4 +1,4 @@
-"""coverage.py: nearest-neighbour measures on sets whose answer is known by hand or by brute force."""
+"""coverage.py: nearest-neighbor measures on sets whose answer is known by hand or by brute force."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_as_the_papers_write_it(k, monkeypatch):
 
 def test_numbers_on_a_line():
     real, made = np.array([[0.0], [1.0], [2.0], [10.0]]), np.array([[0.5], [0.6], [19.0]])
-    # radii to the first neighbour: 1, 1, 1, 8 and 0.1, 0.1, 18.4
+    # radii to the first neighbor: 1, 1, 1, 8 and 0.1, 0.1, 18.4
     assert precision_recall(real, made, k=1) == (2 / 3, 3 / 4)  # 19 is 9 from 10; 10 is 9 from 19, 0 is not
     density, covered = density_coverage(real, made, k=1)
     assert density == pytest.approx(4 / 3)  # 0.5 and 0.6 lie in two balls each
@@ -80,11 +80,11 @@ def test_a_copy_is_at_distance_zero_however_large_the_numbers():
 
 @pytest.mark.parametrize("measure", [precision_recall, density_coverage])
 @pytest.mark.parametrize(
-    ("real", "made", "message"),
+    ("real", "generated", "message"),
     [
         (normal(9, 4)[0], normal(9, 4), "expected"),
         (normal(9, 4), normal(9, 5), "real features have 4 numbers, made ones 5"),
-        (normal(3, 4), normal(9, 4), "3 neighbours need more than 3 videos, got 3 and 9"),
+        (normal(3, 4), normal(9, 4), "3 neighbors need more than 3 videos, got 3 and 9"),
         (normal(9, 4), normal(9, 4) * np.nan, "NaN"),
     ],
 )

@@ -44,12 +44,12 @@ def test_by_hand():
     c1 = (0.01 * 255) ** 2
     terms = [(2 * 100 * v + c1) / (100**2 + v**2 + c1) for v in (110, 110, 110, 104)]
     assert found["ssim"] == pytest.approx(np.mean(terms), rel=1e-12)
-    assert found["psnr_mean_colour"] == math.inf
+    assert found["psnr_mean_color"] == math.inf
 
 
 def test_ssim_as_scikit_image_has_it():
     """Values of skimage.metrics.structural_similarity 0.26.0: data_range=255, gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False, the mean over frames and colours."""
+    use_sample_covariance=False, the mean over frames and colors."""
     clips = torch.from_numpy(moving_squares(3))
     assert ssim(clips[:1], clips[1:2]).item() == pytest.approx(0.4146356864554385, rel=1e-9)
     expected = [0.8927086024465062, 0.9001111380146775, 0.8881433910368247]

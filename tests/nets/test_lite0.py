@@ -30,7 +30,7 @@ def plain(w, x):
     def conv(x, name, norm, stride=1):
         kernel = w[f"{name}.weight"]
         side = kernel.shape[-1] // 2
-        before = side - (stride == 2)  # an even side: one row less than a centred kernel would want
+        before = side - (stride == 2)  # an even side: one row less than a centered kernel would want
         x = F.pad(x, (before, side, before, side))
         y = F.conv2d(x, kernel, stride=stride, groups=x.shape[1] // kernel.shape[1])
         mean, var, gain, shift = (

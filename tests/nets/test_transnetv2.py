@@ -28,12 +28,12 @@ def near(x):
     return rows
 
 
-def colour_counts(frames):
-    """How often each of 8 x 8 x 8 colours occurs in frames (T, h, w, 3); [T, 512]."""
+def color_counts(frames):
+    """How often each of 8 x 8 x 8 colors occurs in frames (T, h, w, 3); [T, 512]."""
     counts = np.zeros((len(frames), 8, 8, 8))
     for t, frame in enumerate(frames):
-        for colour in frame.reshape(-1, 3) // 32:
-            counts[(t, *colour)] += 1
+        for color in frame.reshape(-1, 3) // 32:
+            counts[(t, *color)] += 1
     return torch.from_numpy(counts).flatten(1)
 
 
@@ -70,7 +70,7 @@ def plain(w, frames):
     means = torch.cat([stage.mean((2, 3)) for stage in stages]).T
     projected = means @ w["frame_sim_layer.projection.weight"].T + w["frame_sim_layer.projection.bias"]
     parts = []
-    for name, table in (("color_hist_layer", colour_counts(frames)), ("frame_sim_layer", projected)):
+    for name, table in (("color_hist_layer", color_counts(frames)), ("frame_sim_layer", projected)):
         parts.append((near(table) @ w[f"{name}.fc.weight"].T + w[f"{name}.fc.bias"]).clamp(min=0))
     parts.append(x.permute(1, 2, 3, 0).reshape(len(frames), -1))
     hidden = (torch.cat(parts, dim=1) @ w["fc1.weight"].T + w["fc1.bias"]).clamp(min=0)
@@ -94,7 +94,7 @@ def test_stages_and_logits(weights):
 def test_a_frame_is_compared_with_fifty_on_either_side(weights):
     frames = seeded_state.integers("near", (70, 3, 4, 3), 256).astype(np.uint8)
     layer = TransNetV2.loaded(weights).color_hist_layer
-    expected = near(colour_counts(frames)) @ layer.fc.weight.double().T + layer.fc.bias
+    expected = near(color_counts(frames)) @ layer.fc.weight.double().T + layer.fc.bias
     found = layer(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])[0]
     torch.testing.assert_close(found.double(), expected.clamp(min=0), rtol=1e-5, atol=1e-5)
 

@@ -70,8 +70,8 @@ def test_another_shape_is_refused(tensors):
         VGG16.loaded({**tensors, "features.0.weight": odd}, depth=2)
 
 
-def test_swapped_colours(tensors):
+def test_swapped_colors(tensors):
     picture = golden("vgg_distance")["I1"][:1]
-    plain, swapped = (VGG16.loaded(tensors, depth=4, swap_colours=swap) for swap in (False, True))
+    plain, swapped = (VGG16.loaded(tensors, depth=4, swap_colors=swap) for swap in (False, True))
     (expected,), (found,) = plain(picture.flip(1), (3,)), swapped(picture, (3,))
     assert torch.allclose(found, expected, atol=1e-5)

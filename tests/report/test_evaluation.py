@@ -16,8 +16,8 @@ def figures(distance):
 
 
 def record(distance):
-    motion = {"made": {"steps": [2.0, 2.5, 9.0]}, "real": {"steps": [2.0, 2.0, 2.0]}}
-    features = {"frechet[lite0]": {"made": figures(distance), "floor": figures(3.25)}}
+    motion = {"generated": {"steps": [2.0, 2.5, 9.0]}, "real": {"steps": [2.0, 2.0, 2.0]}}
+    features = {"frechet[lite0]": {"generated": figures(distance), "floor": figures(3.25)}}
     return {"features": features, "motion": motion}
 
 
@@ -48,7 +48,7 @@ def test_charts():
     assert {"imle", "12.5", "gaussian", "2150", "floor 3.25"} <= set(texts)
     motions = motion_charts(RECORDS)
     assert [one.title for one in motions] == ["Motion of imle", "Motion of gaussian"]
-    assert all(one.labels == ["made", "real"] for one in motions)
+    assert all(one.labels == ["generated", "real"] for one in motions)
 
 
 def test_bars_start_at_zero_and_leave_out_what_cannot_be_drawn():
@@ -78,12 +78,12 @@ def test_the_page_shows_them(tmp_path):
     [
         {},
         {"features": 3, "motion": []},
-        {"features": {"<b>": 1, "x": {"made": 7}}, "motion": {"made": {"steps": "abc"}}},
+        {"features": {"<b>": 1, "x": {"generated": 7}}, "motion": {"generated": {"steps": "abc"}}},
         {
-            "features": {"x": {"made": {"frechet": "a lot"}, "floor": None}},
-            "motion": {"made": {"steps": [None]}},
+            "features": {"x": {"generated": {"frechet": "a lot"}, "floor": None}},
+            "motion": {"generated": {"steps": [None]}},
         },
-        {"features": {"x": {"made": {"frechet": -1e300}, "floor": {"frechet": -1}}}, "train": 1},
+        {"features": {"x": {"generated": {"frechet": -1e300}, "floor": {"frechet": -1}}}, "train": 1},
     ],
 )
 def test_damaged_records_do_no_harm(tmp_path, content):

@@ -48,9 +48,9 @@ def test_the_latents_themselves_and_a_single_point(run, monkeypatch):
     monkeypatch.setattr(fit, "load_mapping", lambda run, kind: drawn[kind])
     found = compare_mappings(run, ["gaussian", "vae", "never fitted"], [])
     same, point = found.mappings["gaussian"], found.mappings["vae"]
-    assert (same.coverage, same.hubness) == (1, 1)
+    assert (same.coverage, same.match_diversity) == (1, 1)
     np.testing.assert_allclose(same.points, found.latents, atol=1e-6)
-    assert point.hubness == pytest.approx(1 / 9)
+    assert point.match_diversity == pytest.approx(1 / 9)
     assert point.coverage < 1
     assert np.ptp(point.points, axis=0).max() < 1e-12
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vglann_fast.errors import VglannError
-from vglann_fast.report.artefacts import read_artefacts
+from vglann_fast.report.artifacts import read_artifacts
 from vglann_fast.report.page import write_report
 
 IDS = [f"{i:016x}" for i in range(0x3FA2, 0x3FA2 + 64)]
@@ -64,12 +64,12 @@ def make_run(run: Path, clips: int = 3, samples: int = 2, frames: int = 8, size:
     record = {
         "clips": clips,
         "psnr": float(psnr.mean()),
-        "psnr_mean_colour": float(flat.mean()),
+        "psnr_mean_color": float(flat.mean()),
         "psnr_last_frame": 23.871,
         "l1": 0.0312,
         "split": "train",
         "shown": IDS[:clips],
-        "per_clip": {"id": IDS[:clips], "psnr": psnr.tolist(), "psnr_mean_colour": flat.tolist()},
+        "per_clip": {"id": IDS[:clips], "psnr": psnr.tolist(), "psnr_mean_color": flat.tolist()},
         "batchnorm": "eval",
     }
     write_arrays(run / "media/reconstruction", **{**shown, "video": noisy}, original=shown["video"])
@@ -92,7 +92,7 @@ def make_run(run: Path, clips: int = 3, samples: int = 2, frames: int = 8, size:
             "epoch": e,
             "loss": 0.011 * math.exp(-e / 60) + 0.0004 * (1 + rng.uniform()),
             "match_distance": 0.35 + 0.8 * math.exp(-e / 40) + 0.01 * rng.uniform(),
-            "hubness": min(1.0, 0.2 + 0.75 * (1 - math.exp(-e / 30))),
+            "match_diversity": min(1.0, 0.2 + 0.75 * (1 - math.exp(-e / 30))),
         }
         for e in range(200)
     ]
@@ -195,7 +195,7 @@ def test_page_shows_every_clip_and_number(tmp_path: Path) -> None:
     assert {view["data-frames"] for view in players} == {"8"}
     record = json.loads((run / "media/reconstruction/reconstruction.json").read_text())
     assert f"{record['psnr']:.2f} dB" in page.text
-    assert f"{record['psnr'] - record['psnr_mean_colour']:+.2f} dB" in page.text
+    assert f"{record['psnr'] - record['psnr_mean_color']:+.2f} dB" in page.text
     for clip, psnr in zip(record["per_clip"]["id"], record["per_clip"]["psnr"], strict=True):
         assert clip in page.text
         assert f"{psnr:.2f} dB" in page.text
@@ -208,7 +208,7 @@ def test_page_shows_every_clip_and_number(tmp_path: Path) -> None:
     assert "could not be shown" not in page.text
 
 
-def test_pictures_are_the_clips_in_order_and_colour(tmp_path: Path) -> None:
+def test_pictures_are_the_clips_in_order_and_color(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", clips=2, samples=2, frames=11, size=32)
     page = page_of(run)
     pairs = [
@@ -347,7 +347,7 @@ def test_header_that_promises_too_much_costs_nothing(tmp_path: Path) -> None:
     assert huge in header
     assert len(header) == 128
     (folder / "video.npy").write_bytes(header + data[128:])
-    found = read_artefacts(run)
+    found = read_artifacts(run)
     assert found.samples.video is None
     assert len(found.problems) == 1
 
@@ -355,7 +355,7 @@ def test_header_that_promises_too_much_costs_nothing(tmp_path: Path) -> None:
 def test_numbers_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     folder = run / "media/reconstruction"
-    record = {"psnr": math.nan, "psnr_mean_colour": "x", "clips": True, "shown": 5, "per_clip": {"id": 3}}
+    record = {"psnr": math.nan, "psnr_mean_color": "x", "clips": True, "shown": 5, "per_clip": {"id": 3}}
     write_json(folder / "reconstruction.json", record)
     rows = [
         {"stage": "glo", "step": i, "loss": [math.nan, 1e308, -1e308, 0, 5][i], "psnr": math.inf}

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vglann_fast.report.artefacts import seconds_spent
+from vglann_fast.report.artifacts import seconds_spent
 from vglann_fast.report.filmstrip import filmstrip
 from vglann_fast.report.page import duration, setting_rows
 from vglann_fast.report.plots import Series, chart, tick_label
@@ -19,20 +19,20 @@ from vglann_fast.report.plots import Series, chart, tick_label
     [(3, 1, 7, 9), (1, 5, 16, 16), (3, 19, 64, 48), (3, 20, 21, 21)],
 )
 def test_filmstrip_keeps_frames_apart(channels: int, frames: int, height: int, width: int) -> None:
-    # Flat frames of very different colours: a frame that bled into a neighbour would show.
-    colours = np.array([[20, 90, 230], [230, 90, 20]], np.uint8)[np.arange(frames) % 2, :channels]  # (T, C)
-    video = np.broadcast_to(colours.T[:, :, None, None], (channels, frames, height, width))
+    # Flat frames of very different colors: a frame that bled into a neighbor would show.
+    colors = np.array([[20, 90, 230], [230, 90, 20]], np.uint8)[np.arange(frames) % 2, :channels]  # (T, C)
+    video = np.broadcast_to(colors.T[:, :, None, None], (channels, frames, height, width))
     strip = filmstrip(video)
     data = base64.b64decode(strip.uri.removeprefix("data:image/webp;base64,"), validate=True)
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert (strip.frames, strip.width, strip.height) == (frames, width, height)
     assert picture.shape[1] == strip.strip_width
-    for i, colour in enumerate(colours):
+    for i, color in enumerate(colors):
         top = i // strip.columns * strip.cell_height + strip.margin
         left = i % strip.columns * strip.cell_width + strip.margin
         frame = picture[top : top + height, left : left + width]
         assert frame.shape == (height, width, 3)
-        assert np.abs(frame[..., ::-1].astype(int) - colour).max() <= 5
+        assert np.abs(frame[..., ::-1].astype(int) - color).max() <= 5
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from vglann_fast.interop.weights import import_weights
 from vglann_fast.mapping.fit import fit_mapping, load_mapping
 from vglann_fast.options.mapping import map_options
 from vglann_fast.options.presets import PRESETS
-from vglann_fast.report.artefacts import read_artefacts
+from vglann_fast.report.artifacts import read_artifacts
 from vglann_fast.report.page import write_report
 from vglann_fast.run.files import read_json, sha256
 from vglann_fast.run.folder import RunDir
@@ -121,7 +121,7 @@ def test_arrays_that_are_pickles_are_named_as_damaged(run):
     np.save(folder / "video.npy", np.array([Runs(os.mkdir, str(run / "it ran"))], object), allow_pickle=True)
     (folder / "original.npy").write_bytes(b"PK\x03\x04" + bytes(40))
     (folder / "mask.npy").write_bytes(b"\x93NUMPY\x01\x00\x06\x00{'a':(")  # what numpy mends, it tokenizes
-    problems = read_artefacts(run).problems
+    problems = read_artifacts(run).problems
     assert not (run / "it ran").exists()
     assert [line.split(":")[0] for line in problems] == [
         f"media/samples/{name}.npy" for name in ("video", "original", "mask")
@@ -286,7 +286,10 @@ def test_a_page_shows_hostile_words_as_words(run):
     change(run / "options.json", preset=word, more={word: word})
     (run / "evaluation").mkdir()
     figures = {"frechet": 1.0, "n": 2}
-    record = {"features": {word: {"made": figures, "floor": figures}}, "motion": {"made": {"steps": [1, 2]}}}
+    record = {
+        "features": {word: {"generated": figures, "floor": figures}},
+        "motion": {"generated": {"steps": [1, 2]}},
+    }
     (run / "evaluation" / "<img src=x>.json").write_text(json.dumps(record))
     page = write_report(run).read_text()
     assert "alert(1)" in page

@@ -15,7 +15,7 @@ from vglann_fast.run.files import atomic_file
 from vglann_fast.samples import write
 from vglann_fast.samples.write import rgb_to_yuv420, video_grid, write_gif, write_mp4, write_videos
 
-COLOURS = np.array(
+COLORS = np.array(
     [
         [255, 0, 0],
         [0, 255, 0],
@@ -30,11 +30,11 @@ COLOURS = np.array(
 )
 
 
-def moving_colours(frames: int, height: int, width: int) -> np.ndarray:
-    """Video uint8 (3, T, H, W): broad stripes of known colours that move one pixel a frame."""
+def moving_colors(frames: int, height: int, width: int) -> np.ndarray:
+    """Video uint8 (3, T, H, W): broad stripes of known colors that move one pixel a frame."""
     stripe = np.arange(width)[None, :] + np.arange(frames)[:, None]  # (T, W)
-    colours = COLOURS[stripe * 4 // width % len(COLOURS)]  # (T, W, 3)
-    return np.ascontiguousarray(np.repeat(colours.transpose(2, 0, 1)[:, :, None], height, axis=2))
+    colors = COLORS[stripe * 4 // width % len(COLORS)]  # (T, W, 3)
+    return np.ascontiguousarray(np.repeat(colors.transpose(2, 0, 1)[:, :, None], height, axis=2))
 
 
 def random_clips(n: int, frames: int = 4, height: int = 16, width: int = 16, channels: int = 3) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_grid_is_about_square_and_even(n: int, height: int, width: int, columns:
     assert grid.shape[2] - (math.ceil(n / columns) * (height + 1) - 1) in (0, 1)
 
 
-def test_yuv_of_known_colours() -> None:
+def test_yuv_of_known_colors() -> None:
     # White, black and red as BT.601 defines them, limited range.
     for rgb, yuv in (
         ((255, 255, 255), (235, 128, 128)),
@@ -85,7 +85,7 @@ def test_yuv_of_known_colours() -> None:
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(64, 64, 1), (33, 47, 1), (16, 18, 4)])
 def test_mp4_comes_back(tmp_path: Path, height: int, width: int, scale: int) -> None:
-    video = moving_colours(12, height, width)
+    video = moving_colors(12, height, width)
     write_mp4(tmp_path / "a" / "video.mp4", video, fps=24, scale=scale)
     frames, tags, times = read_video(tmp_path / "a" / "video.mp4")
     height, width = height * scale, width * scale
@@ -101,21 +101,21 @@ def test_mp4_comes_back(tmp_path: Path, height: int, width: int, scale: int) -> 
         np.testing.assert_allclose(frames[:, :, -1].astype(float), frames[:, :, -2], atol=40)
 
 
-def test_mp4_colours_for_a_reader_that_ignores_the_tags(tmp_path: Path) -> None:
-    for colour in COLOURS:
-        write_mp4(tmp_path / "flat.mp4", np.broadcast_to(colour[:, None, None, None], (3, 3, 32, 32)))
+def test_mp4_colors_for_a_reader_that_ignores_the_tags(tmp_path: Path) -> None:
+    for color in COLORS:
+        write_mp4(tmp_path / "flat.mp4", np.broadcast_to(color[:, None, None, None], (3, 3, 32, 32)))
         capture = cv2.VideoCapture(str(tmp_path / "flat.mp4"))
         read, frame = capture.read()
         capture.release()
         assert read
-        assert np.abs(frame[16, 16, ::-1].astype(int) - colour).max() <= 5
+        assert np.abs(frame[16, 16, ::-1].astype(int) - color).max() <= 5
 
 
 def test_mp4_is_the_same_each_time(tmp_path: Path) -> None:
     files = set()
     for size in (64, 16, 33, 80):
-        write_mp4(tmp_path / "other", moving_colours(12, size, size))  # leaves other values in freed memory
-        write_mp4(tmp_path / "small", moving_colours(8, 48, 48))
+        write_mp4(tmp_path / "other", moving_colors(12, size, size))  # leaves other values in freed memory
+        write_mp4(tmp_path / "small", moving_colors(8, 48, 48))
         files.add((tmp_path / "small").read_bytes())
     assert len(files) == 1
 
@@ -124,18 +124,16 @@ def test_mp4_is_the_same_each_time(tmp_path: Path) -> None:
     ("frames", "height", "width", "fps"), [(12, 64, 64, 24), (7, 33, 47, 10), (1, 16, 16, 24)]
 )
 def test_gif_comes_back(tmp_path: Path, frames: int, height: int, width: int, fps: int) -> None:
-    video = moving_colours(frames, height, width)
+    video = moving_colors(frames, height, width)
     write_gif(tmp_path / "video.gif", video, fps=fps)
     back, _, times = read_video(tmp_path / "video.gif")
     assert back.shape == (frames, height, width, 3)
     assert times == pytest.approx([i / fps for i in range(frames)], abs=0.0051)
-    assert (
-        np.abs(back.astype(int) - video.transpose(1, 2, 3, 0)).max() <= 6
-    )  # few colours: all in the palette
+    assert np.abs(back.astype(int) - video.transpose(1, 2, 3, 0)).max() <= 6  # few colors: all in the palette
     assert b"NETSCAPE2.0\x03\x01\x00\x00" in (tmp_path / "video.gif").read_bytes()  # repeats for ever
 
 
-def test_gif_of_many_colours_is_close(tmp_path: Path) -> None:
+def test_gif_of_many_colors_is_close(tmp_path: Path) -> None:
     rows, columns = np.mgrid[0:64, 0:64]
     t = np.arange(8)[:, None, None]
     video = np.stack([(rows * 4 + 0 * t), (columns * 4 + 0 * t), (rows + columns + 8 * t)]) % 256
@@ -166,9 +164,9 @@ def test_wrong_videos_are_refused(tmp_path: Path, writer: Any, video: np.ndarray
 @pytest.mark.parametrize("writer", [write_mp4, write_gif])
 def test_wrong_options_are_refused(tmp_path: Path, writer: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        writer(tmp_path / "video", moving_colours(2, 16, 16), **options)
+        writer(tmp_path / "video", moving_colors(2, 16, 16), **options)
     with pytest.raises(ValueError, match="50"):
-        write_gif(tmp_path / "video", moving_colours(2, 16, 16), fps=60)
+        write_gif(tmp_path / "video", moving_colors(2, 16, 16), fps=60)
     with pytest.raises(ValueError):
         video_grid(random_clips(2), columns=0)
     with pytest.raises(ValueError):

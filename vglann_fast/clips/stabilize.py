@@ -1,12 +1,12 @@
-"""Stabilisation: how the camera moved from frame to frame, and clips in which it stands still.
+"""Stabilization: how the camera moved from frame to frame, and clips in which it stands still.
 
-Between neighbouring frames: SIFT keypoints, the two nearest descriptors of each, Lowe's ratio test, and a
+Between neighboring frames: SIFT keypoints, the two nearest descriptors of each, Lowe's ratio test, and a
 homography by RANSAC. Within a clip the homographies are multiplied up, so that every frame is seen from where
 the camera stood in the first one. What the camera did not see at that moment shows the frame of the clip
 before it, never black: black edges are the first thing a two-stream generator would learn.
 
-`RATIO`, `LEAST_MATCHES`, `RANSAC_PIXELS` and `ERODED` are videogan's (Vondrick, Pirsiavash and Torralba,
-"Generating Videos with Scene Dynamics", 2016). The rest bounds cost and error. Measured on frames of two films
+`RATIO`, `MIN_MATCHES`, `RANSAC_PIXELS` and `ERODED` are videogan's (Vondrick, Pirsiavash and Torralba,
+"Generating Videos with Scene Dynamics", 2016). The rest bounds cost and error. Measurement on frames of two films
 panned, zoomed and turned by known amounts: RANSAC's own fit to all points within 5 pixels is wrong by up to 14
 pixels in a corner of a blurred 768x432 picture; fitted again to the points that agree with it, and with twice as
 many faint keypoints, by less than 0.7 (`vglann_fast/experiments/stabilization.py`).
@@ -14,7 +14,7 @@ many faint keypoints, by less than 0.7 (`vglann_fast/experiments/stabilization.p
 A motion is float64 (12,): the homography that takes pixels of a frame to pixels of the frame before it, row by
 row, then the number of its inliers, the number of matches, and the median distance in pixels by which inliers
 miss. It is NaN where there is no homography to be had. Pixels are those of the upright source frame, the
-centre of the first being (0, 0).
+center of the first being (0, 0).
 """
 
 from dataclasses import asdict, dataclass
@@ -25,15 +25,15 @@ import cv2
 import numpy as np
 
 RATIO = 0.7  # of the distances of the nearest and the second nearest descriptor
-LEAST_MATCHES = 10
+MIN_MATCHES = 10
 RANSAC_PIXELS = 5.0
 ERODED = 5  # pixels, the side of the square by which the seen area shrinks: its rim is half black
 REFITS = 3  # of the homography, each to the points within 3 times the median miss of those before
-LEAST_REFIT_PIXELS = 0.3  # points as near as this always count: keypoints are no more exact
+MIN_REFIT_PIXELS = 0.3  # points as near as this always count: keypoints are no more exact
 CONTRAST = 0.02  # of a keypoint, half of SIFT's usual: blurred backgrounds have few strong ones
 LOOK_AT = 480  # pixels: larger frames are looked at with this short side
-MOST_FEATURES = 2000  # of a frame, the strongest: matching them all costs the square
-MOST_FILLED = 0.5  # share of a frame that may show frames before it
+MAX_FEATURES = 2000  # of a frame, the strongest: matching them all costs the square
+MAX_FILLED = 0.5  # share of a frame that may show frames before it
 MOTION_LENGTH = 12
 
 _INLIERS, _MATCHES, _RESIDUAL = 9, 10, 11
@@ -41,7 +41,7 @@ _INLIERS, _MATCHES, _RESIDUAL = 9, 10, 11
 
 @dataclass(frozen=True)
 class Stabilization:
-    """How well a clip could be stabilised, as it stands in the index.
+    """How well a clip could be stabilized, as it stands in the index.
 
     inliers: mean number of inliers of a homography. residual: median over its frames of the median distance, in
     pixels of the source, by which inliers miss. rejected_frames: share of the frames, but the first, without a
@@ -63,20 +63,20 @@ class Tracker:
 
     def __init__(self) -> None:
         self._sift = cv2.SIFT_create(  # type: ignore[attr-defined, unused-ignore]  # cv2 may be absent
-            nfeatures=MOST_FEATURES, contrastThreshold=CONTRAST, enable_precise_upscale=True
+            nfeatures=MAX_FEATURES, contrastThreshold=CONTRAST, enable_precise_upscale=True
         )
         self._matcher = cv2.BFMatcher(cv2.NORM_L2)
         self._before: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """The motion, see the top of this file, of an image (H, W, 3) uint8 RGB. NaN for the first."""
-        grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
-        height, width = grey.shape
+        gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+        height, width = gray.shape
         scale = min(1.0, LOOK_AT / min(height, width))
         if scale < 1:
             size = (round(width * scale), round(height * scale))
-            grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
-        keypoints, descriptors = self._sift.detectAndCompute(grey, None)
+            gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+        keypoints, descriptors = self._sift.detectAndCompute(gray, None)
         points = np.array([keypoint.pt for keypoint in keypoints], np.float64).reshape(-1, 2)
         before, self._before = self._before, (points, descriptors)
         motion = np.full(MOTION_LENGTH, np.nan)
@@ -85,7 +85,7 @@ class Tracker:
             found = _homography(here, there)
             motion[_MATCHES] = len(here)
             if found is not None:
-                scaling = resizing(width, height, grey.shape[1], grey.shape[0])
+                scaling = resizing(width, height, gray.shape[1], gray.shape[0])
                 homography = np.linalg.inv(scaling) @ found[0] @ scaling
                 motion[:9] = (homography / homography[2, 2]).ravel()
                 motion[_INLIERS], motion[_RESIDUAL] = found[1], found[2] / scale
@@ -108,7 +108,7 @@ class Tracker:
 
 
 def resizing(width: int, height: int, new_width: int, new_height: int) -> np.ndarray:
-    """The homography of a resize: pixel centres of the old picture to those of the new one."""
+    """The homography of a resize: pixel centers of the old picture to those of the new one."""
     x, y = new_width / width, new_height / height
     return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
@@ -151,7 +151,7 @@ def stabilize(
             return None, quality(filled=1.0)
         mask = cv2.erode(cv2.warpPerspective(seen, warp, (width, height), flags=cv2.INTER_NEAREST), kernel)
         share = float((mask == 0).mean())
-        if share > MOST_FILLED:
+        if share > MAX_FILLED:
             return None, quality(filled=share)
         filled += share / len(frames)
         warped = cv2.warpPerspective(frame, warp, (width, height), flags=cv2.INTER_LINEAR)
@@ -177,18 +177,18 @@ def cropped(frames: np.ndarray, box: list[int], frame_size: tuple[int, int], siz
 
 def _homography(here: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, int, float] | None:
     """(homography from `here` to `there`, inliers, median miss in pixels), or None; points (n, 2)."""
-    if len(here) < LEAST_MATCHES:
+    if len(here) < MIN_MATCHES:
         return None
     homography, mask = cv2.findHomography(here, there, cv2.RANSAC, RANSAC_PIXELS)
     inliers = mask.ravel() > 0 if homography is not None else np.zeros(len(here), bool)
     for _ in range(REFITS):
         # Four points always fit: fewer inliers than good matches were asked for say nothing about the camera.
-        if inliers.sum() < LEAST_MATCHES:
+        if inliers.sum() < MIN_MATCHES:
             return None
         missed = _missed(homography, here, there)
-        reach = np.clip(3 * np.median(missed[inliers]), LEAST_REFIT_PIXELS, RANSAC_PIXELS)
+        reach = np.clip(3 * np.median(missed[inliers]), MIN_REFIT_PIXELS, RANSAC_PIXELS)
         inliers = missed < reach
-        if inliers.sum() < LEAST_MATCHES:
+        if inliers.sum() < MIN_MATCHES:
             return None
         homography, _ = cv2.findHomography(here[inliers], there[inliers], 0)
         if homography is None or not np.isfinite(homography).all() or abs(np.linalg.det(homography)) < 1e-6:

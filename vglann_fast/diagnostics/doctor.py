@@ -234,8 +234,8 @@ def self_test(steps: int = 8) -> Finding:
     except (RuntimeError, VglannError) as error:
         return Finding("self-test", "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     seconds = time.monotonic() - started
-    learnt = f"loss {first:.3f} to {last:.3f} in {steps} steps, {seconds:.1f} s on {device}"
-    return Finding("self-test", "PASS" if last < first and math.isfinite(last) else "FAIL", learnt)
+    learned = f"loss {first:.3f} to {last:.3f} in {steps} steps, {seconds:.1f} s on {device}"
+    return Finding("self-test", "PASS" if last < first and math.isfinite(last) else "FAIL", learned)
 
 
 def _tiny_training(device: Any, steps: int) -> tuple[float, float]:

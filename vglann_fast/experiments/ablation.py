@@ -9,7 +9,7 @@
 Two regimes. "short" is training as it is: an epoch of the clips at hand, some dozen steps. "long" adds what an
 epoch of the paper's 50,000 clips does to the latents: between two real steps come K = round(50000 / N) - 1 Adam
 steps over the latent table with a gradient of zero, which is what dense Adam does to a row while other clips have
-their turn. Moments, step counts, bias correction and the renormalisation at the epoch's end are then those of a long
+their turn. Moments, step counts, bias correction and the renormalization at the epoch's end are then those of a long
 epoch. What it leaves out: the generator takes the real steps alone, so it neither learns from the other clips nor
 moves on between two visits of a clip. Row-wise Adam leaves rows outside the batch as they are, so its rows are the
 same in both regimes and are trained once.
@@ -73,7 +73,7 @@ LONG_EPOCH = 50_000  # clips of the paper's training set
 WARM_UP, TIMED = 2, 7  # steps of each row in `time`
 
 
-class Wanted(NamedTuple):
+class PlannedTraining(NamedTuple):
     """One line of the study: a row in a regime, with a seed."""
 
     row: str
@@ -107,11 +107,11 @@ def same_training(one: str, other: str) -> bool:
     return replace(options_of(one), **UNUSED) == replace(options_of(other), **UNUSED)
 
 
-def plan() -> list[Wanted]:
+def plan() -> list[PlannedTraining]:
     """All lines of the study, the most wanted first."""
-    ends = [[Wanted(row, regime, seed) for regime in REGIMES for row in ENDS] for seed in SEEDS]
-    middle = [Wanted(row, regime, SEEDS[0]) for regime in REGIMES for row in CHANGES]
-    variants = [Wanted(row, "short", SEEDS[0]) for row in VARIANTS]
+    ends = [[PlannedTraining(row, regime, seed) for regime in REGIMES for row in ENDS] for seed in SEEDS]
+    middle = [PlannedTraining(row, regime, SEEDS[0]) for regime in REGIMES for row in CHANGES]
+    variants = [PlannedTraining(row, "short", SEEDS[0]) for row in VARIANTS]
     return list(dict.fromkeys([*ends[0], *middle, *ends[1], *ends[2], *variants]))
 
 
@@ -156,7 +156,7 @@ def finished(folder: Path) -> bool:
     return begun and RunDir.open(folder).checkpoints.load()[0]["finished"]
 
 
-def train_one(wanted: Wanted, clips: ClipSet, folder: Path, clips_folder: Path) -> None:
+def train_one(wanted: PlannedTraining, clips: ClipSet, folder: Path, clips_folder: Path) -> None:
     """One training, with a checkpoint at its end alone."""
     options = options_of(wanted.row)
     record = {
@@ -206,7 +206,7 @@ def quality(folder: Path, mode: str, clips: ClipSet) -> dict[str, Any]:
 def measure(trained: Trained, mode: str, clips: ClipSet) -> dict[str, Any]:
     """Steps taken, and the mean of each measure over all clips, BatchNorm in mode "train" or "eval".
 
-    The batches are drawn at random, as in training: neighbours in the folder are clips of one shot, and a batch
+    The batches are drawn at random, as in training: neighbors in the folder are clips of one shot, and a batch
     of those has other statistics than any the generator was trained with.
     """
     order = np.random.default_rng(0).permutation(len(clips))

@@ -11,7 +11,7 @@ from vglann_fast.experiments.ablation import CHANGES, REGIMES, ROWS
 from vglann_fast.run.files import read_json
 
 PANELS = {"psnr": "PSNR, all frames, dB", "psnr_last_frame": "PSNR, last frame, dB"}
-COLOURS = {"short": "#1f6fb4", "long": "#d1601c"}
+COLORS = {"short": "#1f6fb4", "long": "#d1601c"}
 LEGEND = {"short": "short epochs, as trained", "long": "epochs of 50,000 clips, simulated"}
 COLUMNS = {"psnr": "PSNR", "psnr_last_frame": "last frame", "ssim": "SSIM"}
 
@@ -57,10 +57,10 @@ def draw(record: dict[str, Any], file: Path) -> None:
         for regime in REGIMES:
             found = [values(record, row, regime, measure) for row in rows]
             found = [one or [float("nan")] for one in found]  # not trained yet: a gap
-            shown = {"color": COLOURS[regime], "label": LEGEND[regime]}
+            shown = {"color": COLORS[regime], "label": LEGEND[regime]}
             axis.plot([one[0] for one in found], range(len(rows)), "-", linewidth=1.8, **shown)
             for at, one in enumerate(found):
-                axis.plot(one, [at] * len(one), "o", markersize=5, alpha=0.75, color=COLOURS[regime])
+                axis.plot(one, [at] * len(one), "o", markersize=5, alpha=0.75, color=COLORS[regime])
         axis.set_xlabel(title)
         axis.grid(axis="x", color="#dddddd")
         axis.spines[["top", "right", "left"]].set_visible(False)

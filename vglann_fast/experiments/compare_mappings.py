@@ -5,17 +5,17 @@
 All are fitted to the same latents, and the same shots are set aside; gmm and the flows also choose by these. As many
 samples are drawn as there are latents to fit, for
 
-coverage    share of the fitted latents with a sample within the distance of their fifth neighbour among themselves
+coverage    share of the fitted latents with a sample within the distance of their fifth neighbor among themselves
 density     how many such balls a sample lies in, over five; about 1 for samples distributed as the latents
 
 and 4,096 samples for
 
 distance    mean Euclidean distance from a latent to the nearest sample, of those fitted and of those set aside
-hubness     distinct samples that are nearest to a fitted latent, over fitted latents; higher is better
+match_diversity     distinct samples that are nearest to a fitted latent, over fitted latents; higher is better
 
 NLL is of the directions of latents, in nats, 0 for uniform ones. The seconds are those of the fit alone, on a CPU
 those that this process had of it. In the row `latents` the samples are the fitted latents themselves, drawn with
-replacement: learnt by heart.
+replacement: learned by heart.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
 QUANTILES = (0.02, 0.1, 0.3)
-COLUMNS = ("mapping", "coverage", "density", "hubness", "distance, fitted", "set aside", "gap", "NLL, fitted",
+COLUMNS = ("mapping", "coverage", "density", "match diversity", "distance, fitted", "set aside", "gap", "NLL, fitted",
            "set aside", "seconds")  # fmt: skip
 
 
@@ -80,12 +80,12 @@ def measured(
     samples = F.normalize(mapping.sample(len(rows), generator), dim=1)
     density, coverage = density_coverage(rows, samples)
     many = F.normalize(mapping.sample(SAMPLES, generator), dim=1)
-    hubness = nearest_rows(rows, many)[0].unique().numel() / len(rows)
+    diversity = nearest_rows(rows, many)[0].unique().numel() / len(rows)
     gap = measure_gap(mapping, fitted, held_out, generator)
     seen, unseen = gap["fitted"], gap["held_out"]
     nll = ["", ""] if seen["nll"] is None else [f"{seen['nll']:.1f}", f"{unseen['nll']:.1f}"]
     distances = [seen["distance"], unseen["distance"], unseen["distance"] - seen["distance"]]
-    return [name, f"{coverage:.3f}", f"{density:.2f}", f"{hubness:.3f}", *(f"{x:.3f}" for x in distances), *nll,
+    return [name, f"{coverage:.3f}", f"{density:.2f}", f"{diversity:.3f}", *(f"{x:.3f}" for x in distances), *nll,
             f"{seconds:.1f}"]  # fmt: skip
 
 

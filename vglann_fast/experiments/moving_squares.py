@@ -10,7 +10,7 @@ FRAMES, SIZE = 16, 32
 
 
 def moving_squares(count: int, frames: int = FRAMES, size: int = SIZE, seed: int = 0) -> np.ndarray:
-    """uint8 (count, 3, frames, size, size): a bright square crosses a coloured gradient, differently in each."""
+    """uint8 (count, 3, frames, size, size): a bright square crosses a colored gradient, differently in each."""
     random = np.random.default_rng(seed)
     gradient = np.linspace(0, 120, size)
     clips = np.empty((count, 3, frames, size, size), np.uint8)
@@ -20,10 +20,10 @@ def moving_squares(count: int, frames: int = FRAMES, size: int = SIZE, seed: int
             random.random((3, 1, 1, 1)) * gradient[:, None] + random.random((3, 1, 1, 1)) * gradient
         ).astype(np.uint8)
         start, step = random.integers(0, size - side, 2), random.integers(-2, 3, 2)
-        colour = random.integers(128, 256, 3).astype(np.uint8)[:, None, None]
+        color = random.integers(128, 256, 3).astype(np.uint8)[:, None, None]
         for t in range(frames):
             y, x = (start + t * step) % (size - side)
-            clip[:, t, y : y + side, x : x + side] = colour
+            clip[:, t, y : y + side, x : x + side] = color
     return clips
 
 

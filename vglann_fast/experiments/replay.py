@@ -34,25 +34,27 @@ MADE = {
     "interpolate": ("media/interpolation",),
 }
 CLOCKS = ("seconds", "seconds_per_epoch")  # what two equal runs do not share
-Again = Callable[[str, Mapping[str, Any], Path], None]  # (verb, its options, run) -> nothing, having run it
+RunCommand = Callable[
+    [str, Mapping[str, Any], Path], None
+]  # (verb, its options, run) -> nothing, having run it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an artefact came out the same; None where it could not be made once more. `detail` says why not."""
+    """Whether an artifact came out the same; None where it could not be made once more. `detail` says why not."""
 
-    artefact: str
+    artifact: str
     same: bool | None
     detail: str = ""
 
     def __str__(self) -> str:
         word = {True: "SAME", False: "DIFF", None: "SKIP"}[self.same]
-        return f"{word} {self.artefact}" + (f": {self.detail}" if self.detail else "")
+        return f"{word} {self.artifact}" + (f": {self.detail}" if self.detail else "")
 
 
 def replay(
     path: str | Path,
-    again: Again,
+    again: RunCommand,
     *,
     out: str | Path | None = None,
     clips: str | Path | None = None,
@@ -74,12 +76,12 @@ def replay(
     with _folder(out) as folder, _as_it_was(run):
         second = _train_again(run, folder, device)
         verdicts = list(_compare_training(run, second))
-        for artefacts, line, reason in _later_commands(run):
+        for artifacts, line, reason in _later_commands(run):
             if line is None:
-                verdicts += [Verdict(name, None, reason) for name in artefacts]
+                verdicts += [Verdict(name, None, reason) for name in artifacts]
                 continue
             again(line["verb"], line["options"], second.path)
-            verdicts += [_compare_folders(name, run.path / name, second.path / name) for name in artefacts]
+            verdicts += [_compare_folders(name, run.path / name, second.path / name) for name in artifacts]
     return verdicts
 
 
@@ -188,7 +190,7 @@ def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dic
 
 
 def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | None, str]]:
-    """(artefacts, the line of history.jsonl that made them, why there is none) in the order to make them."""
+    """(artifacts, the line of history.jsonl that made them, why there is none) in the order to make them."""
     lines: dict[str, dict[str, Any]] = {}
     for line in run.logs.history():
         for place in MADE.get(line["verb"], ()):
@@ -214,7 +216,7 @@ def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | N
 
 
 def _step_of(folder: Path) -> Any:
-    """The step of the run that an artefact was made at, where it says."""
+    """The step of the run that an artifact was made at, where it says."""
     for file in sorted(folder.glob("*.json")):
         record = read_json(file)
         if isinstance(record, dict) and "step" in record:

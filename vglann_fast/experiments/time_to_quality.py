@@ -23,7 +23,15 @@ from typing import Any
 import torch
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.experiments.ablation import ENDS, SEEDS, TIMED, WARM_UP, Wanted, finished, options_of
+from vglann_fast.experiments.ablation import (
+    ENDS,
+    SEEDS,
+    TIMED,
+    WARM_UP,
+    PlannedTraining,
+    finished,
+    options_of,
+)
 from vglann_fast.experiments.step_rows import Step, author_and_ours
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.run.files import write_json
@@ -107,7 +115,7 @@ def main() -> None:
     seeds: dict[str, list[dict[str, Any]]] = {row: [] for row in ENDS}
     for row in ENDS:
         for seed in SEEDS:
-            folder = a.runs / Wanted(row, "short", seed).folder
+            folder = a.runs / PlannedTraining(row, "short", seed).folder
             if finished(folder):
                 psnr = psnr_by_epoch(RunDir.open(folder), per_epoch)
                 steps = [steps_to(target, psnr, per_epoch) for target in TARGETS]

@@ -18,7 +18,7 @@ from vglann_kernels.laplacian import reference as laplacian_reference
 from vglann_fast.experiments.clocks import Clocks
 
 ROUNDS, WARM_UP = 7, 2
-MOST_CALLS, WANTED_MS = 20, 2.0  # of a graph: calls, and the time they should fill
+MAX_CALLS, WANTED_MS = 20, 2.0  # of a graph: calls, and the time they should fill
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SHAPES = [(15, 32, 64), (256, 32, 64)] if DEVICE == "cuda" else [(1, 4, 64)]  # videos, frames, size
@@ -100,7 +100,7 @@ class Timed:
         for _ in range(WARM_UP):
             contender()()
         once = between_events(contender())
-        self.calls = max(1, min(MOST_CALLS, round(WANTED_MS / max(once, 1e-3))))
+        self.calls = max(1, min(MAX_CALLS, round(WANTED_MS / max(once, 1e-3))))
         self._graph: Any = None
         self.timing = "host clock"
         if DEVICE == "cuda":

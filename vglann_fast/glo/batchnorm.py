@@ -56,12 +56,12 @@ class _SyncedForward:
         over = [0, *range(2, x.ndim)]
         wide = x.double() if x.dtype == torch.float64 else x.float()
         mean = _SumOverProcesses.apply(wide.mean(over)) / self.size  # [C]
-        centred = wide - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().mean(over)) / self.size  # [C]
+        centered = wide - mean.view(shape)
+        variance = _SumOverProcesses.apply(centered.square().mean(over)) / self.size  # [C]
         if norm.num_batches_tracked is not None:  # None inside `frozen_statistics`
             self._remember(mean.detach(), variance.detach(), self.size * x.numel() // x.shape[1])
         scale = norm.weight * torch.rsqrt(variance + norm.eps)
-        y = (centred * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
+        y = (centered * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
         return F.relu(y) if isinstance(norm, VideoNorm) and relu.get("relu", True) else y
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ class RunningStatistics:
 def latent_batches(rows: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Batches for `recompute_batchnorm`: at most 2,048 of the latents, evenly spaced, none alone in its batch.
 
-    Neighbours are clips of one shot; they are dealt out to different batches, as the shuffle of the training does.
+    Neighbors are clips of one shot; they are dealt out to different batches, as the shuffle of the training does.
     """
     chosen = rows[:: -(-len(rows) // RECOMPUTE_LATENTS)]
     count = max(1, len(chosen) // batch_size)

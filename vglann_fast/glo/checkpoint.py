@@ -48,7 +48,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedState:
     """All of a training that its steps change."""
 
     generator: TwoStreamGenerator
@@ -73,7 +73,7 @@ class Checkpoints:
         self.keep = KEEP
         self._newest: tuple[Place, bool] | None = None
 
-    def save(self, learned: Learned, place: Place, *, finished: bool = False) -> None:
+    def save(self, learned: LearnedState, place: Place, *, finished: bool = False) -> None:
         """Write a checkpoint, unless this is the newest already; when this returns it is whole, in every process."""
         if self._newest == (place, finished):
             return
@@ -96,7 +96,7 @@ class Checkpoints:
         self._newest = (place, finished)
 
     def restore(
-        self, learned: Learned, on_mismatch: OnMismatch, passes: int, steps_per_pass: int
+        self, learned: LearnedState, on_mismatch: OnMismatch, passes: int, steps_per_pass: int
     ) -> tuple[Place, bool]:
         """Take over the newest whole checkpoint; the run is only read. Returns where the training goes on, and
         whether the pass it was in begins again.

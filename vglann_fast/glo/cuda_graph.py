@@ -15,7 +15,7 @@ from vglann_fast.glo.loader import Batch
 
 Step = Callable[[Batch, bool], tuple[Tensor, Tensor | None]]  # (batch, with_video) -> (loss, video)
 
-WARM_UP = 3  # steps taken eagerly first, on the capturing stream: lazy initialisation cannot be captured
+WARM_UP = 3  # steps taken eagerly first, on the capturing stream: lazy initialization cannot be captured
 
 
 class GraphedStep:

@@ -2,13 +2,13 @@
 
     G(z) = m(z) * f(z) + (1 - m(z)) * b(z)
 
-f (colours) and m (mask) come from one stream of 3-D transposed convolutions, b from a 2-D one and is repeated
+f (colors) and m (mask) come from one stream of 3-D transposed convolutions, b from a 2-D one and is repeated
 over time. Every layer but the outputs is followed by BatchNorm and ReLU; f and b end in tanh, m in a sigmoid.
 Architecture: Vondrick, Pirsiavash and Torralba, "Generating Videos with Scene Dynamics", 2016, as used by
 Afrimi, "Non-Adversarial Video Synthesis with Generative Latent Nearest Neighbors".
 
 Three liberties against the published networks, none of which changes the function computed:
-the first layer of both streams reads the same 1x1 input, so it is one matrix product (`stem`); the colour and
+the first layer of both streams reads the same 1x1 input, so it is one matrix product (`stem`); the color and
 mask outputs are one 4-channel layer (`head`); and a convolution that feeds a BatchNorm has no bias, since the
 BatchNorm subtracts it again.
 """
@@ -41,7 +41,7 @@ def run(layer: Layer, x: Tensor) -> Tensor:
 
 
 class VideoStream(nn.Module):
-    """3-D stream: [B, 8w, T/16, H/16, W/16] -> mask and colour logits [B, 4, T, H, W]."""
+    """3-D stream: [B, 8w, T/16, H/16, W/16] -> mask and color logits [B, 4, T, H, W]."""
 
     run: Callable[[Layer, Tensor], Tensor] = staticmethod(run)
 
@@ -188,7 +188,7 @@ class TwoStreamGenerator(nn.Module):
         head = self.video.head
         assert head.bias is not None
         taps = head.weight[0, 0].numel()
-        for outputs in (slice(0, 3), slice(3, 4)):  # colours and mask are separate layers in the paper
+        for outputs in (slice(0, 3), slice(3, 4)):  # colors and mask are separate layers in the paper
             count = outputs.stop - outputs.start
             head.weight[:, outputs].normal_(0.0, _xavier_std(head.in_channels, count, taps))
             bound = 1.0 / math.sqrt(count * taps)
@@ -203,7 +203,7 @@ class TwoStreamGenerator(nn.Module):
     def logits(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, d] -> (head [B, 4, T, H, W], background [B, 3, H, W]), before the activations.
 
-        Channels 0-2 of the head are colours, channel 3 is the mask. What `mask_composite` reads.
+        Channels 0-2 of the head are colors, channel 3 is the mask. What `mask_composite` reads.
         """
         norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
         z = z / (norm.detach() if self.latent_norm == "detached" else norm)

@@ -20,7 +20,7 @@ class LatentTable:
     """Latents [N, d] of the clips `ids`, with their Adam.
 
     Mode "row" puts a row back on the unit sphere after each of its updates. The other two modes let rows leave
-    it during an epoch and renormalise the whole table at the epoch's end, as the author does.
+    it during an epoch and renormalize the whole table at the epoch's end, as the author does.
     """
 
     def __init__(self, rows: Tensor, ids: Sequence[str], options: TrainOptions) -> None:

@@ -11,7 +11,7 @@ from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mas
 
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.glo.loader import Batch
-from vglann_fast.glo.perceptual import Against, FeatureLoss
+from vglann_fast.glo.perceptual import FeatureLoss, TargetLoss
 from vglann_fast.options.training import TrainOptions
 
 
@@ -69,7 +69,7 @@ def _fused_loss(
 
 
 def reconstruction_loss(
-    video: Tensor, clips: Tensor, options: TrainOptions, against: "Mapping[str, Against] | None" = None
+    video: Tensor, clips: Tensor, options: TrainOptions, against: "Mapping[str, TargetLoss] | None" = None
 ) -> Tensor:
     """The weighted sum of losses that `options.loss` names.
 

@@ -32,7 +32,7 @@ from vglann_fast.runtime.memory import free_beside_a_step
 
 log = logging.getLogger("vglann_fast")
 
-Against = Callable[[Tensor], Tensor]  # video [B, 3, T, H, W] -> loss [], against clips given before
+TargetLoss = Callable[[Tensor], Tensor]  # video [B, 3, T, H, W] -> loss [], against clips given before
 Statistics = tuple[
     tuple[float, float, float], tuple[float, float, float]
 ]  # mean, deviation of R, G, B in 0..255
@@ -47,7 +47,7 @@ class Recipe:
 
     taps: its layers, in ascending order; times: how often each is counted.
     statistics: the network reads (x - mean) / deviation of x in 0..255; None: values in the range of the training.
-    swap_colours: the network's first layer expects B, G, R.
+    swap_colors: the network's first layer expects B, G, R.
     whole_clips: a network for videos; otherwise one for pictures.
     batch_statistics: its BatchNorms use the statistics of each batch, the made and the real one apart.
     relative: differences at a level are divided by the mean size of the real clip's features there, so that
@@ -57,7 +57,7 @@ class Recipe:
     taps: tuple[Any, ...]
     times: tuple[int, ...]
     statistics: Statistics | None
-    swap_colours: bool = False
+    swap_colors: bool = False
     whole_clips: bool = False
     batch_statistics: bool = False
     relative: bool = True
@@ -67,20 +67,20 @@ _KINETICS: Statistics = (KINETICS_MEAN, (1.0, 1.0, 1.0))
 # Outputs of the last ReLU before each of VGG16's maxima 1 to 4, but of conv3_2 in the third, as the author has it.
 _RECIPES: dict[str, Recipe] = {
     "vgg16": Recipe((3, 8, 13, 22), (1, 1, 1, 1), IMAGENET),
-    "hed-vgg16": Recipe((3, 8, 13, 22), (1, 1, 1, 1), CAFFE, swap_colours=True),
+    "hed-vgg16": Recipe((3, 8, 13, 22), (1, 1, 1, 1), CAFFE, swap_colors=True),
     "lite0": Recipe((0, 2, 4, 10), (1, 1, 1, 1), AS_IS),  # the last blocks at strides 2, 4, 8, 16
     "resnet50-3d": Recipe(("pool", "layer1", "layer2", "layer4"), (1, 1, 1, 1), _KINETICS, whole_clips=True),
     "resnext101-3d": Recipe(("pool", "layer1", "layer2"), (1, 1, 1), _KINETICS, whole_clips=True),
 }
 # What the author's code computes: in-place ReLUs put layers 2, 7 and 12 of VGG16 behind their ReLU but leave 21
-# before it; the ResNeXt's list of features names layer2 twice; no statistics of the input; colours from cv2.
+# before it; the ResNeXt's list of features names layer2 twice; no statistics of the input; colors from cv2.
 _SEED: dict[str, Recipe] = {
-    "vgg16": Recipe((3, 8, 13, 21), (1, 1, 1, 1), None, swap_colours=True, relative=False),
+    "vgg16": Recipe((3, 8, 13, 21), (1, 1, 1, 1), None, swap_colors=True, relative=False),
     "resnet50-3d": Recipe(
         ("pool", "layer1", "layer2", "layer4"),
         (1, 1, 1, 1),
         None,
-        swap_colours=True,
+        swap_colors=True,
         whole_clips=True,
         batch_statistics=True,
         relative=False,
@@ -89,7 +89,7 @@ _SEED: dict[str, Recipe] = {
         ("pool", "layer1", "layer2"),
         (1, 1, 2),
         None,
-        swap_colours=True,
+        swap_colors=True,
         whole_clips=True,
         batch_statistics=True,
         relative=False,
@@ -160,7 +160,7 @@ class FeatureLoss:
         self._of_values = self._affine((-low / unit - mean) / deviation, 1.0 / (unit * deviation))
         self._kept: list[Tensor] | None = None
 
-    def against(self, clips: Tensor, rows: Tensor | None = None) -> Against:
+    def against(self, clips: Tensor, rows: Tensor | None = None) -> TargetLoss:
         """The loss of videos [B, 3, T, H, W] against `clips`, uint8 or in the range of the training.
 
         Args:
@@ -326,9 +326,9 @@ def _network(weights: Weights, recipe: Recipe) -> nn.Module:
             weights.name,  # type: ignore[arg-type]
             weights.tensors,
             until=recipe.taps[-1],
-            swap_colours=recipe.swap_colours,
+            swap_colors=recipe.swap_colors,
         )
-    return VGG16.loaded(weights.tensors, depth=recipe.taps[-1] + 1, swap_colours=recipe.swap_colours)
+    return VGG16.loaded(weights.tensors, depth=recipe.taps[-1] + 1, swap_colors=recipe.swap_colors)
 
 
 def weight_records(features: Mapping[str, FeatureLoss]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
 from vglann_fast.glo.batchnorm import RunningStatistics, latent_batches, recompute_batchnorm
-from vglann_fast.glo.checkpoint import Checkpoints, Learned, Place
+from vglann_fast.glo.checkpoint import Checkpoints, LearnedState, Place
 from vglann_fast.glo.cuda_graph import GraphedStep
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.guard import Guard
@@ -199,9 +199,9 @@ class Training:
         self.generator.train()
 
     @property
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedState:
         """What the steps change."""
-        return Learned(self.generator, self.latents, self.optimizer)
+        return LearnedState(self.generator, self.latents, self.optimizer)
 
     def save(self, *, finished: bool = False) -> None:
         """Write a checkpoint of this step. Raises as `check_finite`."""

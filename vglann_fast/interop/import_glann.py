@@ -1,7 +1,7 @@
 """The checkpoint files of the paper author's code (GLANN-VIDEO) -> a run, as if it had been trained here.
 
 His networks made pictures in BGR, since his loader never swapped what OpenCV reads; the run's generator has the
-colours swapped in its last layers, so that what it makes is RGB like everything else. There are no clips in his
+colors swapped in its last layers, so that what it makes is RGB like everything else. There are no clips in his
 files: the run samples, maps and interpolates, and latents are called by their row, "row-000000" and so on.
 """
 
@@ -40,7 +40,7 @@ def import_seed(
             f"{latents_file}: latents of length {latents.shape[1]}, the generator wants {generator.latent_dim}; "
             "are the two files of one training?"
         )
-    swap_colours(generator)
+    swap_colors(generator)
     options = replace(
         preset("paper").train,
         variant=variant,
@@ -81,7 +81,7 @@ def read_state(file: str | Path) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def swap_colours(generator: TwoStreamGenerator) -> None:
+def swap_colors(generator: TwoStreamGenerator) -> None:
     """Make a generator of BGR videos one of RGB videos, in place; the mask stays."""
     for layer, order in ((generator.video.head, [2, 1, 0, 3]), (generator.background.head, [2, 1, 0])):
         assert layer.bias is not None

@@ -23,7 +23,7 @@ from torch import Tensor
 from vglann_fast.errors import VglannError
 from vglann_fast.options.fields import options_from_json, options_to_json
 from vglann_fast.options.mapping import MapOptions
-from vglann_fast.options.training import MOST
+from vglann_fast.options.training import MAXIMA
 from vglann_fast.run.files import open_regular, read_json, save_tensors
 
 MAPPING_FORMAT = ("vglann-mapping", 1)
@@ -33,7 +33,7 @@ Log = Callable[[dict[str, Any]], None]
 Options = TypeVar("Options", bound=MapOptions)
 
 
-class Mapping(ABC, Generic[Options]):
+class LatentSampler(ABC, Generic[Options]):
     """A sampler of latents, fitted to the latents of a trained generator.
 
     Args:
@@ -132,7 +132,7 @@ class Mapping(ABC, Generic[Options]):
             if (record["format"], record["version"], record["kind"]) != (*MAPPING_FORMAT, cls.kind):
                 raise ValueError("not a mapping of this kind and version")
             options = options_from_json(cls.options_class, record["options"])
-            if type(record["latent_dim"]) is not int or not 1 <= record["latent_dim"] <= MOST["latent_dim"]:
+            if type(record["latent_dim"]) is not int or not 1 <= record["latent_dim"] <= MAXIMA["latent_dim"]:
                 raise ValueError(f"latents of length {record['latent_dim']!r}")
             file = folder / "mapping.safetensors"
             open_regular(file).close()

@@ -1,4 +1,4 @@
-"""Expectation maximisation for mixtures of normal distributions with full covariances.
+"""Expectation maximization for mixtures of normal distributions with full covariances.
 
 Dempster, Laird and Rubin, "Maximum Likelihood from Incomplete Data via the EM Algorithm", 1977. All in float64 and
 on the device of the latents, in chunks that bound the memory. A prior keeps components of few latents in shape:
@@ -41,7 +41,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Regularisation:
+class Regularization:
     """What is added to the covariances: `floor` to the diagonal, and `prior` latents' worth of `shape` [d, d]."""
 
     floor: float
@@ -63,7 +63,7 @@ def log_joint(latents: Tensor, mixture: Mixture) -> Tensor:
     return torch.cat(blocks)
 
 
-def maximise(latents: Tensor, shares: Tensor, regularisation: Regularisation) -> Mixture:
+def maximize(latents: Tensor, shares: Tensor, regularization: Regularization) -> Mixture:
     """The likeliest mixture, when component k has the part `shares` [N, K] of each of the latents [N, d]."""
     counts = shares.sum(0) + 10 * torch.finfo(shares.dtype).eps  # an empty component divides by no zero
     means = (shares.T @ latents) / counts[:, None]
@@ -73,14 +73,14 @@ def maximise(latents: Tensor, shares: Tensor, regularisation: Regularisation) ->
     for rows, parts in zip(latents.split(at_once), shares.split(at_once), strict=True):
         offsets = rows - means[:, None]  # [K, n, d]
         scatter += (parts.T[:, :, None] * offsets).mT @ offsets
-    scatter += regularisation.prior * regularisation.shape
-    covariances = scatter / (counts + regularisation.prior)[:, None, None]
-    covariances.diagonal(dim1=1, dim2=2).add_(regularisation.floor)
+    scatter += regularization.prior * regularization.shape
+    covariances = scatter / (counts + regularization.prior)[:, None, None]
+    covariances.diagonal(dim1=1, dim2=2).add_(regularization.floor)
     return Mixture(counts / counts.sum(), means, covariances)
 
 
-def expectation_maximisation(
-    latents: Tensor, start: Mixture, regularisation: Regularisation, *, rounds: int, tolerance: float
+def expectation_maximization(
+    latents: Tensor, start: Mixture, regularization: Regularization, *, rounds: int, tolerance: float
 ) -> Iterator[tuple[Mixture, float]]:
     """(mixture, mean log-likelihood of the latents [N, d] under the one before it) after each round.
 
@@ -90,7 +90,7 @@ def expectation_maximisation(
     for _ in range(rounds):
         joint = log_joint(latents, mixture)
         likelihood = torch.logsumexp(joint, 1, keepdim=True)
-        mixture = maximise(latents, (joint - likelihood).exp(), regularisation)
+        mixture = maximize(latents, (joint - likelihood).exp(), regularization)
         bound = likelihood.mean().item()
         yield mixture, bound
         if abs(bound - before) < tolerance:
@@ -99,19 +99,19 @@ def expectation_maximisation(
 
 
 def clusters(latents: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """One-hot shares [N, k] of latents [N, d]: k-means from centres far apart.
+    """One-hot shares [N, k] of latents [N, d]: k-means from centers far apart.
 
     Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007, and a few rounds of Lloyd's.
     Raises `VglannError` for fewer than k different latents.
     """
-    centres = _spread(latents, k, generator)
-    assigned = nearest_rows(latents, centres)[0]
+    centers = _spread(latents, k, generator)
+    assigned = nearest_rows(latents, centers)[0]
     for _ in range(LLOYD_ROUNDS):
         shares = torch.nn.functional.one_hot(assigned, k).to(latents.dtype)
         counts = shares.sum(0)[:, None]
-        # A centre that has lost its latents stays where it is.
-        centres = torch.where(counts > 0, (shares.T @ latents) / counts.clamp(min=1), centres)
-        assigned, before = nearest_rows(latents, centres)[0], assigned
+        # A center that has lost its latents stays where it is.
+        centers = torch.where(counts > 0, (shares.T @ latents) / counts.clamp(min=1), centers)
+        assigned, before = nearest_rows(latents, centers)[0], assigned
         if torch.equal(assigned, before):
             break
     return torch.nn.functional.one_hot(assigned, k).to(latents.dtype)

@@ -7,7 +7,7 @@ import torch
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.mapping.base import Mapping
+from vglann_fast.mapping.base import LatentSampler
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.generalization import measure_gap
@@ -21,7 +21,7 @@ from vglann_fast.run.files import atomic_dir
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 
-KINDS: dict[str, type[Mapping]] = {
+KINDS: dict[str, type[LatentSampler]] = {
     kind.kind: kind for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow)
 }
 
@@ -76,7 +76,7 @@ def fit_mapping(
     return destination
 
 
-def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> Mapping:
+def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> LatentSampler:
     """The mapping `kind` of a run. Raises `VglannError` when it was not fitted yet or cannot be read."""
     mapping = _mapping_class(kind)
     folder = run.path / "mapping" / kind
@@ -87,7 +87,7 @@ def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> 
     return mapping.load(folder, torch.device(device))
 
 
-def _mapping_class(kind: str) -> type[Mapping]:
+def _mapping_class(kind: str) -> type[LatentSampler]:
     if kind not in KINDS:
         raise VglannError(f"--kind: expected one of {', '.join(KINDS)}, got {kind}")
     return KINDS[kind]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
+from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
 from vglann_fast.options.mapping import AutoregressiveOptions, FlowOptions
 
 RADII = 33  # norms over which a density is summed
@@ -34,7 +34,7 @@ AT_ONCE = 1 << 13  # rows whose density is computed at once
 log_line = logging.getLogger(__name__).warning
 
 
-class _Flow(Mapping[AutoregressiveOptions]):
+class _Flow(LatentSampler[AutoregressiveOptions]):
     """What both kinds of flow do; see `vglann_fast.mapping.base.Mapping`."""
 
     def __init__(
@@ -107,7 +107,7 @@ class _Flow(Mapping[AutoregressiveOptions]):
     def _whiten(self, directions: Tensor) -> None:
         """Mean and Cholesky factor of the covariance of `directions` [N, d] with random norms.
 
-        The covariance is shrunk towards a multiple of the identity, the more the fewer latents there are: it has an
+        The covariance is shrunk toward a multiple of the identity, the more the fewer latents there are: it has an
         inverse also for N < d.
         """
         n, d = directions.shape
@@ -167,7 +167,7 @@ class _Flow(Mapping[AutoregressiveOptions]):
 
     @torch.no_grad()
     def log_density(self, latents: Tensor) -> Tensor:
-        """See `Mapping.log_density`.
+        """See `LatentSampler.log_density`.
 
         The mean over the norms r that latents are trained with of p(r u) / N(r u; 0, I/d): numerator and
         denominator are densities in d dimensions, and the denominator's directions are uniform.

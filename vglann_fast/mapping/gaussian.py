@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vglann_fast.mapping.base import Log, Mapping
+from vglann_fast.mapping.base import LatentSampler, Log
 from vglann_fast.mapping.projected_normal import log_projected_normal
 from vglann_fast.options.mapping import GaussianOptions
 
 log_line = logging.getLogger(__name__).warning
 
 
-class Gaussian(Mapping[GaussianOptions]):
+class Gaussian(LatentSampler[GaussianOptions]):
     """The mapping of kind "gaussian"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
 
     kind = "gaussian"
@@ -36,8 +36,8 @@ class Gaussian(Mapping[GaussianOptions]):
         self.check_latents(latents)
         rows = latents.double()
         self.mean = rows.mean(0)
-        centred = rows - self.mean
-        _, values, axes = torch.linalg.svd(centred.T @ centred / (len(rows) - 1))
+        centered = rows - self.mean
+        _, values, axes = torch.linalg.svd(centered.T @ centered / (len(rows) - 1))
         self.factor = values.sqrt()[:, None] * axes
         density = self.log_density(latents)
         if density is None and self.latent_dim > 1:
@@ -60,7 +60,7 @@ class Gaussian(Mapping[GaussianOptions]):
         return F.normalize(self.mean + noise @ self.factor, dim=1).to(self.dtype)
 
     def log_density(self, latents: Tensor) -> Tensor | None:
-        """See `Mapping.log_density`; None where the covariance is singular, and in one dimension."""
+        """See `LatentSampler.log_density`; None where the covariance is singular, and in one dimension."""
         if self.latent_dim == 1:
             return None
         lower, failed = torch.linalg.cholesky_ex(self.factor.T @ self.factor)

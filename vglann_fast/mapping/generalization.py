@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import nearest_rows
 
-from vglann_fast.mapping.base import Mapping
+from vglann_fast.mapping.base import LatentSampler
 
 SAMPLES = 4096
-MOST_LATENTS = 4096  # of either part
+MAX_LATENTS = 4096  # of either part
 
 
 def measure_gap(
-    mapping: Mapping, fitted: Tensor, held_out: Tensor | None, generator: torch.Generator
+    mapping: LatentSampler, fitted: Tensor, held_out: Tensor | None, generator: torch.Generator
 ) -> dict[str, Any]:
     """The record for latents [N, d] the mapping was fitted to and [n, d] set aside, with samples from `generator`."""
     samples = F.normalize(mapping.sample(SAMPLES, generator), dim=1)
 
     def part(latents: Tensor) -> dict[str, Any]:
-        rows = F.normalize(latents[:MOST_LATENTS], dim=1)
+        rows = F.normalize(latents[:MAX_LATENTS], dim=1)
         density = mapping.log_density(rows)
         return {
             "latents": len(rows),

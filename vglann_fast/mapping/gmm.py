@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import Log, Mapping
+from vglann_fast.mapping.base import LatentSampler, Log
 from vglann_fast.mapping.em import (
     Mixture,
-    Regularisation,
+    Regularization,
     clusters,
-    expectation_maximisation,
-    maximise,
+    expectation_maximization,
+    maximize,
 )
 from vglann_fast.mapping.projected_normal import log_projected_normal
 from vglann_fast.options.mapping import GmmOptions
@@ -25,7 +25,7 @@ from vglann_fast.options.mapping import GmmOptions
 log_line = logging.getLogger(__name__).warning
 
 
-class GMM(Mapping[GmmOptions]):
+class GMM(LatentSampler[GmmOptions]):
     """The mapping of kind "gmm"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
 
     kind = "gmm"
@@ -38,7 +38,7 @@ class GMM(Mapping[GmmOptions]):
         return self.options.epochs * self.options.starts * len(self.options.sizes)
 
     def check_latents(self, latents: Tensor) -> None:
-        """As `Mapping.check_latents`; raises for more components than latents, too."""
+        """As `LatentSampler.check_latents`; raises for more components than latents, too."""
         super().check_latents(latents)
         if min(self.options.sizes) > len(latents):
             raise VglannError(
@@ -90,10 +90,10 @@ class GMM(Mapping[GmmOptions]):
     ) -> tuple[Mixture, list[dict[str, Any]]]:
         options = self.options
         shape = torch.cov(latents.T, correction=0)
-        regularisation = Regularisation(options.floor, options.prior, shape.reshape(2 * latents.shape[1:]))
-        mixture = maximise(latents, clusters(latents, size, generator), regularisation)
-        rounds = expectation_maximisation(
-            latents, mixture, regularisation, rounds=options.epochs, tolerance=options.tolerance
+        regularization = Regularization(options.floor, options.prior, shape.reshape(2 * latents.shape[1:]))
+        mixture = maximize(latents, clusters(latents, size, generator), regularization)
+        rounds = expectation_maximization(
+            latents, mixture, regularization, rounds=options.epochs, tolerance=options.tolerance
         )
         epochs: list[dict[str, Any]] = []
         for step, bound in rounds:
@@ -125,7 +125,7 @@ class GMM(Mapping[GmmOptions]):
         return F.normalize(latents, dim=1).to(self.dtype)
 
     def log_density(self, latents: Tensor) -> Tensor | None:
-        """See `Mapping.log_density`; None in one dimension."""
+        """See `LatentSampler.log_density`; None in one dimension."""
         return _log_density(self.mixture, latents) if self.latent_dim > 1 else None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class GMM(Mapping[GmmOptions]):
 
 
 def _log_density(mixture: Mixture, latents: Tensor) -> Tensor:
-    """[n]: of the directions of its samples at those of latents [n, d]; see `Mapping.log_density`."""
+    """[n]: of the directions of its samples at those of latents [n, d]; see `LatentSampler.log_density`."""
     directions = F.normalize(latents.double(), dim=1)
     densities = log_projected_normal(directions, mixture.means, mixture.factors())
     return torch.logsumexp(densities + mixture.weights.log(), 1)

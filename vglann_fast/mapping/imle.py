@@ -1,4 +1,4 @@
-"""Implicit maximum likelihood estimation: a network from noise to latents, fitted by exact nearest neighbours.
+"""Implicit maximum likelihood estimation: a network from noise to latents, fitted by exact nearest neighbors.
 
 Each epoch draws a pool of noise, maps it, finds for every latent the nearest mapped noise vector, and regresses
 the network from these noise vectors to their latents. Every latent is matched, so no mode is dropped.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
+from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
 from vglann_fast.mapping.match import match, same_everywhere
 from vglann_fast.mapping.regression import Regression
 from vglann_fast.options.mapping import ImleOptions
@@ -44,12 +44,12 @@ class MappingNetwork(nn.Module):
     def forward_blocks(self, noise: Tensor) -> Tensor:
         """noise [blocks, B, noise_dim] -> [blocks, B, latent_dim]: `forward` of block after block in train mode,
         computed at once."""
-        x = F.relu(_normalised_by_block(self.linear1(noise), self.norm1))
-        x = F.relu(_normalised_by_block(self.linear2(x), self.norm2))
+        x = F.relu(_normalized_by_block(self.linear1(noise), self.norm1))
+        x = F.relu(_normalized_by_block(self.linear2(x), self.norm2))
         return self.out(x)
 
 
-def _normalised_by_block(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+def _normalized_by_block(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
     """`norm` of each block of x [blocks, B, C] by the block's own statistics, which `norm` remembers in order."""
     assert norm.momentum is not None
     assert norm.running_mean is not None
@@ -57,8 +57,8 @@ def _normalised_by_block(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
     assert norm.num_batches_tracked is not None
     blocks, size, _ = x.shape
     mean = x.mean(dim=1)  # [blocks, C]
-    centred = x - mean[:, None]
-    variance = centred.square().mean(dim=1)
+    centered = x - mean[:, None]
+    variance = centered.square().mean(dim=1)
     age = torch.arange(blocks - 1, -1, -1, device=x.device, dtype=x.dtype)
     share = norm.momentum * (1 - norm.momentum) ** age  # of each block in what is remembered after the last
     unbiased = variance * (size / (size - 1))
@@ -66,11 +66,11 @@ def _normalised_by_block(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         running.mul_((1 - norm.momentum) ** blocks).add_(share @ values)
     norm.num_batches_tracked += blocks
     scale = norm.weight * (variance + norm.eps).rsqrt()  # [blocks, C]
-    return torch.addcmul(norm.bias, centred, scale[:, None])
+    return torch.addcmul(norm.bias, centered, scale[:, None])
 
 
 @dataclass(frozen=True)
-class Matched:
+class Matches:
     """What the latents are regressed from: noise [N, noise_dim], its distance when it was matched [N], the number
     of that noise vector among all that were drawn [N], and the share of latents matched in this epoch."""
 
@@ -80,7 +80,7 @@ class Matched:
     share: float = 1.0
 
 
-class IMLE(Mapping[ImleOptions]):
+class IMLE(LatentSampler[ImleOptions]):
     """The mapping of kind "imle"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
 
     kind = "imle"
@@ -100,12 +100,12 @@ class IMLE(Mapping[ImleOptions]):
             network = MappingNetwork(options.noise_dim, options.hidden, latent_dim)
         self.network = network.to(device, dtype)
         self._regression = Regression(self.network, self, options.lr, options.weight_decay)
-        self._matched: Matched | None = None
+        self._matched: Matches | None = None
 
     def __call__(self, noise: Tensor) -> Tensor:
-        """noise [B, noise_dim] -> latents [B, d], unit rows if `options.normalise`."""
+        """noise [B, noise_dim] -> latents [B, d], unit rows if `options.normalize`."""
         mapped = self.network(noise)
-        return F.normalize(mapped, dim=1) if self.options.normalise else mapped
+        return F.normalize(mapped, dim=1) if self.options.normalize else mapped
 
     def fit(
         self,
@@ -137,7 +137,7 @@ class IMLE(Mapping[ImleOptions]):
     def train_epoch(self, latents: Tensor, blocks: list[Tensor], order: Tensor, epoch: int) -> dict[str, Any]:
         """Match latents [N, d] to the mapped `blocks` of noise, then regress in `order` (a permutation of N).
 
-        Returns a row for the log: mean loss of the steps, mean Euclidean distance of the matches, and hubness,
+        Returns a row for the log: mean loss of the steps, mean Euclidean distance of the matches, match_diversity,
         the number of distinct noise vectors matched over N.
         """
         options = self.options
@@ -152,11 +152,11 @@ class IMLE(Mapping[ImleOptions]):
             "epoch": epoch,
             "loss": loss.item(),
             "match_distance": matched.distance.mean().item(),
-            "hubness": matched.source.unique().numel() / len(latents),
+            "match_diversity": matched.source.unique().numel() / len(latents),
         }
         return row if options.rematch == 1 else {**row, "rematched": matched.share}
 
-    def _match(self, latents: Tensor, pool: Tensor, epoch: int) -> Matched:
+    def _match(self, latents: Tensor, pool: Tensor, epoch: int) -> Matches:
         """The noise of each latent, from `pool` [blocks, B, noise_dim] or kept from an earlier epoch.
 
         A latent keeps its noise until the network has brought that to `rematch` of its distance:
@@ -166,7 +166,7 @@ class IMLE(Mapping[ImleOptions]):
         vectors = pool.flatten(0, 1)
         if options.rematch == 1 or kept is None or len(kept.noise) != len(latents):
             index, distance = match(latents, self._map_pool(pool).flatten(0, 1), options.reject_quantile)
-            self._matched = Matched(vectors[index], distance, index + epoch * len(vectors))
+            self._matched = Matches(vectors[index], distance, index + epoch * len(vectors))
             return self._matched
         with self._regression.nothing_happened():  # looking is no training
             now = (self._map_pool(kept.noise[None])[0] - latents).norm(dim=1)
@@ -176,7 +176,7 @@ class IMLE(Mapping[ImleOptions]):
         if len(due):
             mapped = self._map_pool(pool).flatten(0, 1)
             index, distance = match(latents[due], mapped, options.reject_quantile, latents)
-            kept = Matched(
+            kept = Matches(
                 kept.noise.index_copy(0, due, vectors[index]),
                 kept.distance.index_copy(0, due, distance),
                 kept.source.index_copy(0, due, index + epoch * len(vectors)),
@@ -190,7 +190,7 @@ class IMLE(Mapping[ImleOptions]):
         at_once = MAPPED_AT_ONCE if pool.is_cuda else MAPPED_AT_ONCE_ON_CPU
         parts = pool.split(max(1, at_once // pool.shape[1]))
         mapped = torch.cat([self.network.forward_blocks(part) for part in parts])
-        return F.normalize(mapped, dim=2) if self.options.normalise else mapped
+        return F.normalize(mapped, dim=2) if self.options.normalize else mapped
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 A generator divides a latent by its norm, so two samplers are the same if their samples have the same directions.
 Densities are in nats above that of directions drawn uniformly from the sphere, so kinds can be compared: 0 says
-nothing has been learnt.
+nothing has been learned.
 """
 
 import math

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import Log, Mapping, learning_rate_factor
+from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
 from vglann_fast.options.mapping import VaeOptions
 
 BETAS = (0.5, 0.999)
@@ -51,7 +51,7 @@ class LatentAutoencoder(nn.Module):
         return error, divergence
 
 
-class VAE(Mapping[VaeOptions]):
+class VAE(LatentSampler[VaeOptions]):
     """The mapping of kind "vae"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
 
     kind = "vae"

@@ -17,13 +17,13 @@ from vglann_fast.metrics.temporal import frame_steps
 from vglann_fast.progress import Progress
 from vglann_fast.samples.nearest import nearest_clips
 
-MANIFOLD_K, BALL_K = 3, 5  # neighbours: of precision and recall, of density and coverage
+MANIFOLD_K, BALL_K = 3, 5  # neighbors: of precision and recall, of density and coverage
 QUARTERS = 4
 _FEWEST = 8  # videos in a quarter
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What is kept of a set of n videos: a few numbers each."""
 
     features: dict[str, Tensor]  # name -> float64 [n, d]
@@ -46,7 +46,7 @@ def measure(
     extractors: Mapping[str, Extractor],
     training: ClipSet | None = None,
     device: torch.device | str = "cpu",
-) -> Measured:
+) -> Measurement:
     """Measure n uint8 videos, handed over in blocks (b, 3, T, H, W) of any size.
 
     name: of the set, for the line of progress. Distances in pixels are taken where there are `training` clips to
@@ -66,7 +66,7 @@ def measure(
                 progress.advance()
             progress.show(motion=steps[-1].mean().item())
     together = {key: torch.cat(parts) for key, parts in features.items()}
-    return Measured(together, torch.cat(steps), torch.cat(distances), digests)
+    return Measurement(together, torch.cat(steps), torch.cat(distances), digests)
 
 
 def compare(real: Tensor, made: Tensor) -> dict[str, Any]:

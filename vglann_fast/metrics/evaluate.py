@@ -25,7 +25,7 @@ from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.fit import load_mapping
-from vglann_fast.metrics.compare import Measured, compare, measure
+from vglann_fast.metrics.compare import Measurement, compare, measure
 from vglann_fast.metrics.features import Extractor, load_extractors
 from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.metrics.prdc import nearest_distances
@@ -76,13 +76,13 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Known:
+class EvaluationTargets:
     """What all sources are compared with: both sides, measured, and the floor of each protocol by its title."""
 
     sides: Sides
     protocols: list[Protocol]
-    training: Measured
-    real: Measured
+    training: Measurement
+    real: Measurement
     floors: dict[str, dict[str, Any]]
 
     @property
@@ -237,7 +237,7 @@ def _rendered(trained: Trained, latents: Tensor) -> Iterator[np.ndarray]:
         yield render(trained, block).video
 
 
-def _known(sides: Sides, protocols: list[Protocol], device: torch.device | str) -> Known:
+def _known(sides: Sides, protocols: list[Protocol], device: torch.device | str) -> EvaluationTargets:
     """Measure the clips of both sides."""
     networks = {p.title: p.extractor for p in protocols}
     training = _measured("training clips", sides.training, sides.training_rows, networks)
@@ -245,7 +245,7 @@ def _known(sides: Sides, protocols: list[Protocol], device: torch.device | str) 
     floors = {
         p.title: _distance("the floor", p, real, training.features[p.title][sides.floor]) for p in protocols
     }
-    return Known(sides, protocols, training, real, floors)
+    return EvaluationTargets(sides, protocols, training, real, floors)
 
 
 def _measured(
@@ -255,7 +255,7 @@ def _measured(
     networks: dict[str, Extractor],
     training: ClipSet | None = None,
     device: torch.device | str = "cpu",
-) -> Measured:
+) -> Measurement:
     """`measure` of clips, whose features may be known."""
     found = measure(name, _read(clips, rows), len(rows), {}, training, device)
     shape = (3, clips.frames, clips.size, clips.size)
@@ -263,7 +263,7 @@ def _measured(
     return replace(found, features=features)
 
 
-def _compared(source: str, made: Measured, known: Known) -> dict[str, Any]:
+def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[str, Any]:
     """The part of a source's record that says how its videos compare."""
     sides, real, training = known.sides, known.real, known.training
     return {
@@ -271,22 +271,22 @@ def _compared(source: str, made: Measured, known: Known) -> dict[str, Any]:
         "size": sides.training.size,
         "real": {"split": sides.split, "clips": sides.n, "of": len(sides.real), "sha256": real.sha256},
         "training": {"clips": len(sides.training), "sha256": training.sha256},
-        "made": {"clips": len(made.steps), "sha256": made.sha256},
+        "generated": {"clips": len(made.steps), "sha256": made.sha256},
         "features": {
             p.title: {
                 "protocol": p.extractor.protocol,
-                "made": _distance(source, p, real, made.features[p.title]),
+                "generated": _distance(source, p, real, made.features[p.title]),
                 "floor": known.floors[p.title],
                 "nearest_training_clip": _nearest(p.title, made, known),
             }
             for p in known.protocols
         },
-        "motion": {"made": motion_statistics(made.steps), "real": motion_statistics(real.steps)},
+        "motion": {"generated": motion_statistics(made.steps), "real": motion_statistics(real.steps)},
         "nearest_training_clip": _nearest(None, made, known),
     }
 
 
-def _distance(source: str, protocol: Protocol, real: Measured, made: Tensor) -> dict[str, Any]:
+def _distance(source: str, protocol: Protocol, real: Measurement, made: Tensor) -> dict[str, Any]:
     """`compare`, whose errors are to name the source and the protocol."""
     try:
         return compare(real.features[protocol.title][: protocol.videos], made[: protocol.videos])
@@ -294,12 +294,12 @@ def _distance(source: str, protocol: Protocol, real: Measured, made: Tensor) -> 
         raise VglannError(f"{protocol.title} of {source}: {error}") from error
 
 
-def _nearest(title: str | None, made: Measured, known: Known) -> dict[str, Any]:
+def _nearest(title: str | None, made: Measurement, known: EvaluationTargets) -> dict[str, Any]:
     """Quantiles of distances to the nearest training clip, of made and of held-out videos.
 
     In features, or (title None) root mean square in 1/255. Real clips that are training clips have no such figure.
     """
-    sets = {"made": made} | ({"real": known.real} if known.sides.split == "test" else {})
+    sets = {"generated": made} | ({"real": known.real} if known.sides.split == "test" else {})
     if title is None:
         return {name: quantiles(one.distances) for name, one in sets.items()}
     training = known.training.features[title]

@@ -1,8 +1,8 @@
 """Clips -> features, by named protocols: what a Fréchet distance, precision and recall are computed on.
 
     i3d          logits of I3D (Kinetics-400) at 224 x 224: those of FVD. Frames are resized as in the PyTorch
-                 implementations in use (StyleGAN-V, cd-fvd): bilinear, half-pixel centres. TensorFlow 1, with which
-                 FVD was first computed, puts the centres elsewhere; values differ from that.
+                 implementations in use (StyleGAN-V, cd-fvd): bilinear, half-pixel centers. TensorFlow 1, with which
+                 FVD was first computed, puts the centers elsewhere; values differ from that.
     transnetv2   TransNetV2's last stage, averaged over frame and clip: order, standstill and flicker, and blur
     lite0        EfficientNet-Lite0, averaged over the frames: what single frames look like
     lite0-step   EfficientNet-Lite0, mean |step| from frame to frame: how fast that changes
@@ -35,7 +35,7 @@ class Extractor:
     """One protocol, ready for `extract`.
 
     protocol: JSON record: {"name", "network", "sha256" of its weight file, "layer", "resize", "size": [rows,
-        columns], "range", "colour", "frames", "dimensions", "precision"}.
+        columns], "range", "color", "frames", "dimensions", "precision"}.
     dimensions: d, of the features. min_frames: of a clip.
     network: what sees a clip, uint8 [3, T, H, W] on the device; protocols may share it.
     reduce: what it gives -> [d].
@@ -108,7 +108,7 @@ def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") ->
             "name": name,
             **record,
             "layer": view.layer,
-            "colour": "RGB",
+            "color": "RGB",
             "frames": "all of a clip",
             "dimensions": view.dimensions,
             "precision": "float32",
@@ -163,7 +163,7 @@ def _i3d(tensors: dict[str, Tensor]) -> _Loaded:
     """A clip's logits [400]."""
     network = i3d.I3D.loaded(tensors)
     return lambda clip: network(i3d_input(clip))[0], {
-        "resize": "bilinear, half-pixel centres, no antialiasing",
+        "resize": "bilinear, half-pixel centers, no antialiasing",
         "size": [i3d.SIZE, i3d.SIZE],
         "range": "-1..1",
     }
@@ -200,7 +200,7 @@ def _lite0(tensors: dict[str, Tensor]) -> _Loaded:
         return network(_bilinear(clip, LITE0_SIZE).contiguous(memory_format=torch.channels_last))
 
     return frames, {
-        "resize": "bilinear, half-pixel centres, no antialiasing",
+        "resize": "bilinear, half-pixel centers, no antialiasing",
         "size": [LITE0_SIZE, LITE0_SIZE],
         "range": "0..255, (x - 127) / 128",
     }

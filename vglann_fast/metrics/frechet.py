@@ -94,7 +94,7 @@ def frechet_distance(real: FeatureMoments, made: FeatureMoments) -> float:
     """
     if len(real.mean) != len(made.mean):
         raise VglannError(f"real features have {len(real.mean)} numbers, made ones {len(made.mean)}")
-    for name, moments in (("real", real), ("made", made)):
+    for name, moments in (("real", real), ("generated", made)):
         if moments.n < 2:
             raise VglannError(f"a Fréchet distance needs at least 2 {name} videos, got {moments.n}")
         if moments.constant:

@@ -1,4 +1,4 @@
-"""How much of the real features is made, and how much of what is made is real: by exact nearest neighbours.
+"""How much of the real features is made, and how much of what is made is real: by exact nearest neighbors.
 
 All take float features [n, d] of real and made videos (or latents) and compute Euclidean distances in float64,
 each from the differences of its two rows, so a row's distance to its copy is exactly zero and no result depends on
@@ -20,7 +20,7 @@ _CHUNK = 512  # rows compared at a time
 def precision_recall(real: Tensor | np.ndarray, made: Tensor | np.ndarray, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019), shares from 0 to 1.
 
-    A set's manifold is the union of balls about its rows, each out to the row's k-th nearest neighbour in the set.
+    A set's manifold is the union of balls about its rows, each out to the row's k-th nearest neighbor in the set.
     precision: share of made rows in the real manifold; recall: share of real rows in the made one. 1 and 1 for
     equal sets. Raises `VglannError` for features that are not [n, d] and finite, another d, or n <= k.
     """
@@ -59,7 +59,7 @@ def _share_inside(rows: Tensor, manifold: Tensor, k: int) -> float:
 
 def _radii(rows: Tensor, k: int) -> Tensor:
     """Distance of each row [n, d] to its k-th nearest other row: [n]."""
-    # A row is among its own neighbours, at distance 0, so the k-th other one is the (k + 1)-th.
+    # A row is among its own neighbors, at distance 0, so the k-th other one is the (k + 1)-th.
     return torch.cat([chunk.kthvalue(k + 1, dim=1).values for chunk in _distances(rows, rows)])
 
 
@@ -74,5 +74,5 @@ def _checked(real: Tensor | np.ndarray, made: Tensor | np.ndarray, k: int) -> tu
     if real.shape[1] != made.shape[1]:
         raise VglannError(f"real features have {real.shape[1]} numbers, made ones {made.shape[1]}")
     if min(len(real), len(made)) <= k:
-        raise VglannError(f"{k} neighbours need more than {k} videos, got {len(real)} and {len(made)}")
+        raise VglannError(f"{k} neighbors need more than {k} videos, got {len(real)} and {len(made)}")
     return real, made

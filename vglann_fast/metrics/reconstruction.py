@@ -15,7 +15,7 @@ from vglann_fast.clips.pixels import psnr, to_range
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.invert import invert
-from vglann_fast.samples.sample import Rendered, open_clips, render
+from vglann_fast.samples.sample import RenderedVideos, open_clips, render
 from vglann_fast.samples.write import write_videos
 
 SHOWN = 24  # clips whose videos are kept
@@ -25,7 +25,7 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
 def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
     """Regenerate every training clip of a run, measure, and write media/reconstruction.
 
-    BatchNorm is in the run's own mode for sampling. Measured on all clips, as uint8, over all frames; kept are
+    BatchNorm is in the run's own mode for sampling. Measurement on all clips, as uint8, over all frames; kept are
     the videos of up to 24 clips, evenly spaced. Returns the folder and what reconstruction.json holds.
     """
     run = RunDir.open(run_path)
@@ -33,14 +33,16 @@ def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> 
     check_same_clips(trained.ids, clips.ids)
     shown = np.unique(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int))
     measures: list[dict[str, Tensor]] = []
-    kept: list[Rendered] = []
+    kept: list[RenderedVideos] = []
     measured: list[np.ndarray] = []
     for rows, made, real in _reconstructed(trained, clips):
         measured.append(rows)
         measures.append(reconstruction_metrics(torch.from_numpy(made.video), torch.from_numpy(real)))
         local = np.flatnonzero(np.isin(rows, shown))
         kept.append(
-            Rendered(made.video[local], made.foreground[local], made.mask[local], made.background[local])
+            RenderedVideos(
+                made.video[local], made.foreground[local], made.mask[local], made.background[local]
+            )
         )
     order = np.argsort(np.concatenate(measured))  # as the clips lie
     per_clip = {name: torch.cat([m[name] for m in measures])[order] for name in measures[0]}
@@ -89,17 +91,17 @@ def reconstruction_metrics(made: Tensor, real: Tensor) -> dict[str, Tensor]:
     """Measures of each clip, float64 [n]; uint8 [n, 3, T, H, W] against uint8 of that shape.
 
     psnr              of the clip, in dB
-    psnr_mean_colour  of the clip's own mean colour in place of the reconstruction: what no network is worth
+    psnr_mean_color  of the clip's own mean color in place of the reconstruction: what no network is worth
     psnr_last_frame   of the last frame alone
-    ssim              mean over frames and colours, -1 to 1 (see `ssim`); left out for sides under 11
+    ssim              mean over frames and colors, -1 to 1 (see `ssim`); left out for sides under 11
     l1                mean absolute difference, in 1/255
     laplacian         Laplacian pyramid loss with 3 bands, binomial blur and range [-1, 1], whatever the run's own
     """
-    colour = real.double().mean((2, 3, 4), keepdim=True).expand(real.shape)
+    color = real.double().mean((2, 3, 4), keepdim=True).expand(real.shape)
     pyramid = laplacian_pyramid_loss(to_range(made, torch.float32, (-1.0, 1.0)), real, reduction="none")
     return {
         "psnr": psnr(made, real),
-        "psnr_mean_colour": psnr(colour, real),
+        "psnr_mean_color": psnr(color, real),
         "psnr_last_frame": psnr(made[:, :, -1], real[:, :, -1]),
         **({"ssim": ssim(made, real)} if min(made.shape[-2:]) >= WINDOW else {}),
         "l1": (made.double() - real.double()).abs().flatten(1).mean(1),
@@ -108,11 +110,11 @@ def reconstruction_metrics(made: Tensor, real: Tensor) -> dict[str, Tensor]:
 
 
 def ssim(made: Tensor, real: Tensor) -> Tensor:
-    """Structural similarity of uint8 clips [n, 3, T, H, W], sides of at least 11, a frame and colour at a time.
+    """Structural similarity of uint8 clips [n, 3, T, H, W], sides of at least 11, a frame and color at a time.
 
     Wang, Bovik, Sheikh and Simoncelli 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, range
     255, biased variances, only windows that lie inside the frame. Returns float64 [n], the mean over windows,
-    frames and the three colours. The same as scikit-image's with gaussian_weights and use_sample_covariance=False.
+    frames and the three colors. The same as scikit-image's with gaussian_weights and use_sample_covariance=False.
     """
     return torch.stack([_ssim_of_planes(*pair) for pair in zip(made, real, strict=True)])
 
@@ -137,10 +139,12 @@ def _windows(size: int, device: torch.device) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).to(device)
 
 
-def _reconstructed(trained: Trained, clips: ClipSet) -> Iterator[tuple[np.ndarray, Rendered, np.ndarray]]:
+def _reconstructed(
+    trained: Trained, clips: ClipSet
+) -> Iterator[tuple[np.ndarray, RenderedVideos, np.ndarray]]:
     """(rows, what their latents decode to, the clips uint8 (b, 3, T, H, W)), a batch of the run's size at a time.
 
-    Every k-th row in a batch: neighbours are clips of one shot, and together they have statistics unlike those of
+    Every k-th row in a batch: neighbors are clips of one shot, and together they have statistics unlike those of
     any batch of the training, which costs a run with batchnorm="train" 0.8 dB.
     """
     count = -(-len(clips) // trained.options.batch_size)

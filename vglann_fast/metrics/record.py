@@ -8,14 +8,14 @@
         real                         {"split", "clips": taken, "of": in that split, "sha256": of the clips taken}
         training, made               {"clips", "sha256"}
         features                     {title: {"protocol": the extractor's record (network, resize, range, frames,
-                                     sha256 of its weights, dimensions), "made": figures, "floor": figures of as
+                                     sha256 of its weights, dimensions), "generated": figures, "floor": figures of as
                                      many training clips, "nearest_training_clip": distances}}
-        motion                       {"made", "real"}: see `temporal.motion_statistics`
+        motion                       {"generated", "real"}: see `temporal.motion_statistics`
         nearest_training_clip        distances in pixels: root mean square, in 1/255
         warnings                     lines
 
 A quality is {"clips", and the means of `reconstruction.reconstruction_metrics`}; figures are those of
-`compare.compare`; distances are {"made", "real": quantiles}, without "real" where no clips are held out. The
+`compare.compare`; distances are {"generated", "real": quantiles}, without "real" where no clips are held out. The
 sha256 of a set of videos is that of their sorted sha256 digests. A number that is not finite is null.
 """
 
@@ -52,7 +52,7 @@ def doubts(records: Mapping[str, dict[str, Any]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for name, record in records.items():
         for title, one in record.get("features", {}).items():
-            for line in one["made"]["warnings"]:
+            for line in one["generated"]["warnings"]:
                 found.setdefault(line, []).append(f"{title} of {name}")
     return [f"{', '.join(where)}: {line}" for line, where in found.items()]
 
@@ -61,7 +61,7 @@ def _quality_table(record: dict[str, Any]) -> str:
     rows = []
     for key, name in (("train", "training clips"), ("held_out", "held-out clips, inverted")):
         if quality := record.get(key):
-            columns = ("psnr", "psnr_last_frame", "ssim", "l1", "laplacian", "psnr_mean_colour")
+            columns = ("psnr", "psnr_last_frame", "ssim", "l1", "laplacian", "psnr_mean_color")
             rows.append([name, str(quality["clips"]), *(_number(quality.get(column)) for column in columns)])
     head = [
         "reconstruction",
@@ -71,20 +71,21 @@ def _quality_table(record: dict[str, Any]) -> str:
         "SSIM",
         "L1, 1/255",
         "Laplacian",
-        "mean colour, dB",
+        "mean color, dB",
     ]
     return markdown(head, rows)
 
 
 def _feature_table(title: str, sources: dict[str, dict[str, Any]]) -> str:
-    """A row for the floor and each source: the distance, its spread, and nearest neighbours."""
+    """A row for the floor and each source: the distance, its spread, and nearest neighbors."""
     first = next(iter(sources.values()))
     distances = first["nearest_training_clip"].get("real", {})
     rows = [_feature_row("real clips (floor)", first["floor"], distances)]
     rows += [
-        _feature_row(name, one["made"], one["nearest_training_clip"]["made"]) for name, one in sources.items()
+        _feature_row(name, one["generated"], one["nearest_training_clip"]["generated"])
+        for name, one in sources.items()
     ]
-    quarters = first["made"]["quarters"]
+    quarters = first["generated"]["quarters"]
     spread = f"quarters of {quarters['n']}" if quarters else "quarters"
     head = [
         f"{title}, n = {first['made']['n']}",
@@ -110,7 +111,7 @@ def _video_table(sources: dict[str, dict[str, Any]]) -> str:
     first = next(iter(sources.values()))
     rows = [_video_row("real clips", first["motion"]["real"], first["nearest_training_clip"].get("real", {}))]
     rows += [
-        _video_row(name, one["motion"]["made"], one["nearest_training_clip"]["made"])
+        _video_row(name, one["motion"]["generated"], one["nearest_training_clip"]["generated"])
         for name, one in sources.items()
     ]
     head = ["videos", "motion, 1/255", "5 % to 95 %", "last-frame jump", "to nearest training clip, 1/255"]

@@ -119,11 +119,11 @@ class ResNet3d(nn.Module):
         tensors: Mapping[str, Tensor],
         *,
         until: Tap | Literal["fc"] = "fc",
-        swap_colours: bool = False,
+        swap_colors: bool = False,
     ) -> "ResNet3d":
         """The network with these tensors, as deep as `until`, without gradient and in eval mode.
 
-        swap_colours: for videos whose network read B, G, R; this one reads R, G, B all the same.
+        swap_colors: for videos whose network read B, G, R; this one reads R, G, B all the same.
 
         Raises `VglannError` naming a tensor that is missing or of another shape.
         """
@@ -135,7 +135,7 @@ class ResNet3d(nn.Module):
         if wrong:
             raise VglannError(f"not the weights of {name}: {len(wrong)} tensors differ, the first {wrong[0]}")
         chosen = {k: tensors[k] for k in wanted}
-        if swap_colours:
+        if swap_colors:
             chosen["conv1.weight"] = chosen["conv1.weight"].flip(1)
         for key in network.state_dict().keys() - wanted.keys():
             chosen[key] = torch.zeros((), dtype=torch.int64)  # counters of BatchNorm, which nothing reads

@@ -1,7 +1,7 @@
 """TransNetV2 (Souček and Lokoč 2020): shot cuts in video, by dilated (2+1)-D convolutions at 48 x 27 pixels.
 
 Three stages of two blocks; a block runs four dilations in time side by side. Beside the pictures it compares each
-frame with the 50 before and after it, by its own features and by colour histograms. The keys are those of the
+frame with the 50 before and after it, by its own features and by color histograms. The keys are those of the
 public PyTorch checkpoint (`SDDCNN.0.DDCNN.0.Conv3D_1.layers.0.weight`, ...).
 """
 
@@ -16,7 +16,7 @@ CHANNELS = (64, 128, 256)  # of the stages
 _DILATIONS = (1, 2, 4, 8)
 _NEAR = 50  # frames before and after that a frame is compared with
 _SIMILARITY, _HIDDEN = 128, 1024
-_BITS = 3  # of each colour in the histograms
+_BITS = 3  # of each color in the histograms
 
 
 class _TimeConvolution(nn.Module):
@@ -74,7 +74,7 @@ class _FrameSimilarity(nn.Module):
         return F.relu(self.fc(_similarities(self.projection(means))))
 
 
-class _ColourSimilarity(nn.Module):
+class _ColorSimilarity(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(2 * _NEAR + 1, _SIMILARITY)
@@ -93,12 +93,12 @@ def _similarities(x: Tensor) -> Tensor:
 
 
 def _histograms(frames: Tensor) -> Tensor:
-    """Counts [B, T, 512] of the colours, 8 levels each, of uint8 frames [B, 3, T, H, W]."""
+    """Counts [B, T, 512] of the colors, 8 levels each, of uint8 frames [B, 3, T, H, W]."""
     levels = (frames >> (8 - _BITS)).long()
-    colours = (levels[:, 0] << 2 * _BITS) + (levels[:, 1] << _BITS) + levels[:, 2]
-    colours = colours.flatten(2)  # [B, T, H * W]
-    counts = torch.zeros(*colours.shape[:2], 1 << 3 * _BITS, device=frames.device)
-    return counts.scatter_add_(2, colours, torch.ones((), device=frames.device).expand(colours.shape))
+    colors = (levels[:, 0] << 2 * _BITS) + (levels[:, 1] << _BITS) + levels[:, 2]
+    colors = colors.flatten(2)  # [B, T, H * W]
+    counts = torch.zeros(*colors.shape[:2], 1 << 3 * _BITS, device=frames.device)
+    return counts.scatter_add_(2, colors, torch.ones((), device=frames.device).expand(colors.shape))
 
 
 class TransNetV2(nn.Module):
@@ -110,7 +110,7 @@ class TransNetV2(nn.Module):
             _Stage(into, out) for into, out in zip((3, *CHANNELS), CHANNELS, strict=False)
         )
         self.frame_sim_layer = _FrameSimilarity()
-        self.color_hist_layer = _ColourSimilarity()
+        self.color_hist_layer = _ColorSimilarity()
         cells = (HEIGHT // 8) * (WIDTH // 8)  # after three halvings
         self.fc1 = nn.Linear(CHANNELS[-1] * cells + 2 * _SIMILARITY, _HIDDEN)
         self.cls_layer1 = nn.Linear(_HIDDEN, 1)

@@ -35,11 +35,11 @@ class VGG16(nn.Module):
 
     @classmethod
     def loaded(
-        cls, tensors: Mapping[str, Tensor], *, depth: int = DEPTH, swap_colours: bool = False
+        cls, tensors: Mapping[str, Tensor], *, depth: int = DEPTH, swap_colors: bool = False
     ) -> "VGG16":
         """The network with these tensors, those of deeper layers left aside.
 
-        swap_colours: the tensors are of a network that reads B, G, R; this one reads R, G, B all the same.
+        swap_colors: the tensors are of a network that reads B, G, R; this one reads R, G, B all the same.
 
         Raises `VglannError` naming tensors that are missing or of another shape.
         """
@@ -50,7 +50,7 @@ class VGG16(nn.Module):
         if wrong:
             raise VglannError(f"not the weights of VGG16: {len(wrong)} tensors differ, the first {wrong[0]}")
         chosen = {name: tensors[name] for name in wanted}
-        if swap_colours:
+        if swap_colors:
             chosen["features.0.weight"] = chosen["features.0.weight"].flip(1)
         network.load_state_dict(chosen, assign=True)
         return network.requires_grad_(False).eval()

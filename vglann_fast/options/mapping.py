@@ -14,7 +14,7 @@ HELD_OUT = (
 
 
 # Of what is counted from 1. As in `training.py`: beyond any machine, and would fail as a lack of memory or of time.
-MOST = {
+MAXIMA = {
     "noise_dim": 65_536,
     "hidden": 65_536,
     "epochs": 10**9,
@@ -24,7 +24,7 @@ MOST = {
     "transforms": 1024,
     "bins": 1024,
 }
-MOST_COMPONENTS = 65_536
+MAX_COMPONENTS = 65_536
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class MapOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         require(0 <= self.held_out < 1, "held_out", "0 to below 1", self.held_out)
-        for name in (field.name for field in fields(self) if field.name in MOST):
+        for name in (field.name for field in fields(self) if field.name in MAXIMA):
             value = getattr(self, name)
-            require(1 <= value <= MOST[name], name, f"1 to {MOST[name]:,}", value)
+            require(1 <= value <= MAXIMA[name], name, f"1 to {MAXIMA[name]:,}", value)
 
 
 def _require_steps(options: "ImleOptions | VaeOptions | AutoregressiveOptions") -> None:
@@ -73,8 +73,8 @@ class ImleOptions(MapOptions):
     schedule: Literal["cosine", "halving"] = option(
         "cosine", "learning rate: cosine to zero, or halved after every 50 epochs"
     )
-    weight_decay: float = option(1e-5, "L2 regularisation added to the gradient")
-    normalise: bool = option(
+    weight_decay: float = option(1e-5, "L2 regularization added to the gradient")
+    normalize: bool = option(
         True, "put the mapped noise on the unit sphere, where the latents are, before matching"
     )
     adam_state: Literal["keep", "per-epoch"] = option(
@@ -106,7 +106,7 @@ class VaeOptions(MapOptions):
     schedule: Literal["cosine", "halving"] = option(
         "cosine", "learning rate: cosine to zero, or halved after every 50 epochs"
     )
-    weight_decay: float = option(0.0, "L2 regularisation added to the gradient")
+    weight_decay: float = option(0.0, "L2 regularization added to the gradient")
     adam_state: Literal["keep", "per-epoch"] = option(
         "keep", "keep Adam's moments, or start them anew each epoch"
     )
@@ -133,7 +133,7 @@ class GmmOptions(MapOptions):
         "highest likelihood, those above the number of latents left out",
     )
     epochs: int = option(100, "rounds of EM at most")
-    starts: int = option(2, "beginnings from other centres; the likeliest end is kept")
+    starts: int = option(2, "beginnings from other centers; the likeliest end is kept")
     tolerance: float = option(1e-3, "EM ends when the mean log-likelihood changes by less, nats a latent")
     floor: float = option(1e-6, "added to the diagonal of every covariance")
     prior: float = option(
@@ -158,10 +158,8 @@ class GmmOptions(MapOptions):
     def sizes(self) -> list[int]:
         """The numbers of components to try."""
         words = [word.strip() for word in self.components.split(",")]
-        good = all(
-            word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MOST_COMPONENTS for word in words
-        )
-        expected = f"a number from 1 to {MOST_COMPONENTS:,}, or several with commas"
+        good = all(word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MAX_COMPONENTS for word in words)
+        expected = f"a number from 1 to {MAX_COMPONENTS:,}, or several with commas"
         require(good, "components", expected, self.components)
         return [int(word) for word in words]
 
@@ -176,7 +174,7 @@ class AutoregressiveOptions(MapOptions):
     epochs: int = option(100, "passes over the latents")
     batch_size: int = option(128, "latents per step")
     lr: float = option(1e-3, "learning rate at the start")
-    weight_decay: float = option(1e-5, "L2 regularisation added to the gradient")
+    weight_decay: float = option(1e-5, "L2 regularization added to the gradient")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,7 +34,7 @@ _MODERN = Preset(train=TrainOptions(), map={kind: options() for kind, options in
 # The GLANN-VIDEO code has no flows. They are as in `modern`; like every mapping of `paper` they fit all latents.
 _PAPER_MAP: dict[str, MapOptions] = {
     "imle": ImleOptions(
-        pool_factor=2, schedule="halving", normalise=False, adam_state="per-epoch", batchnorm="train"
+        pool_factor=2, schedule="halving", normalize=False, adam_state="per-epoch", batchnorm="train"
     ),
     "vae": VaeOptions(schedule="halving", adam_state="per-epoch"),
     "gmm": GmmOptions(components="100", starts=10, prior=0.0, held_out=0.0),

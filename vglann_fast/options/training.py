@@ -22,7 +22,7 @@ PERCEPTUAL = (
     "lite0",
 )  # losses by features of a network
 # Beyond any machine: a larger number is a slip of the hand or a damaged file, and would fail as a lack of memory.
-MOST = {"width": 4096, "latent_dim": 65_536, "epochs": 10**9, "batch_size": 65_536, "accumulate": 65_536}
+MAXIMA = {"width": 4096, "latent_dim": 65_536, "epochs": 10**9, "batch_size": 65_536, "accumulate": 65_536}
 LOSSES = ("laplacian", "l1", "l2", *PERCEPTUAL)
 
 
@@ -68,7 +68,7 @@ class TrainOptions:
     perceptual: Literal["fixed", "seed"] = option(
         "fixed",
         "vgg16, resnet50-3d and resnext101-3d in the loss: input as they were trained on, frozen, levels weighing "
-        "alike; or the author's levels, colours and range, and BatchNorm by batch",
+        "alike; or the author's levels, colors and range, and BatchNorm by batch",
     )
     blur: Literal["binomial", "gaussian", "seed"] = option("binomial", "blur of the Laplacian pyramid")
     levels: int = option(3, "bands of the Laplacian pyramid, 1 to 5; the low-pass residual comes on top")
@@ -148,7 +148,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         loss_terms(self.loss)
-        for name, most in MOST.items():
+        for name, most in MAXIMA.items():
             require(1 <= getattr(self, name) <= most, name, f"1 to {most:,}", getattr(self, name))
         require(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs it)", self.batch_size)
         require(1 <= self.levels <= 5, "levels", "1 to 5", self.levels)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vglann_fast.report.artefacts import number, read_json
+from vglann_fast.report.artifacts import number, read_json
 from vglann_fast.report.evaluation import Table, shown
 from vglann_fast.report.plots import Chart, bars
 

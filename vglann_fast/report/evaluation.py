@@ -6,7 +6,7 @@ Records are read leniently, as everything the report shows: what is missing or o
 from collections.abc import Mapping
 from typing import Any
 
-from vglann_fast.report.artefacts import number
+from vglann_fast.report.artifacts import number
 from vglann_fast.report.plots import Chart, Series, bars, chart
 
 FLOOR = "real clips (floor)"
@@ -61,7 +61,7 @@ def motion_charts(records: Records) -> list[Chart]:
     charts = []
     for name, record in records.items():
         series = []
-        for label in ("made", "real"):
+        for label in ("generated", "real"):
             motion = record.get("motion")
             steps = motion.get(label) if isinstance(motion, dict) else None
             steps = steps.get("steps") if isinstance(steps, dict) else None
@@ -72,7 +72,7 @@ def motion_charts(records: Records) -> list[Chart]:
             svg = chart(series, x_label="frame step", y_label="mean |step|, 1/255", cover=(0,))
         except ValueError:
             continue
-        charts.append(Chart(f"Motion of {name}", ["made", "real"], "", svg))
+        charts.append(Chart(f"Motion of {name}", ["generated", "real"], "", svg))
     return charts
 
 
@@ -82,10 +82,10 @@ def by_title(records: Records) -> dict[str, dict[str, dict[str, Any]]]:
     for name, record in records.items():
         features = record.get("features")
         for title, one in features.items() if isinstance(features, dict) else ():
-            if isinstance(one, dict) and isinstance(one.get("made"), dict):
+            if isinstance(one, dict) and isinstance(one.get("generated"), dict):
                 floor = one.get("floor")
                 sources = found.setdefault(title, {FLOOR: floor} if isinstance(floor, dict) else {})
-                sources[name] = one["made"]
+                sources[name] = one["generated"]
     return found
 
 

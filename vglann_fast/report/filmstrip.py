@@ -1,7 +1,7 @@
 """A clip as one still picture of all its frames, which a page can hold as text and a script can play.
 
 Frames stand side by side, eight to a row. Each has a margin of four pixels that repeat its edge: WebP halves
-and then smooths the chroma, and without margins every frame would have a rim in its neighbours' colours. Cells
+and then smooths the chroma, and without margins every frame would have a rim in its neighbors' colors. Cells
 beyond the last frame repeat it.
 """
 
@@ -40,7 +40,7 @@ def filmstrip(video: np.ndarray, quality: int = 88) -> Filmstrip:
     """Encode one clip.
 
     Args:
-        video: uint8 (3, T, H, W) RGB or (1, T, H, W) grey, T >= 1.
+        video: uint8 (3, T, H, W) RGB or (1, T, H, W) gray, T >= 1.
         quality: of WebP, 1..100. At 88 a 64x64 clip of 32 frames takes 25 to 60 KB.
 
     Raises ValueError for another dtype or shape; `VglannError` when OpenCV is missing.

@@ -6,7 +6,7 @@ import numpy as np
 
 from vglann_fast.report.filmstrip import Filmstrip, filmstrip
 
-MOST_CARDS = 24  # clips shown per section; keeps the page within what a mail or a browser takes
+MAX_CARDS = 24  # clips shown per section; keeps the page within what a mail or a browser takes
 
 
 @dataclass(frozen=True)

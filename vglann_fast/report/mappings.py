@@ -1,6 +1,6 @@
 """How the mappings of a run compare on its latents: what of the training latents their samples reach.
 
-Of a run with N latents, at most `MOST` of them, evenly spaced, and as many samples of each mapping, all unit rows.
+Of a run with N latents, at most `MAXIMA` of them, evenly spaced, and as many samples of each mapping, all unit rows.
 """
 
 from collections.abc import Iterable
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
     from vglann_fast.run.folder import RunDir
 
-MOST = 1024
+MAXIMA = 1024
 _NEIGHBOURS = 5  # of coverage and density
 
 
 @dataclass(frozen=True)
-class Compared:
+class MappingComparison:
     """One mapping against the training latents.
 
     coverage, density: Naeem et al. 2020 with k = 5, on latents; samples distributed like the latents have 0.97 and 1.
         None with 5 latents or fewer.
-    hubness: distinct samples that are nearest to a latent, over latents; lower when few samples serve many.
+    match_diversity: distinct samples that are nearest to a latent, over latents; lower when few samples serve many.
     points: float64 [n, 2], the samples along the first two principal axes of the latents.
     """
 
     coverage: float | None
     density: float | None
-    hubness: float
+    match_diversity: float
     points: np.ndarray
 
 
@@ -43,7 +43,7 @@ class Comparison:
 
     latents: np.ndarray
     shares: tuple[float, float]
-    mappings: dict[str, Compared]
+    mappings: dict[str, MappingComparison]
 
 
 def compare_mappings(run: Path, kinds: Iterable[str], problems: list[str]) -> Comparison | None:
@@ -72,7 +72,7 @@ def _compared(run: "RunDir", latents: "Tensor", kinds: list[str], problems: list
 
     from vglann_fast.mapping.fit import load_mapping
 
-    rows = F.normalize(latents[:: -(-len(latents) // MOST)].double(), dim=1)
+    rows = F.normalize(latents[:: -(-len(latents) // MAXIMA)].double(), dim=1)
     mean = rows.mean(0)
     _, values, axes = torch.linalg.svd(rows - mean, full_matrices=False)
     axes = F.pad(axes, (0, 0, 0, max(0, 2 - len(axes))))[:2].T
@@ -93,7 +93,7 @@ def _compared(run: "RunDir", latents: "Tensor", kinds: list[str], problems: list
     return Comparison(((rows - mean) @ axes).numpy(), shares, found)
 
 
-def _figures(rows: "Tensor", samples: "Tensor", points: np.ndarray) -> Compared:
+def _figures(rows: "Tensor", samples: "Tensor", points: np.ndarray) -> MappingComparison:
     from vglann_kernels import nearest_rows
 
     from vglann_fast.metrics.prdc import density_coverage
@@ -101,4 +101,4 @@ def _figures(rows: "Tensor", samples: "Tensor", points: np.ndarray) -> Compared:
     enough = len(rows) > _NEIGHBOURS
     density, coverage = density_coverage(rows, samples, _NEIGHBOURS) if enough else (None, None)
     nearest = nearest_rows(rows.float(), samples.float())[0]
-    return Compared(coverage, density, len(nearest.unique()) / len(rows), points)
+    return MappingComparison(coverage, density, len(nearest.unique()) / len(rows), points)

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that needs nothing but itself.
 
 Videos, styles and the script are inside the page; its content security policy forbids it to load anything
-else. Sections whose artefacts a run does not have say which command makes them.
+else. Sections whose artifacts a run does not have say which command makes them.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ import numpy as np
 
 from vglann_fast.errors import VglannError
 from vglann_fast.report.ablation import ablation
-from vglann_fast.report.artefacts import Artefacts, Media, number, numbers, read_artefacts, seconds_spent
+from vglann_fast.report.artifacts import Artifacts, Media, number, numbers, read_artifacts, seconds_spent
 from vglann_fast.report.evaluation import Table, at, distance_charts, motion_charts, number_tables, shown
 from vglann_fast.report.filmstrip import filmstrip
-from vglann_fast.report.gallery import MOST_CARDS, Card, Gallery, View, view
+from vglann_fast.report.gallery import MAX_CARDS, Card, Gallery, View, view
 from vglann_fast.report.mappings import Comparison, compare_mappings
 from vglann_fast.report.plots import Chart, Series, chart, scatter
 from vglann_fast.report.rendering import render_page
@@ -29,15 +29,15 @@ _MOST_TEXT = 1000
 def write_report(run: str | Path) -> Path:
     """Write `run`/report/index.html from whatever the run holds, and return its path.
 
-    Missing or damaged artefacts are named in the page. Raises `VglannError` when `run` is not a folder, the
+    Missing or damaged artifacts are named in the page. Raises `VglannError` when `run` is not a folder, the
     disk is full, or jinja2 or OpenCV is missing.
     """
     run = Path(run)
     if not run.is_dir():
         raise VglannError(f"{run} is not a run folder; make one with `vglann train`")
-    artefacts = read_artefacts(run)
-    comparison = compare_mappings(run, artefacts.mappings, artefacts.problems)
-    html = render(run.resolve().name, artefacts, comparison, _beside(run, artefacts.problems))
+    artifacts = read_artifacts(run)
+    comparison = compare_mappings(run, artifacts.mappings, artifacts.problems)
+    html = render(run.resolve().name, artifacts, comparison, _beside(run, artifacts.problems))
     page = run / "report" / "index.html"
     with atomic_file(page) as temporary:
         # A folder's name or a JSON string may hold what is no Unicode text.
@@ -58,7 +58,7 @@ def _beside(run: Path, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def render(name: str, run: Artefacts, comparison: Comparison | None, beside: dict[str, Any]) -> str:
+def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dict[str, Any]) -> str:
     """The page of a run called `name`, as text. beside: what `_beside` found."""
     return render_page(
         "page.html",
@@ -83,7 +83,7 @@ def render(name: str, run: Artefacts, comparison: Comparison | None, beside: dic
     )
 
 
-def _header_facts(run: Artefacts) -> list[str]:
+def _header_facts(run: Artifacts) -> list[str]:
     """What kind of run this is, in a few words each, as far as its options tell."""
     options, train = run.options, run.options.get("train")
     train = train if isinstance(train, dict) else {}
@@ -98,17 +98,17 @@ def _header_facts(run: Artefacts) -> list[str]:
     return facts + ([f"started {str(started)[:10]}"] if started else [])  # the day of an ISO date
 
 
-def _headline_figures(run: Artefacts) -> list[tuple[str, str, str]]:
+def _headline_figures(run: Artifacts) -> list[tuple[str, str, str]]:
     """(what, value, unit) of the numbers at the top of the page; only those that are known."""
     record, rows = run.reconstruction.record, [r for r in run.metrics if r.get("stage") == "glo"]
-    psnr, flat = number(record.get("psnr")), number(record.get("psnr_mean_colour"))
+    psnr, flat = number(record.get("psnr")), number(record.get("psnr_mean_color"))
     last_frame, clips = number(record.get("psnr_last_frame")), number(record.get("clips"))
     steps, seconds = numbers(rows, "step", "step")[0], seconds_spent(rows)
     figures = []
     if psnr is not None:
         figures.append(("Reconstruction PSNR", f"{psnr:.2f}", "dB"))
     if psnr is not None and flat is not None:
-        figures.append(("Over the mean colour", f"{psnr - flat:+.2f}", "dB"))
+        figures.append(("Over the mean color", f"{psnr - flat:+.2f}", "dB"))
     if last_frame is not None:
         figures.append(("PSNR of the last frame", f"{last_frame:.2f}", "dB"))
     if clips is not None:
@@ -151,9 +151,9 @@ def _reconstructions(media: Media) -> Gallery:
         return Gallery()
     shown = media.record.get("shown")
     per_clip = media.record.get("per_clip")
-    psnr, flat = _by_id(per_clip, "psnr"), _by_id(per_clip, "psnr_mean_colour")
+    psnr, flat = _by_id(per_clip, "psnr"), _by_id(per_clip, "psnr_mean_color")
     cards = []
-    for i in range(min(len(media.video), MOST_CARDS)):
+    for i in range(min(len(media.video), MAX_CARDS)):
         clip = _text_at(shown, i)
         of = f"clip {clip or i + 1}"
         pair = [] if media.original is None else [view("Original", of, media.original[i], 88)]
@@ -161,7 +161,7 @@ def _reconstructions(media: Media) -> Gallery:
         if (value := psnr.get(clip)) is not None:
             facts.append((f"{value:.2f} dB", "PSNR of the reconstruction"))
             if (base := flat.get(clip)) is not None:
-                facts.append((f"{value - base:+.2f} dB", "above the clip’s mean colour"))
+                facts.append((f"{value - base:+.2f} dB", "above the clip’s mean color"))
         pair.append(view("Reconstruction", of, media.video[i], 88))
         cards.append(Card(pair, _streams(media, i, of), facts))
     return Gallery(cards, len(media.video))
@@ -174,7 +174,7 @@ def _samples(media: Media, nearest: np.ndarray | None) -> Gallery:
     found = media.record.get("nearest")
     found = found if isinstance(found, dict) else {}
     cards = []
-    for i in range(min(len(media.video), MOST_CARDS)):
+    for i in range(min(len(media.video), MAX_CARDS)):
         of = f"sample {i + 1}"
         clip = _text_at(found.get("id"), i)
         facts = [(f"{of}, nearest {clip}" if clip else of, "place in video.npy and id of the nearest clip")]
@@ -206,7 +206,7 @@ def _interpolation(media: Media) -> Gallery:
     """One view per step along the path, no streams."""
     if media.video is None:
         return Gallery()
-    count = min(len(media.video), MOST_CARDS)
+    count = min(len(media.video), MAX_CARDS)
     cards = [
         Card([View(f"Step {i + 1}", f"Interpolation step {i + 1}", filmstrip(media.video[i], 88))], [], [])
         for i in range(count)
@@ -215,8 +215,8 @@ def _interpolation(media: Media) -> Gallery:
 
 
 def _clip_chart(record: dict[str, Any]) -> Chart | None:
-    """PSNR of every clip, worst first, against that of its mean colour."""
-    psnr, flat = (_by_id(record.get("per_clip"), key) for key in ("psnr", "psnr_mean_colour"))
+    """PSNR of every clip, worst first, against that of its mean color."""
+    psnr, flat = (_by_id(record.get("per_clip"), key) for key in ("psnr", "psnr_mean_color"))
     order = sorted(psnr, key=lambda clip: psnr[clip])
     if len(order) < 2:
         return None
@@ -224,14 +224,14 @@ def _clip_chart(record: dict[str, Any]) -> Chart | None:
     known = [clip for clip in order if clip in flat]
     series = [Series("reconstruction", list(ranks.values()), [psnr[clip] for clip in order])]
     if known:
-        series.append(Series("mean colour", [ranks[c] for c in known], [flat[c] for c in known]))
+        series.append(Series("mean color", [ranks[c] for c in known], [flat[c] for c in known]))
     few = len(order) <= 200
     svg = _drawn(series, x_label="clips, worst first", y_label="PSNR, dB", line=not few)
     last = f"{psnr[order[-1]]:.2f} dB"
     return Chart("PSNR by clip", [one.label for one in series], last, svg) if svg else None
 
 
-def _training_charts(run: Artefacts) -> list[Chart]:
+def _training_charts(run: Artifacts) -> list[Chart]:
     rows = [row for row in run.metrics if row.get("stage") == "glo"]
     charts = [
         _curve(rows, "step", "loss", "Loss", "loss", log=True),
@@ -241,7 +241,7 @@ def _training_charts(run: Artefacts) -> list[Chart]:
     return [one for one in charts if one is not None]
 
 
-def _mappings(run: Artefacts) -> list[tuple[str, list[Chart], list[tuple[int, str, str | None]]]]:
+def _mappings(run: Artifacts) -> list[tuple[str, list[Chart], list[tuple[int, str, str | None]]]]:
     """Per fitted mapping: its kind, curves over the epochs, and what else its record says."""
     found = []
     for kind, record in run.mappings.items():
@@ -252,7 +252,14 @@ def _mappings(run: Artefacts) -> list[tuple[str, list[Chart], list[tuple[int, st
         charts = [
             _curve(rows, "epoch", "loss", "Regression loss", "loss", log=True),
             _curve(rows, "epoch", "match_distance", "Distance from a latent to its match", "mean distance"),
-            _curve(rows, "epoch", "hubness", "Hubness: distinct matches per latent", "share", cover=(0, 1)),
+            _curve(
+                rows,
+                "epoch",
+                "match_diversity",
+                "Hubness: distinct matches per latent",
+                "share",
+                cover=(0, 1),
+            ),
         ]
         rest = {key: value for key, value in record.items() if not (key == "epochs" and rows)}
         found.append((kind, [one for one in charts if one is not None], setting_rows(rest)))
@@ -267,7 +274,7 @@ def _comparison_table(found: Comparison | None, records: dict[str, dict[str, Any
         "mapping",
         "coverage",
         "density",
-        "hubness",
+        "match_diversity",
         "distance, fitted",
         "set aside",
         "NLL, fitted",
@@ -277,7 +284,7 @@ def _comparison_table(found: Comparison | None, records: dict[str, dict[str, Any
     for kind, one in found.mappings.items():
         gap = records.get(kind, {}).get("gap")
         gaps = [at(gap, part, key) for key in ("distance", "nll") for part in ("fitted", "held_out")]
-        rows.append([kind, *map(shown, (one.coverage, one.density, one.hubness, *gaps))])
+        rows.append([kind, *map(shown, (one.coverage, one.density, one.match_diversity, *gaps))])
     return head, rows
 
 

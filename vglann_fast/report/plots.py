@@ -1,7 +1,7 @@
-"""Small charts as SVG that follows the page: its style sheet colours them, so light and dark both work.
+"""Small charts as SVG that follows the page: its style sheet colors them, so light and dark both work.
 
 Hand-made rather than drawn by a plotting library: a chart is a few kilobytes of text that wraps, scales and
-recolours with the page, and its points are there for the page's script to read out under the pointer.
+recolors with the page, and its points are there for the page's script to read out under the pointer.
 """
 
 import math
@@ -175,7 +175,7 @@ def tick_label(value: float) -> str:
 
 
 def _thinned(series: Series, log: bool) -> Series:
-    """The drawable points of a series, at most `_MOST_POINTS`: each the mean of a run of neighbours."""
+    """The drawable points of a series, at most `_MOST_POINTS`: each the mean of a run of neighbors."""
     points = [
         (x, y)
         for x, y in zip(series.x, series.y, strict=True)

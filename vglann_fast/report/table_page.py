@@ -20,7 +20,7 @@ from vglann_fast.metrics.record import (
     markdown,
     tables,
 )
-from vglann_fast.report.artefacts import read_array, read_json
+from vglann_fast.report.artifacts import read_array, read_json
 from vglann_fast.report.evaluation import (
     FLOOR,
     at,

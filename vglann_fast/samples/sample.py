@@ -15,17 +15,17 @@ from vglann_fast.clips.pixels import psnr, to_uint8
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
 from vglann_fast.glo.checkpoint import Trained, load_trained
-from vglann_fast.mapping.base import Mapping
+from vglann_fast.mapping.base import LatentSampler
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import write_videos
 
-MOST_VIDEOS = 10**7  # at once; more would fail as a lack of memory
+MAX_VIDEOS = 10**7  # at once; more would fail as a lack of memory
 STATISTICS_SAMPLES = 256  # latents drawn for BatchNorm statistics, apart from those that are shown
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedVideos:
     """Generated videos as uint8 arrays; streams as the network made them, before they are mixed."""
 
     video: np.ndarray  # (n, 3, T, H, W)
@@ -35,7 +35,7 @@ class Rendered:
 
 
 @torch.no_grad()
-def render(trained: Trained, latents: Tensor) -> Rendered:
+def render(trained: Trained, latents: Tensor) -> RenderedVideos:
     """Generate a video from each of `latents` [n, d], in batches of the run's batch size."""
     limits = trained.options.target_limits
     batches = []
@@ -49,7 +49,7 @@ def render(trained: Trained, latents: Tensor) -> Rendered:
             to_uint8(torch.tanh(background), limits),
         )
         batches.append([stream.cpu().numpy() for stream in streams])
-    return Rendered(*(np.concatenate(stream) for stream in zip(*batches, strict=True)))
+    return RenderedVideos(*(np.concatenate(stream) for stream in zip(*batches, strict=True)))
 
 
 def sample(
@@ -66,8 +66,8 @@ def sample(
     was imported has no clips, so only the nearest latents are named. Returns the folder of the samples. Raises
     `VglannError` when the run has no such mapping or its clips are gone.
     """
-    if not 1 <= n <= MOST_VIDEOS:
-        raise VglannError(f"-n: expected 1 to {MOST_VIDEOS:,}, got {n}")
+    if not 1 <= n <= MAX_VIDEOS:
+        raise VglannError(f"-n: expected 1 to {MAX_VIDEOS:,}, got {n}")
     run = RunDir.open(run_path)
     trained = load_trained(run, device)
     clips = open_clips(run) if has_clips(run) else None
@@ -98,7 +98,7 @@ def sample(
     )
 
 
-def draw_latents(trained: Trained, mapping: Mapping, n: int, seed: int) -> Tensor:
+def draw_latents(trained: Trained, mapping: LatentSampler, n: int, seed: int) -> Tensor:
     """n latents [n, d] of a mapping, and the generator made ready for them.
 
     Where it samples with running BatchNorm statistics, they become those of other latents of this mapping. Raises
@@ -121,8 +121,8 @@ def interpolate(
 
     The clips are drawn with `seed`; `steps` counts both ends. Returns the folder.
     """
-    if not 2 <= steps <= MOST_VIDEOS:
-        raise VglannError(f"--steps: expected 2 to {MOST_VIDEOS:,}, got {steps}")
+    if not 2 <= steps <= MAX_VIDEOS:
+        raise VglannError(f"--steps: expected 2 to {MAX_VIDEOS:,}, got {steps}")
     run = RunDir.open(run_path)
     trained = load_trained(run, device)
     if len(trained.latents) < 2:

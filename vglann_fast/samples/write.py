@@ -13,7 +13,7 @@ A media folder (`write_videos`) holds, all uint8 RGB unless said otherwise:
     video.gif        the same grid, for places that play no video
     sheet.png        a row of frames per clip; with originals, each clip's row lies under its original's
 
-Colours. H.264 stores luma and subsampled chroma, and a player that assumes the wrong matrix shifts every hue.
+Colors. H.264 stores luma and subsampled chroma, and a player that assumes the wrong matrix shifts every hue.
 The MP4 is BT.601, limited range, and tagged so: players that read the tags are right, and so are those that
 ignore them, because BT.601 is what they assume for small pictures. Primaries and transfer are tagged sRGB,
 which is what the clips are.
@@ -130,7 +130,7 @@ def rgb_to_yuv420(picture: np.ndarray) -> np.ndarray:
 def write_gif(path: str | Path, video: np.ndarray, fps: float = 24, scale: int = 1) -> None:
     """Write one video as an endless GIF with a palette made for it, whole or not at all.
 
-    256 colours chosen from all frames, ordered dither: its pattern stands still, so flat areas do not shimmer
+    256 colors chosen from all frames, ordered dither: its pattern stands still, so flat areas do not shimmer
     and compress well. A GIF counts time in hundredths of a second: each frame begins within 5 ms of its time.
 
     Args and errors as `write_mp4`; sides may be odd. fps at most 50: players slow faster ones down.

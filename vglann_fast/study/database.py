@@ -85,7 +85,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Rated:
+class Rating:
     """An answer with its key: source numbers of the two videos as drawn, and whether the left one was chosen."""
 
     rater: str
@@ -197,7 +197,7 @@ class Study:
                 self._connection.executemany("insert or ignore into answers values (?, ?, ?, ?)", rows)
             return self._connection.total_changes - before
 
-    def rated(self) -> list[Rated]:
+    def rated(self) -> list[Rating]:
         """All answers with their keys, by rater and trial."""
         query = """
             select a.rater, a.trial, l.source, r.source, a.chosen = t.left, a.side
@@ -207,7 +207,7 @@ class Study:
         with _named_errors(self.path):
             rows = self._connection.execute(query).fetchall()
         return [
-            Rated(rater, trial, left, right, bool(c), side) for rater, trial, left, right, c, side in rows
+            Rating(rater, trial, left, right, bool(c), side) for rater, trial, left, right, c, side in rows
         ]
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.report.artefacts import NOT_NPY
+from vglann_fast.report.artifacts import NOT_NPY
 from vglann_fast.run.files import atomic_dir
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import write_mp4
@@ -34,7 +34,7 @@ from vglann_fast.study.page import study_page
 
 CHECKS = 8
 NOISE = 80  # standard deviation, of 255: nobody who looks takes the noised copy for the more realistic
-LEAST_SIDE = 128  # small clips are stored enlarged, so that 4:2:0 chroma loses none of their colour
+MIN_SIDE = 128  # small clips are stored enlarged, so that 4:2:0 chroma loses none of their color
 
 
 class _Showing(NamedTuple):
@@ -168,7 +168,7 @@ def _encode(
         if source == len(arrays):
             noise = rng.normal(0, NOISE, video.shape)
             video = np.clip(np.rint(video + noise), 0, 255).astype(np.uint8)
-        write_mp4(file, video, scale=max(1, -(-LEAST_SIDE // min(video.shape[2:]))))
+        write_mp4(file, video, scale=max(1, -(-MIN_SIDE // min(video.shape[2:]))))
         encoded[_Showing(source, clip)] = file.read_bytes()
     file.unlink()
     return encoded

@@ -28,11 +28,11 @@ from typing import Any
 
 from vglann_fast.errors import VglannError
 from vglann_fast.run.files import atomic_file, read_json, write_json
-from vglann_fast.study.database import Answer, Rated, Study
+from vglann_fast.study.database import Answer, Rating, Study
 from vglann_fast.study.page import results_page
 
 ANSWERS_FORMAT = ("vglann-study-answers", 1)
-MOST_BYTES = 10_000_000  # of an answers file
+MAX_BYTES = 10_000_000  # of an answers file
 GUESSED = 0.05  # a rater whose checks guessing passes with at most this probability has looked
 CONFIDENCE = 0.95
 
@@ -95,7 +95,7 @@ def as_text(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def results(study: Study, rated: Sequence[Rated]) -> dict[str, Any]:
+def results(study: Study, rated: Sequence[Rating]) -> dict[str, Any]:
     """The content of results.json, from all answers."""
     checks = {number for number, source in study.sources.items() if source.kind == "spoiled"}
     attention: defaultdict[str, list[bool]] = defaultdict(list)
@@ -128,7 +128,7 @@ def attentive(passed: Sequence[bool]) -> bool:
     return bool(passed) and bool(_binomial_test(sum(passed), len(passed), "greater").pvalue <= GUESSED)
 
 
-def _preference(study: Study, counted: Sequence[Rated], first: int, second: int) -> Preference:
+def _preference(study: Study, counted: Sequence[Rating], first: int, second: int) -> Preference:
     chosen = [r.left if r.chose_left else r.right for r in counted if {r.left, r.right} == {first, second}]
     labels = study.sources[first].label, study.sources[second].label
     for_first = chosen.count(first)
@@ -168,7 +168,7 @@ def krippendorff_alpha(units: Sequence[Sequence[Any]]) -> float | None:
 
 def _take_in(study: Study, file: Path) -> None:
     """Store the answers of a file that the page without a server made."""
-    if file.is_file() and file.stat().st_size > MOST_BYTES:
+    if file.is_file() and file.stat().st_size > MAX_BYTES:
         raise VglannError(f"{file}: too large for answers to a study")
     value = read_json(file)
     if not isinstance(value, dict) or (value.get("format"), value.get("version")) != ANSWERS_FORMAT:

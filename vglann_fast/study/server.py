@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOST = "127.0.0.1"
-MOST_BYTES = 1024  # of an answer
+MAX_BYTES = 1024  # of an answer
 
 
 def serve(folder: str | Path, port: int) -> None:
@@ -92,8 +92,8 @@ def make_app(study: Study) -> "Starlette":
         body = b""
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MOST_BYTES:
-                return PlainTextResponse(f"an answer has at most {MOST_BYTES} bytes", 413)
+            if len(body) > MAX_BYTES:
+                return PlainTextResponse(f"an answer has at most {MAX_BYTES} bytes", 413)
         try:
             study.add(*_parse(body))
         except ValueError as error:

@@ -1,7 +1,7 @@
 """What a run folder holds for the report, read leniently.
 
 A run may have been stopped at any stage, or a file of it damaged: the report shows what is there. Nothing in
-this file raises for the content of a run; what cannot be shown becomes a line in `Artefacts.problems`.
+this file raises for the content of a run; what cannot be shown becomes a line in `Artifacts.problems`.
 """
 
 import json
@@ -31,7 +31,7 @@ class Media:
 
 
 @dataclass
-class Artefacts:
+class Artifacts:
     """Everything the report shows of a run. None or empty stands for what is not there."""
 
     options: dict[str, Any]
@@ -46,7 +46,7 @@ class Artefacts:
     problems: list[str] = field(default_factory=list)
 
 
-def read_artefacts(run: Path) -> Artefacts:
+def read_artifacts(run: Path) -> Artifacts:
     """Read what `run` holds. Never raises for missing or damaged files."""
     problems: list[str] = []
     media = run / "media"
@@ -56,7 +56,7 @@ def read_artefacts(run: Path) -> Artefacts:
     if nearest is not None and (samples.video is None or nearest.shape != samples.video.shape):
         _tell(problems, run, nearest_file, "does not belong to these samples")
         nearest = None
-    return Artefacts(
+    return Artifacts(
         options=read_json(run / "options.json", run, problems),
         environment=read_json(run / "environment.json", run, problems),
         metrics=_read_metrics(run / "metrics.jsonl", run, problems),
