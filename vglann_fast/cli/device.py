@@ -1,9 +1,8 @@
 """What a command computes on, from its arguments: --device, --kernels and --deterministic."""
 
 import os
+from argparse import Namespace
 from typing import Any
-
-from jsonargparse import Namespace
 
 from vglann_fast.errors import VglannError
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import latent_adam_state, latent_adam_step, latent_flush, latent_gather
 
+from vglann_fast.glo.kernel_names import kernel_name
 from vglann_fast.options.training import TrainOptions
 
 BETAS = (0.5, 0.999)
@@ -19,7 +20,7 @@ ReadClips = Callable[[np.ndarray], np.ndarray]  # row numbers -> uint8 [n, 3, T,
 class LatentTable:
     """Latents [N, d] of the clips `ids`, with their Adam.
 
-    Mode "row" puts a row back on the unit sphere after each of its updates. The other two modes let rows leave
+    Mode "sparse" puts a row back on the unit sphere after each of its updates. The other two modes let rows leave
     it during an epoch and renormalize the whole table at the epoch's end, as the author does.
     """
 
@@ -29,8 +30,8 @@ class LatentTable:
         self.rows = rows
         self.ids = tuple(ids)
         self.lr = torch.tensor(options.lr_latents, dtype=rows.dtype, device=rows.device)
-        self.retraction = "sphere" if options.latent_mode == "row" else None
-        self.adam = latent_adam_state(rows, options.latent_mode)
+        self.retraction = "sphere" if options.latent_mode == "sparse" else None
+        self.adam = latent_adam_state(rows, kernel_name(options.latent_mode))
 
     def gather(self, index: Tensor) -> Tensor:
         """The latents [B, d] of rows `index` [B], as a leaf that wants a gradient."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 
 from vglann_fast.clips.pixels import to_range
+from vglann_fast.glo.kernel_names import kernel_name
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss, TargetLoss
 from vglann_fast.options.training import TrainOptions
@@ -61,7 +62,7 @@ def _fused_loss(
         mask_weight=options.mask_weight / factor,
         return_video=with_video,
         levels=options.levels,
-        blur=options.blur,
+        blur=kernel_name(options.blur),
         target_range=options.target_limits,
     )
     loss, video = result if isinstance(result, tuple) else (result, None)
@@ -99,7 +100,11 @@ def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) 
     made, real = video[:, :, :scored], clips[:, :, :scored]
     if name == "laplacian":
         loss = laplacian_pyramid_loss(
-            made, real, levels=options.levels, blur=options.blur, target_range=options.target_limits
+            made,
+            real,
+            levels=options.levels,
+            blur=kernel_name(options.blur),
+            target_range=options.target_limits,
         )
     else:
         difference = made - to_range(real, made.dtype, options.target_limits)
