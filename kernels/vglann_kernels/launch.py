@@ -1,4 +1,4 @@
-"""What every launch needs: whether Triton can run at all, the right device, and the memory layouts."""
+"""Common needs of all launches: can Triton run at all, the right device, and the memory layouts."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ MINIMUM_CAPABILITY = (8, 0)
 
 
 def interpreted() -> bool:
-    """Whether Triton was told to interpret its kernels on the CPU (`TRITON_INTERPRET=1`, read at import)."""
+    """Return True if Triton was told to interpret its kernels on the CPU (`TRITON_INTERPRET=1`, read at import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -22,13 +22,14 @@ def interpreted() -> bool:
 def _import_error() -> str | None:
     try:
         import_module("triton.language")
-    except Exception as error:  # a broken install raises anything: a missing library, a wrong LLVM
+    # A broken install raises anything: a missing library, a wrong LLVM.
+    except Exception as error:
         return f"triton does not import ({type(error).__name__}: {error}); pip install 'triton>=3.6'"
     return None
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """None when Triton kernels can run for tensors on `device`, else the reason in one line."""
+    """Return None when Triton kernels can run for tensors on `device`, else the reason in one line."""
     if device.type == "cpu" and not interpreted():
         return "it needs a GPU (for tests its interpreter takes CPU tensors, with TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
@@ -40,24 +41,23 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def device_guard(value: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device current: Triton launches on the current one, whatever its arguments are
-    on."""
+    """Make the tensor's device current: Triton launches on the current device, wherever its arguments lie."""
     return torch.cuda.device(value.device) if value.is_cuda else nullcontext()
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a 4-D or 5-D tensor lies channels-last (and not also contiguous)."""
+    """Return True if a 4-D or 5-D tensor is channels-last (and not also contiguous)."""
     form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     return x.is_contiguous(memory_format=form) and not x.is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x` itself when it is contiguous or channels-last, else a contiguous copy."""
+    """Return `x` itself when it is contiguous or channels-last, else a contiguous copy."""
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
 def laid_out_as(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised, `x` with another channel count: channels-last where `x` is so, else contiguous."""
+    """Return an uninitialized tensor like `x` with `channels` channels: channels-last if `x` is, else contiguous."""
     form = torch.contiguous_format
     if is_channels_last(x):
         form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
@@ -66,7 +66,7 @@ def laid_out_as(x: Tensor, channels: int) -> Tensor:
 
 
 def refuse_second_derivative(name: str) -> Callable[..., Any]:
-    """An autograd formula for a backward op that says so instead of returning a wrong zero."""
+    """Return an autograd formula that raises, for a backward op, instead of returning a wrong zero."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(

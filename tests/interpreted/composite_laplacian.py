@@ -53,7 +53,7 @@ def test_frames_left_out_get_the_prior_only():
 
 
 def test_the_papers_options_in_half_precision():
-    options = {"blur": "seed", "target_range": (0.0, 1.0)}
+    options = {"blur": "paper", "target_range": (0.0, 1.0)}
     check(*inputs(1, 1, 64, torch.float16, last=True), tolerance=2e-3, **options)
 
 

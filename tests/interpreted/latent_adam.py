@@ -18,12 +18,12 @@ def test_against_float64():
         assert line.ok, str(line)
 
 
-def test_catchup_follows_torch_adam():
+def test_lazy_follows_torch_adam():
     torch.manual_seed(0)
     table, lr = torch.randn(12, 5) / 10, torch.tensor(0.01)
     theirs = torch.nn.Parameter(table.clone())
     optimiser = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
-    state = latent_adam_state(table, "catchup")
+    state = latent_adam_state(table, "lazy")
     for step in range(120):
         index, grad = torch.randint(0, 12, (3,)), torch.randn(3, 5)
         z = latent_gather(table, state, index, lr=lr, impl="triton")
@@ -40,7 +40,7 @@ def test_catchup_follows_torch_adam():
     assert state.step == 120
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy", "dense"])
 def test_skip_and_duplicates_and_untouched_rows(mode):
     torch.manual_seed(0)
     table, index = torch.randn(9, 3), torch.tensor([4, 4, 2, 4])
@@ -59,7 +59,7 @@ def test_skip_and_duplicates_and_untouched_rows(mode):
 
 def test_a_bad_index_that_nobody_checked_is_masked():
     table = torch.randn(4, 3)
-    state, before, bad = latent_adam_state(table, "row"), table.clone(), torch.tensor([1, 2**40, -3])
+    state, before, bad = latent_adam_state(table, "sparse"), table.clone(), torch.tensor([1, 2**40, -3])
     op = torch.ops.vglann_kernels
     tables = (table, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
     read = op.latent_gather(*tables, bad, None, (0.5, 0.999), 1e-8, False)
@@ -72,7 +72,7 @@ def test_a_bad_index_that_nobody_checked_is_masked():
         torch.tensor(0.1),
         (0.5, 0.999),
         1e-8,
-        "row",
+        "sparse",
         None,
         None,
     )
@@ -81,7 +81,7 @@ def test_a_bad_index_that_nobody_checked_is_masked():
 
 def test_a_step_touches_the_batch_and_no_more():
     table = torch.randn(1000, 100)
-    state, index = latent_adam_state(table, "row"), torch.arange(8) * 100
+    state, index = latent_adam_state(table, "sparse"), torch.arange(8) * 100
     with poisoned(), Traffic() as moved:
         latent_adam_step(table, state, index, torch.randn(8, 100), lr=torch.tensor(0.1), impl="triton")
     assert moved.unique <= 1.05 * 8 * (100 * 4 * 7 + 8 * 3)
@@ -89,17 +89,17 @@ def test_a_step_touches_the_batch_and_no_more():
 
 def test_opcheck():
     table = torch.randn(6, 3)
-    state, index = latent_adam_state(table, "catchup"), torch.tensor([1, 4])
+    state, index = latent_adam_state(table, "lazy"), torch.tensor([1, 4])
     tables = (table, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
     rates, op = ((0.5, 0.999), 1e-8), torch.ops.vglann_kernels
     lr = torch.tensor(0.1)
     torch.library.opcheck(op.latent_gather.default, (*tables, index, lr, *rates, True))
-    step = (*tables, state.arrived, index, torch.ones(2, 3), lr, *rates, "catchup", None, None)
+    step = (*tables, state.arrived, index, torch.ones(2, 3), lr, *rates, "lazy", None, None)
     torch.library.opcheck(op.latent_adam_step.default, step)
     torch.library.opcheck(op.latent_flush.default, (*tables, lr, *rates))
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy", "dense"])
 def test_traces_into_one_graph(mode):
     torch.manual_seed(0)
     index, lr = torch.tensor([1, 4, 1]), torch.tensor(0.1)
@@ -128,7 +128,7 @@ def test_twin_training():
     runs = {}
     for impl in ("triton", "reference"):
         table, w = start.clone(), weights.clone().requires_grad_()
-        state, losses = latent_adam_state(table, "row"), []
+        state, losses = latent_adam_state(table, "sparse"), []
         for index in batches:
             z = latent_gather(table, state, index, impl=impl).requires_grad_()
             small = (z @ w).view(2, 7, 1, 8, 8)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from .. import impl as switch
 from ..checks import FLOATS, check_index, check_same_device, check_shape, check_tensor
-from ..laplacian.op import TRITON_SIZES, check_options, saved_times_upstream
+from ..laplacian.op import TRITON_SIZES, saved_times_upstream
+from ..laplacian.pyramid import Pyramid
 from ..launch import laid_out_as, why_no_triton
 from . import reference
 
@@ -37,20 +39,19 @@ def _composite_laplacian(
     """(loss, grad_head, grad_background, video); what is not asked for is empty."""
     from . import kernel
 
-    weights = tuple(level_weights)
-    unit = _gradient_unit(head, frames, weights, reduction)
-    late = unit if head.dtype == torch.float16 else 1.0  # the factor that `_backward` still applies
+    low, high = target_range
+    options = Pyramid(levels, blur, sigma, tuple(level_weights), (low, high), reduction)
+    unit = _gradient_unit(head, frames, options.weights, reduction)
+    # The factor that `_backward` still applies.
+    late = unit if head.dtype == torch.float16 else 1.0
     values = head.numel() // 4 if reduction == "mean" else head.shape[2:].numel()
     prior = mask_weight / max(values, 1)
     losses, mask_mean, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
-        head, background, clips, index, frames, prior / late, levels, blur, sigma, weights,
-        (target_range[0], target_range[1]), unit / late, with_gradient, with_video,
-    )  # fmt: skip
-    loss = losses
-    if reduction != "none":
-        loss = losses.mean() if reduction == "mean" else losses.sum()
-        if mask_weight:
-            loss = loss + mask_weight * (mask_mean.mean() if reduction == "mean" else mask_mean.sum())
+        head, background, clips, index, frames, prior / late, options, unit / late, with_gradient, with_video
+    )
+    loss = options.reduced(losses)
+    if mask_weight:
+        loss = loss + mask_weight * options.reduced(mask_mean)
     return loss, grad_head, grad_background, video
 
 
@@ -149,8 +150,7 @@ def composite_laplacian_loss(
     frames = total if frames is None else frames
     if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= total:
         raise ValueError(f"frames: expected an integer from 1 to {total}, got {frames!r}")
-    height, width = head.shape[3:]
-    weights = check_options(height, width, levels, blur, sigma, level_weights, target_range, reduction)
+    options = Pyramid.checked(head.shape[3:], levels, blur, sigma, level_weights, target_range, reduction)
     if not math.isfinite(mask_weight):
         raise ValueError(f"mask_weight: expected a finite number, got {mask_weight!r}")
     if mask_weight and reduction == "none":
@@ -159,8 +159,8 @@ def composite_laplacian_loss(
     unsupported = _triton_refuses(head, reduction, with_gradient)
     if switch.chosen("composite_laplacian", impl, head.device, unsupported) == "triton":
         loss, _, _, video = torch.ops.vglann_kernels.composite_laplacian(
-            head, background, clips, index, frames, float(mask_weight), levels, blur, sigma, weights,
-            target_range, reduction, with_gradient, return_video,
+            head, background, clips, index, frames, float(mask_weight), *astuple(options),
+            with_gradient, return_video,
         )  # fmt: skip
         return (loss, video.detach()) if return_video else loss
     loss, video = reference.composite_laplacian_loss(
@@ -168,13 +168,8 @@ def composite_laplacian_loss(
         background,
         clips,
         index,
-        frames=frames,
-        mask_weight=mask_weight,
-        levels=levels,
-        blur=blur,
-        sigma=sigma,
-        level_weights=weights,
-        target_range=target_range,
-        reduction=reduction,
+        frames,
+        mask_weight,
+        options,
     )
     return (loss, video.detach()) if return_video else loss

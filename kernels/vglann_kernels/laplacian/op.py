@@ -1,7 +1,7 @@
 """`laplacian_pyramid_loss`: L1 between the Laplacian pyramids of two videos, plane by plane."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from .. import impl as switch
 from ..checks import FLOATS, check_same_device, check_shape, check_tensor
 from ..launch import refuse_second_derivative, why_no_triton
 from . import reference
+from .pyramid import Pyramid
 
-BLURS = ("binomial", "gaussian", "seed")
-REDUCTIONS = ("none", "mean", "sum")
-MAX_LEVELS = 5
 TRITON_SIZES = (32, 64, 128)
 
 switch.register("laplacian", "reference")
@@ -36,14 +34,11 @@ def _laplacian(
     """(loss, its gradient by `video` up to a factor for float16; empty unless `with_gradient`)."""
     from . import kernel
 
-    weights = tuple(level_weights)
-    unit = 1.0 if video.dtype == torch.float16 else kernel.gradient_unit(video, weights, reduction)
-    losses, gradient = kernel.laplacian_fwd(
-        video, target, levels, blur, sigma, weights, (target_range[0], target_range[1]), unit, with_gradient
-    )
-    if reduction == "none":
-        return losses, gradient
-    return losses.mean() if reduction == "mean" else losses.sum(), gradient
+    low, high = target_range
+    options = Pyramid(levels, blur, sigma, tuple(level_weights), (low, high), reduction)
+    unit = 1.0 if video.dtype == torch.float16 else kernel.gradient_unit(video, options.weights, reduction)
+    losses, gradient = kernel.laplacian_fwd(video, target, options, unit, with_gradient)
+    return options.reduced(losses), gradient
 
 
 @torch.library.custom_op("vglann_kernels::scale_gradient", mutates_args={"gradient"})
@@ -120,41 +115,12 @@ _laplacian.register_autograd(_backward, setup_context=_save)
 
 
 def triton_refuses(video: Tensor) -> str | None:
-    """Why the kernel does not take planes like those of `video`; None when it does."""
+    """Return the reason why the kernel does not take the planes of `video`, or None when it does."""
     height, width = video.shape[-2:]
     if height != width or height not in TRITON_SIZES:
         sizes = ", ".join(map(str, TRITON_SIZES))
         return f"video: expected square planes of {sizes}, got {height}x{width}"
     return "video: expected a 16- or 32-bit float, got float64" if video.dtype == torch.float64 else None
-
-
-def check_options(
-    height: int,
-    width: int,
-    levels: int,
-    blur: str,
-    sigma: float,
-    level_weights: Sequence[float] | None,
-    target_range: tuple[float, float],
-    reduction: str,
-) -> tuple[float, ...]:
-    """Check the options of the loss for planes of `height` x `width` and return the levels + 1 weights."""
-    if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
-        raise ValueError(f"levels: expected an integer from 1 to {MAX_LEVELS}, got {levels!r}")
-    if min(height, width) >> levels < 1:
-        raise ValueError(f"levels: a plane of {height}x{width} does not survive {levels} halvings")
-    if blur not in BLURS:
-        raise ValueError(f"blur: expected one of {', '.join(BLURS)}, got {blur!r}")
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma: expected a positive number of pixels, got {sigma!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if len(target_range) != 2 or not all(math.isfinite(v) for v in target_range):
-        raise ValueError(f"target_range: expected two finite numbers, got {target_range!r}")
-    weights = (1.0,) * (levels + 1) if level_weights is None else tuple(float(w) for w in level_weights)
-    if len(weights) != levels + 1 or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"level_weights: expected {levels + 1} finite numbers, got {level_weights!r}")
-    return weights
 
 
 def laplacian_pyramid_loss(
@@ -169,7 +135,7 @@ def laplacian_pyramid_loss(
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Tensor:
-    """L1 between Laplacian pyramids; planes are the last two dimensions of any shape [..., H, W].
+    """Return the L1 loss between Laplacian pyramids; planes are the last two dimensions of any shape [..., H, W].
 
     Per plane, with G_0 = video - target: band_l = G_l - blur(G_l), G_{l+1} = 2x2 mean of blur(G_l), and the
     loss is sum_l w_l * mean |band_l| + w_L * mean |G_L| over `levels` = L bands and the residual (Ling and
@@ -177,8 +143,8 @@ def laplacian_pyramid_loss(
 
     target         like `video`, or uint8, whose 0..255 is mapped linearly onto `target_range`
     levels         1 to 5; H >> levels and W >> levels must be at least 1
-    blur, sigma    "binomial" [1 4 6 4 1]/16; "gaussian", 5 taps of standard deviation `sigma` pixels; "seed",
-                   the sum kernel of the paper's code with its sigma (2.0). Edges are replicated.
+    blur, sigma    "binomial" [1 4 6 4 1]/16; "gaussian", 5 taps of standard deviation `sigma` pixels; "paper",
+                   the sum kernel of the GLANN-VIDEO code with its sigma (2.0). Edges are replicated.
     level_weights  levels + 1 numbers, the residual's last; default all 1
     reduction      "none": one value per plane, shape [...]; "mean" or "sum" over planes
 
@@ -192,20 +158,8 @@ def laplacian_pyramid_loss(
         raise ValueError(f"video: expected at least 2 dimensions, got shape {tuple(video.shape)}")
     check_shape("target", target, tuple(video.shape))
     check_same_device("video", video, "target", target)
-    height, width = video.shape[-2:]
-    weights = check_options(height, width, levels, blur, sigma, level_weights, target_range, reduction)
+    options = Pyramid.checked(video.shape[-2:], levels, blur, sigma, level_weights, target_range, reduction)
     if switch.chosen("laplacian", impl, video.device, triton_refuses(video)) == "triton":
         with_gradient = torch.is_grad_enabled() and (video.requires_grad or target.requires_grad)
-        return torch.ops.vglann_kernels.laplacian_pyramid(
-            video, target, levels, blur, sigma, weights, target_range, reduction, with_gradient
-        )[0]
-    return reference.laplacian_pyramid_loss(
-        video,
-        target,
-        levels=levels,
-        blur=blur,
-        sigma=sigma,
-        level_weights=weights,
-        target_range=target_range,
-        reduction=reduction,
-    )
+        return torch.ops.vglann_kernels.laplacian_pyramid(video, target, *astuple(options), with_gradient)[0]
+    return reference.laplacian_pyramid_loss(video, target, options)
