@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 MINIMUM_CAPABILITY = (8, 0)
+# Options of every launch. Triton's own default for fused multiply-adds differs between its versions.
+LAUNCH = {"enable_fp_fusion": True}
+
+_library = torch.library.Library("vglann_kernels", "FRAGMENT")
 
 
 def interpreted() -> bool:
@@ -65,12 +69,50 @@ def laid_out_as(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
-def refuse_second_derivative(name: str) -> Callable[..., Any]:
-    """Return an autograd formula that raises, for a backward op, instead of returning a wrong zero."""
+def is_traced(tensor: Tensor) -> bool:
+    """Return True if a graph is being traced: by torch.compile, or with stand-ins in place of tensors."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU; a small number for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `launch` as the operator `vglann_kernels::<schema>` for all devices and return the operator.
+
+    `fake` gives its outputs for tensors without data. The operator has no autograd formula: an autograd.Function
+    calls it. `torch.library.custom_op` would add bookkeeping in Python to every call, several times the cost of a
+    launch.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _library.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vglann_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.vglann_kernels, name).default
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity whose derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.clone() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> None:
         raise RuntimeError(
-            f"{name}: the Triton kernel has no second derivative; use impl='reference' for create_graph=True"
+            f"{ctx.name}: the Triton kernel has no second derivative; "
+            "use impl='reference' for create_graph=True"
         )
 
-    return backward
+
+def without_second_derivative(name: str, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the gradients so that, with create_graph=True, deriving them raises instead of giving a wrong zero."""
+    if is_traced(gradients[0]) or not torch.is_grad_enabled():
+        return gradients
+    anchor = torch.empty((), requires_grad=True)
+    return _NoSecondDerivative.apply(anchor, name, *gradients)

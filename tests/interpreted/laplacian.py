@@ -171,11 +171,14 @@ def test_autocast_changes_nothing():
 
 def test_opcheck():
     video, target = videos((2, 3, 2, 32, 32))
-    last = video.detach().to(memory_format=torch.channels_last_3d).requires_grad_()
+    video = video.detach()
+    last = video.to(memory_format=torch.channels_last_3d)
     rest = (2, "binomial", 2.0, [1.0] * 3, [-1.0, 1.0])
     torch.library.opcheck(OP, (video, target, *rest, "mean", True))
     torch.library.opcheck(OP, (last, target, *rest, "none", True))
-    torch.library.opcheck(OP, (video.detach(), target, *rest, "sum", False))
+    torch.library.opcheck(OP, (video, target, *rest, "sum", False))
+    scaling = torch.ops.vglann_kernels.scale_gradients.default
+    torch.library.opcheck(scaling, ([torch.randn(3, 4), torch.randn(5, 6)], torch.tensor(2.0), 1.5))
 
 
 def test_traces_into_one_graph():

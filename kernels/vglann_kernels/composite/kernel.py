@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import dense, device_guard, is_channels_last, laid_out_as
+from ..launch import LAUNCH, dense, device_guard, is_channels_last, laid_out_as
 
 # 4 pixels a thread: 8-byte loads of bfloat16.
 PIXELS, WARPS = 512, 4
@@ -119,36 +119,47 @@ def _composite_bwd_kernel(
     b2 = tanh(
         tl.load(background_ptr + back_offset + 2 * back_channel_stride, mask=inside, other=0.0).to(tl.float32)
     )
-    prior = tl.load(grad_mask_mean_ptr + b).to(tl.float32) / (frames * pixels)
+    prior = 0.0
+    if grad_mask_mean_ptr is not None:
+        prior = tl.load(grad_mask_mean_ptr + b).to(tl.float32) / (frames * pixels)
     s0 = tl.zeros([PIXELS], tl.float32)
     s1 = tl.zeros([PIXELS], tl.float32)
     s2 = tl.zeros([PIXELS], tl.float32)
     step = pixels * 4 if CHANNELS_LAST else pixels
     frame_ptr = head_ptr + b * 4 * pixels * frames
     grad_frame_ptr = grad_head_ptr + b * 4 * pixels * frames
-    upstream_ptr = grad_video_ptr + b * grad_b_stride
+    upstream_offset = b * grad_b_stride
     for _ in range(frames):
         f0, f1, f2, x3 = load_head(frame_ptr, pixel, inside, head_channel_stride, CHANNELS_LAST, PIXELS)
         f0, f1, f2, m = tanh(f0), tanh(f1), tanh(f2), sigmoid(x3)
-        grad_ptr = upstream_ptr + pixel * grad_pixel_stride
-        g0 = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
-        g1 = tl.load(grad_ptr + grad_c_stride, mask=inside, other=0.0).to(tl.float32)
-        g2 = tl.load(grad_ptr + 2 * grad_c_stride, mask=inside, other=0.0).to(tl.float32)
-        gm = g0 * (f0 - b0) + g1 * (f1 - b1) + g2 * (f2 - b2) + prior
-        s0 += g0 * (1.0 - m)
-        s1 += g1 * (1.0 - m)
-        s2 += g2 * (1.0 - m)
-        store_head(
-            grad_frame_ptr, pixel, inside, head_channel_stride,
-            g0 * m * (1.0 - f0 * f0), g1 * m * (1.0 - f1 * f1), g2 * m * (1.0 - f2 * f2),
-            gm * m * (1.0 - m), CHANNELS_LAST,
-        )  # fmt: skip
+        h0 = tl.zeros([PIXELS], tl.float32)
+        h1 = tl.zeros([PIXELS], tl.float32)
+        h2 = tl.zeros([PIXELS], tl.float32)
+        gm = prior + tl.zeros([PIXELS], tl.float32)
+        if grad_video_ptr is not None:
+            grad_ptr = grad_video_ptr + upstream_offset + pixel * grad_pixel_stride
+            g0 = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
+            g1 = tl.load(grad_ptr + grad_c_stride, mask=inside, other=0.0).to(tl.float32)
+            g2 = tl.load(grad_ptr + 2 * grad_c_stride, mask=inside, other=0.0).to(tl.float32)
+            gm += g0 * (f0 - b0) + g1 * (f1 - b1) + g2 * (f2 - b2)
+            s0 += g0 * (1.0 - m)
+            s1 += g1 * (1.0 - m)
+            s2 += g2 * (1.0 - m)
+            h0 = g0 * m * (1.0 - f0 * f0)
+            h1 = g1 * m * (1.0 - f1 * f1)
+            h2 = g2 * m * (1.0 - f2 * f2)
+        gm *= m * (1.0 - m)
+        store_head(grad_frame_ptr, pixel, inside, head_channel_stride, h0, h1, h2, gm, CHANNELS_LAST)
         frame_ptr += step
         grad_frame_ptr += step
-        upstream_ptr += grad_t_stride
-    tl.store(grad_background_ptr + back_offset, s0 * (1.0 - b0 * b0), mask=inside)
-    tl.store(grad_background_ptr + back_offset + back_channel_stride, s1 * (1.0 - b1 * b1), mask=inside)
-    tl.store(grad_background_ptr + back_offset + 2 * back_channel_stride, s2 * (1.0 - b2 * b2), mask=inside)
+        upstream_offset += grad_t_stride
+    if grad_video_ptr is not None:
+        s0 *= 1.0 - b0 * b0
+        s1 *= 1.0 - b1 * b1
+        s2 *= 1.0 - b2 * b2
+    tl.store(grad_background_ptr + back_offset, s0, mask=inside)
+    tl.store(grad_background_ptr + back_offset + back_channel_stride, s1, mask=inside)
+    tl.store(grad_background_ptr + back_offset + 2 * back_channel_stride, s2, mask=inside)
 
 
 def composite_fwd(head: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,32 +178,37 @@ def composite_fwd(head: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
                 head, background, video, mask_sums, frames, frames_each, pixels,
                 frames * pixels, *((1, 3) if back_last else (pixels, 1)),
                 *((1, 3) if last else (frames * pixels, 1)),
-                PIXELS=PIXELS, CHANNELS_LAST=last, num_warps=WARPS,
+                PIXELS=PIXELS, CHANNELS_LAST=last, num_warps=WARPS, **LAUNCH,
             )  # fmt: skip
     return video, mask_sums.sum(dim=(1, 2)) / (frames * pixels)
 
 
 def composite_bwd(
-    head: Tensor, background: Tensor, grad_video: Tensor, grad_mask_mean: Tensor
+    head: Tensor, background: Tensor, grad_video: Tensor | None, grad_mask_mean: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return (grad_head, grad_background) in the layouts of `head` and `background`.
 
-    `grad_video` may have any strides.
+    `grad_video` may have any strides. None stands for a gradient of zeros.
     """
     head, background = dense(head), dense(background)
     batch, _, frames, height, width = head.shape
     pixels = height * width
-    if grad_video.stride(3) != width * grad_video.stride(4) or grad_video.stride(4) not in (0, 1, 3):
-        grad_video = grad_video.contiguous()
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    if grad_video is not None:
+        if grad_video.stride(3) != width * grad_video.stride(4) or grad_video.stride(4) not in (0, 1, 3):
+            grad_video = grad_video.contiguous()
+        strides = (*grad_video.stride()[:3], grad_video.stride(4))
+    if grad_mask_mean is not None:
+        grad_mask_mean = grad_mask_mean.contiguous()
     grad_head, grad_background = torch.empty_like(head), torch.empty_like(background)
     blocks = triton.cdiv(pixels, PIXELS)
     if batch * blocks:
         last, back_last = is_channels_last(head), is_channels_last(background)
         with device_guard(head):
             _composite_bwd_kernel[(blocks, batch)](
-                head, background, grad_video, grad_mask_mean.contiguous(), grad_head, grad_background,
+                head, background, grad_video, grad_mask_mean, grad_head, grad_background,
                 frames, pixels, frames * pixels, *((1, 3) if back_last else (pixels, 1)),
-                *grad_video.stride()[:3], grad_video.stride(4),
-                PIXELS=PIXELS, CHANNELS_LAST=last, num_warps=WARPS,
+                *strides,
+                PIXELS=PIXELS, CHANNELS_LAST=last, num_warps=WARPS, **LAUNCH,
             )  # fmt: skip
     return grad_head, grad_background

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..composite.kernel import load_head, sigmoid, store_head, tanh
-from ..laplacian.kernel import PRESCALE, band_tables, kernel_options, pyramid_l1, warps, weight_table
+from ..laplacian.kernel import PRESCALE, band_tables, kernel_options, pyramid_l1, warps
 from ..laplacian.pyramid import Pyramid
-from ..launch import dense, device_guard, is_channels_last, laid_out_as
+from ..launch import LAUNCH, dense, device_guard, is_channels_last, laid_out_as
 
 # Pixels of a block in the second part.
 PIXELS = 512
@@ -28,8 +28,8 @@ GROUP = 4
 
 @triton.jit
 def _score_plane(
-    head_ptr, background_ptr, target_ptr, video_ptr, grad_head_ptr, loss_ptr, bands_ptr, weights_ptr,
-    zero, index_error, target_low, target_scale, gradient_scale, scored,
+    head_ptr, background_ptr, target_ptr, video_ptr, grad_head_ptr, loss_ptr, bands_ptr, weights,
+    zero, index_error, target_low, target_scale, loss_unit, gradient_scale, scored,
     N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
     SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_VIDEO: tl.constexpr,
     HEAD_PIXEL: tl.constexpr, BACK_PIXEL: tl.constexpr, VIDEO_PIXEL: tl.constexpr, mask_channel_stride,
@@ -47,9 +47,9 @@ def _score_plane(
         low = target_low * PRESCALE + index_error
         total, g = pyramid_l1(
             tl.fma(y, -target_scale * PRESCALE, x * PRESCALE - low),
-            bands_ptr, weights_ptr, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
+            bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
         )  # fmt: skip
-        total = total / PRESCALE
+        total *= loss_unit / PRESCALE
         tl.store(loss_ptr, total)
         if WITH_GRAD:
             # The sign of NaN is 0.
@@ -112,9 +112,9 @@ def _finish_group(
 @triton.jit
 def _composite_laplacian_kernel(
     head_ptr, background_ptr, clips_ptr, index_ptr, video_ptr, grad_head_ptr, back_partials_ptr,
-    losses_ptr, mask_sums_ptr, arrived_ptr, bands_ptr, weights_ptr, rows, total_frames, frames,
+    losses_ptr, mask_sums_ptr, arrived_ptr, bands_ptr, weights, rows, total_frames, frames,
     head_channel_stride, back_channel_stride, video_channel_stride,
-    target_low, target_scale, gradient_scale, prior, zero,
+    target_low, target_scale, loss_unit, gradient_scale, prior, zero,
     GROUP: tl.constexpr, N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr,
     TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_VIDEO: tl.constexpr,
     HEAD_LAST: tl.constexpr, BACK_LAST: tl.constexpr, PIXELS: tl.constexpr,
@@ -139,10 +139,10 @@ def _composite_laplacian_kernel(
             head_ptr + place, background_ptr + c * back_channel_stride,
             clips_ptr + tl.where(valid, row, 0) * (3 * AREA) * total_frames + (c * total_frames + t) * AREA,
             video_ptr + b * 3 * AREA * total_frames + t * (AREA * VIDEO_PIXEL) + c * video_channel_stride,
-            grad_head_ptr + place, losses_ptr + (b * 3 + c) * frames + t, bands_ptr, weights_ptr, zero,
+            grad_head_ptr + place, losses_ptr + (b * 3 + c) * frames + t, bands_ptr, weights, zero,
             # A bad row costs NaN, not a wild read.
             tl.where(valid, 0.0, float("nan")),
-            target_low, target_scale, gradient_scale, t < frames,
+            target_low, target_scale, loss_unit, gradient_scale, t < frames,
             N, LEVELS, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD, WITH_VIDEO,
             HEAD_PIXEL, BACK_PIXEL, VIDEO_PIXEL, (3 - c) * head_channel_stride,
         )  # fmt: skip
@@ -185,18 +185,18 @@ def composite_laplacian_fwd(
     head_last, back_last = is_channels_last(head), is_channels_last(background)
     if batch and total:
         low, high = options.target_range
+        weights, loss_unit = options.kernel_weights(size)
         with device_guard(head):
             _composite_laplacian_kernel[(3 * total, batch)](
                 head, background, clips, index, video, grad_head, partials, losses, mask_sums, arrived,
-                band_tables(size, options.levels, options.blur, options.sigma, head.device),
-                weight_table(size, options.weights, head.device)[0],
+                band_tables(size, options, head.device), weights,
                 clips.shape[0], total, frames,
                 1 if head_last else total * area, 1 if back_last else area,
                 1 if head_last else total * area,
-                low, (high - low) / 255, gradient_scale, prior, 0,
+                low, (high - low) / 255, loss_unit, gradient_scale, prior, 0,
                 GROUP=GROUP, N=size, LEVELS=options.levels, WITH_GRAD=with_gradient, WITH_VIDEO=with_video,
                 HEAD_LAST=head_last, BACK_LAST=back_last, PIXELS=PIXELS,
-                num_warps=warps(size, options.blur), **kernel_options(options.blur, head.dtype),
+                num_warps=warps(size, options.blur), **kernel_options(options.blur, head.dtype), **LAUNCH,
             )  # fmt: skip
     grad_background = head.new_empty(0)
     if with_gradient:

@@ -10,14 +10,12 @@ float16 parts, high and low, which keep 21 bits; so are taps that float16 cannot
 rows are filtered in plain float32.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import device_guard
+from ..launch import LAUNCH, device_guard, processors
 from .pyramid import Pyramid
 from .reference import band_matrix, blur_taps
 
@@ -25,6 +23,11 @@ SCALE_BLOCK = 4096
 # Differences are multiplied by this before they are split in float16 parts: up to 65504 / 16 they do not
 # overflow, and down to 2^-29 they do not vanish.
 PRESCALE = tl.constexpr(16.0)
+
+# Tables in memory that no captured graph uses.
+MAX_TABLES = 64
+_tables: dict[tuple[int, int, str, float, torch.device], Tensor] = {}
+_captured: set[tuple[int, int, str, float, torch.device]] = set()
 
 
 @triton.jit
@@ -114,20 +117,19 @@ def _sign(x):
 
 @triton.jit
 def pyramid_l1(
-    plane, bands_ptr, weights_ptr, zero, LEVEL: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
+    plane, bands_ptr, weights, zero, LEVEL: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
     ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Return (loss, gradient [N,N]) of the pyramid from `plane` [N,N] at LEVEL down to the residual.
 
-    weights_ptr: LEVELS + 1 loss weights w_l / n_l, then as many gradient weights (the same over a common unit).
-    The gradient is in that unit. Calls itself for the next level, as the formula does. `zero`: see
+    weights: a tuple of LEVELS + 1 values w_l 4^l / unit, see `Pyramid.kernel_weights`. Loss and gradient are in
+    this unit. Calls itself for the next level, as the formula does. `zero`: see
     `_blurred`.
     """
-    loss_weight = tl.load(weights_ptr + LEVEL)
-    sign_weight = tl.load(weights_ptr + LEVELS + 1 + LEVEL)
+    weight = weights[LEVEL]
     if LEVEL == LEVELS:
-        loss = loss_weight * tl.sum(tl.abs(plane))
-        gradient = sign_weight * _sign(plane)
+        loss = weight * tl.sum(tl.abs(plane))
+        gradient = weight * _sign(plane)
     else:
         EXACT: tl.constexpr = ADJOINT_PARTS == 2
         low = _blurred(plane, bands_ptr, zero, N, False, 2, TAP_PARTS, SECOND, EXACT)
@@ -138,14 +140,14 @@ def pyramid_l1(
         # [HALF,HALF]
         smaller = tl.sum(tl.sum(tl.reshape(low, [HALF, 2, HALF, 2]), axis=3), axis=1) * 0.25
         loss, below = pyramid_l1(
-            smaller, bands_ptr + 4 * N * N, weights_ptr, zero, LEVEL + 1, LEVELS, HALF,
+            smaller, bands_ptr + 4 * N * N, weights, zero, LEVEL + 1, LEVELS, HALF,
             ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
         )  # fmt: skip
-        loss += loss_weight * tl.sum(tl.abs(band))
+        loss += weight * tl.sum(tl.abs(band))
         gradient = band
         if WITH_GRAD:
             spread = tl.broadcast_to((0.25 * below)[:, None, :, None], [HALF, 2, HALF, 2])
-            s = sign_weight * sign.to(tl.float32)
+            s = weight * sign.to(tl.float32)
             inner = s - tl.reshape(spread, [N, N])
             # Signs rounded to one part need taps no finer than that.
             ADJOINT_TAP_PARTS: tl.constexpr = TAP_PARTS if EXACT else 1
@@ -164,19 +166,19 @@ def _offset(plane, n1, n2, s0_stride, s1_stride, s2_stride):
 
 @triton.jit
 def _laplacian_fwd_kernel(
-    video_ptr, target_ptr, gradient_ptr, losses_ptr, bands_ptr, weights_ptr, n1, n2,
+    video_ptr, target_ptr, gradient_ptr, losses_ptr, bands_ptr, weights, n1, n2,
     video_n0_stride, video_n1_stride, video_n2_stride,
     video_row_stride: tl.constexpr, video_column_stride: tl.constexpr,
     target_n0_stride, target_n1_stride, target_n2_stride,
     target_row_stride: tl.constexpr, target_column_stride: tl.constexpr,
     gradient_n0_stride, gradient_n1_stride, gradient_n2_stride,
     gradient_row_stride: tl.constexpr, gradient_column_stride: tl.constexpr,
-    target_low, target_scale, gradient_scale, zero,
+    target_low, target_scale, loss_unit, gradient_scale, zero,
     N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
     SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
 ):  # fmt: skip
     # video, gradient [n0,n1,n2,N,N]: one float dtype. target [n0,n1,n2,N,N]: uint8 or float.
-    # float32: losses [n0 * n1 * n2], weights. float16: bands, see `band_tables`.
+    # float32: losses [n0 * n1 * n2]. float16: bands, see `band_tables`.
     plane = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
     video_ptr += _offset(plane, n1, n2, video_n0_stride, video_n1_stride, video_n2_stride)
@@ -187,9 +189,9 @@ def _laplacian_fwd_kernel(
     zero = (plane * zero).to(tl.int32)
     loss, g = pyramid_l1(
         tl.fma(y, -target_scale * PRESCALE, x * PRESCALE - target_low * PRESCALE),
-        bands_ptr, weights_ptr, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
+        bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
     )  # fmt: skip
-    loss = loss / PRESCALE
+    loss *= loss_unit / PRESCALE
     tl.store(losses_ptr + plane, loss)
     if WITH_GRAD:
         gradient_ptr += _offset(plane, n1, n2, gradient_n0_stride, gradient_n1_stride, gradient_n2_stride)
@@ -202,21 +204,49 @@ def _laplacian_fwd_kernel(
 
 
 @triton.jit
+def _scale_values(values_ptr, scale, count, BLOCK: tl.constexpr):
+    """Multiply `count` values in place; the programs take blocks in turn."""
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + offset, mask=offset < count, other=0.0).to(tl.float32)
+        tl.store(values_ptr + offset, values * scale, mask=offset < count)
+
+
+@triton.jit
 def _scale_kernel(
-    gradient_ptr, out_ptr, upstream_ptr, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+    first_ptr, second_ptr, upstream_ptr, factor, first_count, second_count, BLOCK: tl.constexpr
 ):
-    """out = gradient * upstream * factor; in place nothing is read or written where the product is exactly
-    1."""
-    by = tl.load(upstream_ptr).to(tl.float32) * factor
-    if (by != 1.0) | (not IN_PLACE):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        g = tl.load(gradient_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, g * by, mask=at < n)
+    """Multiply two gradients in place by upstream * factor; nothing of them is touched where that is exactly 1."""
+    # first [first_count], second [second_count], upstream []: float dtypes.
+    scale = tl.load(upstream_ptr).to(tl.float32) * factor
+    if scale != 1.0:
+        _scale_values(first_ptr, scale, first_count, BLOCK)
+        _scale_values(second_ptr, scale, second_count, BLOCK)
 
 
-@lru_cache(maxsize=64)
-def band_tables(size: int, levels: int, blur: str, sigma: float, device: torch.device) -> Tensor:
+def band_tables(size: int, options: Pyramid, device: torch.device) -> Tensor:
     """Return level by level four [n,n] float16 matrices: high and low part of B, then of Q of the paper's kernel.
+
+    Tables are kept. A CUDA graph holds a pointer into its table, so a table that was asked for while a graph was
+    captured is kept for ever (43 KB for planes of 64 rows). A table first made in a capture belongs to that graph.
+    """
+    key = (size, options.levels, options.blur, options.sigma, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _tables:
+        table = _new_band_tables(*key)
+        if capturing:
+            return table
+        kept = [name for name in _tables if name not in _captured]
+        if len(kept) >= MAX_TABLES:
+            del _tables[kept[0]]
+        _tables[key] = table
+    if capturing:
+        _captured.add(key)
+    return _tables[key]
+
+
+def _new_band_tables(size: int, levels: int, blur: str, sigma: float, device: torch.device) -> Tensor:
+    """Make the tables on the device: a copy from the host would wait for it and cannot be captured.
 
     B G B^T - Q G Q^T is the blur of the reference. The paper's (g, box / 2) + (box / 2, g) is (p, p) - (q, q)
     with p = (g + box) / 2 and q = (g - box) / 2, whose taps sum to 0.
@@ -227,33 +257,13 @@ def band_tables(size: int, levels: int, blur: str, sigma: float, device: torch.d
         g, half_box = terms[0]
         first = [a / 2 + b for a, b in zip(g, half_box, strict=True)]
         second = [a / 2 - b for a, b in zip(g, half_box, strict=True)]
+    like = torch.empty(0, dtype=torch.float64, device=device)
     parts = []
     for level in range(levels):
-        n = size >> level
         for taps in (first, second):
-            matrix = band_matrix(n, taps, torch.zeros(1, dtype=torch.float64))
+            matrix = band_matrix(size >> level, taps, like)
             parts += [matrix.half(), (matrix - matrix.half().double()).half()]
-    return torch.cat([part.flatten() for part in parts]).to(device)
-
-
-@lru_cache(maxsize=64)
-def weight_table(size: int, weights: tuple[float, ...], device: torch.device) -> tuple[Tensor, float]:
-    """Return (w_l / n_l and then w_l 4^l / unit, float32; unit / size^2): see `pyramid_l1`.
-
-    The unit makes the largest gradient weight 512: the adjoint at most quadruples it, which float16 holds,
-    and the weights of the finest levels stay far from float16's smallest numbers.
-    """
-    scaled = [w * 4.0**level for level, w in enumerate(weights)]
-    unit = max(map(abs, scaled)) / 512 or 1.0
-    table = [w / size**2 for w in scaled] + [w / unit for w in scaled]
-    return torch.tensor(table, dtype=torch.float32, device=device), unit / size**2
-
-
-def gradient_unit(video: Tensor, weights: tuple[float, ...], reduction: str) -> float:
-    """Return the gradient of the loss that one unit of the pyramid's gradient stands for."""
-    planes = video.shape[:-2].numel()
-    unit = weight_table(video.shape[-1], weights, video.device)[1]
-    return unit / max(planes, 1) if reduction == "mean" else unit
+    return torch.cat([part.flatten() for part in parts])
 
 
 def warps(size: int, blur: str) -> int:
@@ -293,15 +303,15 @@ def laplacian_fwd(
     views = [_five_dimensions(x) for x in (video, target, gradient if with_gradient else video)]
     n0, n1, n2, size, _ = views[0].shape
     low, high = options.target_range if target.dtype == torch.uint8 else (0.0, 255.0)
+    weights, loss_unit = options.kernel_weights(size)
     with device_guard(video):
         _laplacian_fwd_kernel[(n0 * n1 * n2,)](
             views[0], views[1], gradient, losses,
-            band_tables(size, options.levels, options.blur, options.sigma, video.device),
-            weight_table(size, options.weights, video.device)[0],
+            band_tables(size, options, video.device), weights,
             n1, n2, *views[0].stride(), *views[1].stride(), *views[2].stride(),
-            low, (high - low) / 255, gradient_scale, 0,
+            low, (high - low) / 255, loss_unit, gradient_scale, 0,
             N=size, LEVELS=options.levels, WITH_GRAD=with_gradient, num_warps=warps(size, options.blur),
-            **kernel_options(options.blur, video.dtype),
+            **kernel_options(options.blur, video.dtype), **LAUNCH,
         )  # fmt: skip
     return losses, gradient
 
@@ -313,16 +323,21 @@ def _five_dimensions(x: Tensor) -> Tensor:
     return x[(None,) * (5 - x.ndim)]
 
 
-def scale_gradient(gradient: Tensor, out: Tensor, upstream: Tensor, factor: float) -> None:
-    """out = gradient [...,H,W] * upstream * factor, upstream [] or [...]; `out` may be `gradient` itself.
+def scale_gradients(gradients: list[Tensor], upstream: Tensor, factor: float) -> None:
+    """Multiply one or two dense gradients [...,H,W] by upstream * factor in place; upstream is [] or [...].
 
-    Both are dense with the same strides. In place and with a product of 1 this moves no data.
+    Where the product is 1 the one launch of a few programs moves no data.
     """
     if upstream.ndim > 0:
-        torch.mul(gradient, (upstream * factor)[..., None, None], out=out)
-    elif gradient.numel() > 0:
-        with device_guard(gradient):
-            _scale_kernel[(triton.cdiv(gradient.numel(), SCALE_BLOCK),)](
-                gradient, out, upstream, factor, gradient.numel(),
-                IN_PLACE=out is gradient, BLOCK=SCALE_BLOCK, num_warps=4,
-            )  # fmt: skip
+        for gradient in gradients:
+            gradient.mul_((upstream * factor)[..., None, None])
+        return
+    first, second = gradients[0], gradients[-1]
+    counts = (first.numel(), second.numel() if len(gradients) == 2 else 0)
+    if max(counts) == 0:
+        return
+    programs = min(triton.cdiv(max(counts), SCALE_BLOCK), 4 * processors(first.device))
+    with device_guard(first):
+        _scale_kernel[(programs,)](
+            first, second, upstream, factor, *counts, BLOCK=SCALE_BLOCK, num_warps=4, **LAUNCH
+        )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,21 @@ class Pyramid:
     weights: tuple[float, ...]
     target_range: tuple[float, float]
     reduction: str
+
+    # The fields as arguments of an operator.
+    SCHEMA: ClassVar[str] = (
+        "int levels, str blur, float sigma, float[] weights, float[] target_range, str reduction"
+    )
+
+    @classmethod
+    def of(cls, fields: Sequence[Any]) -> "Pyramid":
+        """Return the options from an operator's arguments."""
+        levels, blur, sigma, weights, (low, high), reduction = fields
+        return cls(levels, blur, sigma, tuple(weights), (low, high), reduction)
+
+    def fields(self) -> tuple[Any, ...]:
+        """Return the options as arguments of an operator."""
+        return (self.levels, self.blur, self.sigma, self.weights, self.target_range, self.reduction)
 
     @classmethod
     def checked(
@@ -68,3 +84,25 @@ class Pyramid:
         if self.reduction == "none":
             return values
         return values.mean() if self.reduction == "mean" else values.sum()
+
+    def kernel_weights(self, size: int) -> tuple[tuple[float, ...], float]:
+        """Return (w_l 4^l / unit for each level l, the share of one of them times one value in a plane's loss).
+
+        The planes have `size` rows. All levels share the unit.
+        """
+        unit = self._unit()
+        weights = tuple(weight * 4.0**level / unit for level, weight in enumerate(self.weights))
+        return weights, unit / size**2
+
+    def gradient_unit(self, size: int, planes: int) -> float:
+        """Return the share of one kernel weight times one value in the reduced loss of `planes` planes."""
+        share = self._unit() / size**2
+        return share / max(planes, 1) if self.reduction == "mean" else share
+
+    def _unit(self) -> float:
+        """Make the largest kernel weight 512.
+
+        The adjoint at most quadruples it, which float16 holds, and the weights of the finest levels stay far from
+        float16's smallest numbers.
+        """
+        return max(abs(weight) * 4.0**level for level, weight in enumerate(self.weights)) / 512 or 1.0

@@ -6,13 +6,14 @@ alone writes. Where the whole table shares one step counter, the last program to
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import device_guard
+from ..launch import LAUNCH, device_guard
 from .rule import Betas, series_terms
 
 DENSE_ROWS = 8  # rows of the table per program in dense mode
@@ -207,8 +208,8 @@ def _logarithms(betas: Betas) -> tuple[float, float]:
     return tuple(math.log(beta) if beta > 0 else -1e4 for beta in betas)  # type: ignore[return-value]
 
 
-def _sizes(latents: Tensor) -> dict[str, int]:
-    return {"D": triton.next_power_of_2(latents.shape[1]), "num_warps": 4}
+def _sizes(latents: Tensor) -> dict[str, Any]:
+    return {"D": triton.next_power_of_2(latents.shape[1]), "num_warps": 4, **LAUNCH}
 
 
 def gather(

@@ -1,14 +1,13 @@
 """`latent_gather`, `latent_adam_step`, `latent_flush`: Adam over a table, a few rows a step."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import impl as switch
 from ..checks import FLOATS, check_index, check_same_device, check_shape, check_tensor
-from ..launch import why_no_triton
+from ..launch import operator, why_no_triton
 from . import reference
 from .state import LatentAdamState, mode_name
 
@@ -18,72 +17,64 @@ switch.register("latent_adam", "reference")
 switch.register("latent_adam", "triton", why_no_triton)
 
 
-@torch.library.custom_op("vglann_kernels::latent_gather", mutates_args=())
-def _gather(
-    latents: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    row_step: Tensor,
-    step: Tensor,
-    index: Tensor,
-    lr: Tensor | None,
-    betas: Sequence[float],
-    eps: float,
-    lazy: bool,
-) -> Tensor:
+def _launch_gather(
+    latents: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, row_step: Tensor, step: Tensor,
+    index: Tensor, lr: Tensor | None, betas: Sequence[float], eps: float, lazy: bool,
+) -> Tensor:  # fmt: skip
     from . import kernel
 
     rates = ((betas[0], betas[1]), eps)
     return kernel.gather(latents, (exp_avg, exp_avg_sq), (row_step, step), index, lr, *rates, lazy)
 
 
-@_gather.register_fake
-def _(latents: Tensor, *args: Any) -> Tensor:
-    return latents.new_empty(args[4].shape[0], latents.shape[1])
-
-
-TABLES = {"latents", "exp_avg", "exp_avg_sq", "row_step", "step", "arrived"}
-
-
-@torch.library.custom_op("vglann_kernels::latent_adam_step", mutates_args=TABLES)
-def _step(
-    latents: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    row_step: Tensor,
-    step: Tensor,
-    arrived: Tensor,
-    index: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    betas: Sequence[float],
-    eps: float,
-    state_mode: str,
-    retraction: str | None,
-    skip: Tensor | None,
-) -> None:
+def _launch_step(
+    latents: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, row_step: Tensor, step: Tensor, arrived: Tensor,
+    index: Tensor, grad: Tensor, lr: Tensor, betas: Sequence[float], eps: float,
+    state_mode: str, retraction: str | None, skip: Tensor | None,
+) -> None:  # fmt: skip
     from . import kernel
 
-    counters, rates = (row_step, step, arrived), ((betas[0], betas[1]), eps)
-    kernel.step(
-        latents, (exp_avg, exp_avg_sq), counters, index, grad, lr, *rates, state_mode, retraction, skip
-    )
+    moments, counters, rates = (exp_avg, exp_avg_sq), (row_step, step, arrived), ((betas[0], betas[1]), eps)
+    kernel.step(latents, moments, counters, index, grad, lr, *rates, state_mode, retraction, skip)
+    _count_write(latents)
 
 
-@torch.library.custom_op("vglann_kernels::latent_flush", mutates_args=TABLES - {"step", "arrived"})
-def _flush(
-    latents: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    row_step: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    betas: Sequence[float],
-    eps: float,
-) -> None:
+def _launch_flush(
+    latents: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, row_step: Tensor, step: Tensor,
+    lr: Tensor, betas: Sequence[float], eps: float,
+) -> None:  # fmt: skip
     from . import kernel
 
     kernel.flush(latents, (exp_avg, exp_avg_sq), (row_step, step), lr, (betas[0], betas[1]), eps)
+    _count_write(latents)
+
+
+def _count_write(latents: Tensor) -> None:
+    """Tell autograd that the table was written, so that a graph that saved it fails instead of using new values."""
+    if not latents.is_inference():
+        torch.autograd.graph.increment_version(latents)
+
+
+_TABLES = "Tensor{0} latents, Tensor{1} exp_avg, Tensor{2} exp_avg_sq, Tensor{3} row_step"
+_READ = _TABLES.format("", "", "", "")
+_WRITTEN = _TABLES.format("(a!)", "(b!)", "(c!)", "(d!)")
+
+_gather = operator(
+    f"latent_gather({_READ}, Tensor step, Tensor index, Tensor? lr, float[] betas, float eps, bool lazy) -> Tensor",
+    _launch_gather,
+    lambda latents, *arguments: latents.new_empty(arguments[4].shape[0], latents.shape[1]),
+)
+_step = operator(
+    f"latent_adam_step({_WRITTEN}, Tensor(e!) step, Tensor(f!) arrived, Tensor index, Tensor grad, Tensor lr,"
+    " float[] betas, float eps, str state_mode, str? retraction, Tensor? skip) -> ()",
+    _launch_step,
+    lambda *arguments: None,
+)
+_flush = operator(
+    f"latent_flush({_WRITTEN}, Tensor step, Tensor lr, float[] betas, float eps) -> ()",
+    _launch_flush,
+    lambda *arguments: None,
+)
 
 
 def _triton_refuses(latents: Tensor) -> str | None:
@@ -150,7 +141,7 @@ def latent_gather(
     if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         tables = (latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
         lazy = state.mode == "lazy"
-        return torch.ops.vglann_kernels.latent_gather(*tables, index, lr, betas, eps, lazy)
+        return _gather(*tables, index, lr, betas, eps, lazy)
     return reference.gather(latents, state, index, lr, betas, eps)
 
 
@@ -204,7 +195,7 @@ def latent_adam_step(
         check_shape("skip", skip, ())
         check_same_device("latents", latents, "skip", skip)
     if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
-        torch.ops.vglann_kernels.latent_adam_step(
+        _step(
             latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step, state.arrived,
             index, grad, lr, betas, eps, state.mode, retraction, skip,
         )  # fmt: skip
@@ -234,6 +225,6 @@ def latent_flush(
         return
     if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         tables = (latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
-        torch.ops.vglann_kernels.latent_flush(*tables, lr, betas, eps)
+        _flush(*tables, lr, betas, eps)
     else:
         reference.flush(latents, state, lr, betas, eps)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import LAUNCH
+
 # Database rows that share one value of the scan, and rows of one program of the packing.
 GROUP_ROWS = 128
 # Rows of a query that `_decide_kernel` returns.
@@ -296,7 +298,7 @@ class Packed:
         self.numbers = torch.empty(4, count if queries else groups, device=rows.device)
         _pack_kernel[(groups,)](
             rows, offset, self.high, self.low, *self.numbers, len(rows), rows.shape[1], typical,
-            K=k, PARTS=parts, QUERIES=queries, num_warps=4,
+            K=k, PARTS=parts, QUERIES=queries, num_warps=4, **LAUNCH,
         )  # fmt: skip
 
 
@@ -334,11 +336,22 @@ def scan(q: Packed, c: Packed, parts: int, options: dict[str, int]) -> Tensor:
     grid = (padded // options["QUERIES"], -(-groups // per_program))
     if parts == 1 and k <= RESIDENT:
         _scan_kernel[grid](
-            q.high, c.high, maxima, groups, padded, per_program, K=k, COUNT=tiles_of(k), **options
+            q.high, c.high, maxima, groups, padded, per_program, K=k, COUNT=tiles_of(k), **options, **LAUNCH
         )
     else:
         _stepped_scan_kernel[grid](
-            q.high, q.low, c.high, c.low, maxima, groups, padded, per_program, K=k, PARTS=parts, **options
+            q.high,
+            q.low,
+            c.high,
+            c.low,
+            maxima,
+            groups,
+            padded,
+            per_program,
+            K=k,
+            PARTS=parts,
+            **options,
+            **LAUNCH,
         )
     return maxima
 
@@ -359,6 +372,7 @@ def select(maxima: Tensor, q: Packed, c: Packed, max_groups: int) -> tuple[Tenso
         MAX_GROUPS=max_groups,
         num_warps=4,
         **SELECT,
+        **LAUNCH,
     )
     return slots, count
 
@@ -373,6 +387,16 @@ def decide(queries: Tensor, database: Tensor, slots: Tensor, count: Tensor) -> t
     rows = torch.full((n, KEPT_ROWS), -1, dtype=torch.int64, device=queries.device)
     equal = torch.full((n,), KEPT_ROWS + 1, dtype=torch.int32, device=queries.device)
     _decide_kernel[(n,)](
-        queries, database, slots, count, rows, equal, len(database), d, MAX_GROUPS=slots.shape[1], num_warps=4
+        queries,
+        database,
+        slots,
+        count,
+        rows,
+        equal,
+        len(database),
+        d,
+        MAX_GROUPS=slots.shape[1],
+        num_warps=4,
+        **LAUNCH,
     )
     return rows, equal
