@@ -158,7 +158,7 @@ def _latent_adam() -> Iterator[Configuration]:
     from .latent_adam import kernel
 
     tables, moments = ("*fp32",) * 3, (0.5, 0.99, 0.5, 0.01, -0.7, -0.001, 1e-8)
-    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 32, "TERMS": 8, "D": 128}
+    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 256, "TERMS": 8, "D": 128}
     counters = ("*i64", "*i64", "*i32")
     lookup = ("*fp32", *tables, "*i64", "*i64", "*i64", "*fp32", 50000, 100, *logs)
     gather = {"LAZY": True, "TERMS": 8, **d}

@@ -11,6 +11,7 @@ from vglann_kernels import (
     latent_gather,
     verify,
 )
+from vglann_kernels.latent_adam import kernel
 
 
 def test_against_float64():
@@ -55,6 +56,27 @@ def test_skip_and_duplicates_and_untouched_rows(mode):
     torch.testing.assert_close(table, expected)
     assert torch.equal(table[[0, 1, 3, 5, 6, 7, 8]], before[[0, 1, 3, 5, 6, 7, 8]])
     assert torch.equal(state.row_step, theirs.row_step)
+
+
+@pytest.mark.parametrize("compared", [2, 4, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_duplicates_wherever_they_lie_in_a_batch(compared, dtype, monkeypatch):
+    """Many times the same row, in one block of compared places and across several; the rest of the table is NaN."""
+    monkeypatch.setattr(kernel, "MAX_COMPARED", compared)
+    torch.manual_seed(0)
+    index = torch.tensor([7, 1, 7, 3, 3, 7, 1, 5, 7, 0, 7])
+    grad = torch.randn(len(index), 5).to(dtype)
+    table = torch.full((9, 5), float("nan"))
+    table[index] = torch.randn(9, 5)[index]
+    exact, state = table.double(), latent_adam_state(table)
+    reference = latent_adam_state(exact)
+    lr = torch.tensor(0.1)
+    for _ in range(2):
+        latent_adam_step(table, state, index, grad, lr=lr, retraction="sphere", impl="triton")
+        latent_adam_step(exact, reference, index, grad, lr=lr, retraction="sphere", impl="reference")
+    torch.testing.assert_close(table.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(state.exp_avg.double(), reference.exp_avg, rtol=1e-5, atol=1e-7)
+    assert torch.equal(state.row_step, reference.row_step)
 
 
 def test_a_bad_index_that_nobody_checked_is_masked():

@@ -16,7 +16,10 @@ from torch import Tensor
 from ..launch import LAUNCH, device_guard
 from .rule import Betas, series_terms
 
-DENSE_ROWS = 8  # rows of the table per program in dense mode
+# Rows of the table per program in dense mode.
+DENSE_ROWS = 8
+# Places of the batch that are compared with a row at once.
+MAX_COMPARED = 1024
 
 
 @triton.jit
@@ -94,6 +97,18 @@ def _gather_kernel(
 
 
 @triton.jit
+def _next_place(index_ptr, row, b, last, batch, BATCH: tl.constexpr):
+    """Return the first place of the batch after `last` that holds `row`, `batch` if none, -1 if one is before b."""
+    following = batch
+    for start in range(0, batch, BATCH):
+        place = start + tl.arange(0, BATCH)
+        same = (tl.load(index_ptr + place, mask=place < batch, other=-1) == row) & (place < batch)
+        place = tl.where(place < b, -1, tl.where(place > last, place, batch))
+        following = tl.minimum(following, tl.min(tl.where(same, place, batch)))
+    return following
+
+
+@triton.jit
 def _rows_step_kernel(
     latents_ptr, exp_avg_ptr, exp_avg_sq_ptr, row_step_ptr, step_ptr, arrived_ptr,
     index_ptr, grad_ptr, lr_ptr, skip_ptr, rows, batch, width,
@@ -106,19 +121,18 @@ def _rows_step_kernel(
     b = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, D)
     row = tl.load(index_ptr + b)
-    first = b
-    g = tl.zeros([D], tl.float32)
-    for start in range(0, batch, BATCH):
-        other = start + tl.arange(0, BATCH)
-        same = (tl.load(index_ptr + other, mask=other < batch, other=-1) == row) & (other < batch)
-        first = tl.minimum(first, tl.min(tl.where(same, other.to(tl.int64), b)))
-        offset = other.to(tl.int64)[:, None] * width + column[None, :]
-        each = tl.load(grad_ptr + offset, mask=same[:, None] & (column < width)[None, :], other=0.0)
-        g += tl.sum(each.to(tl.float32), axis=0)
+    g = tl.load(grad_ptr + b * width + column, mask=column < width, other=0.0).to(tl.float32)
+    b = b.to(tl.int32)
+    # The whole batch is compared once. Places of the same row are few, and most batches have none.
+    following = _next_place(index_ptr, row, b, b, batch, BATCH)
     go = True
     if SKIP:
         go = tl.load(skip_ptr) == 0
-    writes = (first == b) & (row >= 0) & (row < rows) & go
+    writes = (following >= 0) & (row >= 0) & (row < rows) & go
+    while (following >= 0) & (following < batch):
+        offset = following.to(tl.int64) * width + column
+        g += tl.load(grad_ptr + offset, mask=column < width, other=0.0).to(tl.float32)
+        following = _next_place(index_ptr, row, b, following, batch, BATCH)
     inside = column < tl.where(writes, width, 0)
     offset = row * width + column
     z = tl.load(latents_ptr + offset, mask=inside, other=0.0)
@@ -248,7 +262,7 @@ def step(
                 latents, *moments, *counters, index, grad, lr, skip, rows, len(index), width, *rates,
                 series_terms(betas, latents.dtype), LAZY=mode == "lazy",
                 SPHERE=retraction == "sphere", BALL=retraction == "ball", SKIP=skip is not None,
-                TERMS=8, BATCH=min(32, triton.next_power_of_2(len(index))), **_sizes(latents),
+                TERMS=8, BATCH=min(MAX_COMPARED, triton.next_power_of_2(len(index))), **_sizes(latents),
             )  # fmt: skip
         elif mode == "lazy":
             # An empty batch is a step, too.
