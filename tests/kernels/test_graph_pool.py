@@ -6,8 +6,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vglann_fast.glo.data import Batch
-from vglann_fast.glo.graph import WARM_UP, GraphedStep
+from vglann_fast.glo.cuda_graph import WARM_UP, GraphedStep
+from vglann_fast.glo.loader import Batch
 
 
 class Stream:

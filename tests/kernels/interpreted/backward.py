@@ -11,7 +11,7 @@ from vglann_kernels import impl as switch
 from vglann_kernels.laplacian import kernel
 from vglann_kernels.laplacian.pyramid import Pyramid
 
-from vglann_fast.glo.data import Batch
+from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
 
 
