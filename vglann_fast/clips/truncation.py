@@ -185,9 +185,10 @@ def _y4m(file: BinaryIO, size: int) -> str:
     line = file.readline(4096)
     fields = {field[:1]: field[1:] for field in line.split()[1:]}
     shape = re.fullmatch(rb"(mono|[0-9]{3})(alpha|jpeg|mpeg2|paldv)?p?([0-9]+)?", fields.get(b"C", b"420"))
-    width, height = int(fields.get(b"W", 0)), int(fields.get(b"H", 0))
-    if shape is None or min(width, height) < 1:
+    sides = fields.get(b"W", b""), fields.get(b"H", b"")
+    if shape is None or not all(side.isdigit() for side in sides):
         return ""
+    width, height = map(int, sides)
     # Chroma columns and rows for each of luma, rounded up, of two planes.
     across, down = {b"444": (1, 1), b"422": (2, 1), b"411": (4, 1), b"410": (4, 4)}.get(shape[1], (2, 2))
     chroma = 0 if shape[1] == b"mono" else 2 * -(-width // across) * -(-height // down)
