@@ -11,21 +11,21 @@ cv2 = pytest.importorskip("cv2")
 Image = pytest.importorskip("PIL.Image")
 
 from decoding import decode, folder_of_frames, frames_or_reason, pictures  # noqa: E402
-from video_files import BLUE, GREEN, GREY, RED, quadrants, write_video  # noqa: E402
+from video_files import BLUE, GRAY, GREEN, RED, quadrants, write_video  # noqa: E402
 
 from vglann_fast.clips.decode import DecodeJob  # noqa: E402
 
 MAKER, ORIENTATION = 0x010F, 0x0112
 # EXIF orientation -> colors of the corners: top left, top right, bottom left, bottom right.
 CORNERS = {
-    1: (RED, GREEN, BLUE, GREY),
-    2: (GREEN, RED, GREY, BLUE),
-    3: (GREY, BLUE, GREEN, RED),
-    4: (BLUE, GREY, RED, GREEN),
-    5: (RED, BLUE, GREEN, GREY),
-    6: (BLUE, RED, GREY, GREEN),
-    7: (GREY, GREEN, BLUE, RED),
-    8: (GREEN, GREY, RED, BLUE),
+    1: (RED, GREEN, BLUE, GRAY),
+    2: (GREEN, RED, GRAY, BLUE),
+    3: (GRAY, BLUE, GREEN, RED),
+    4: (BLUE, GRAY, RED, GREEN),
+    5: (RED, BLUE, GREEN, GRAY),
+    6: (BLUE, RED, GRAY, GREEN),
+    7: (GRAY, GREEN, BLUE, RED),
+    8: (GREEN, GRAY, RED, BLUE),
 }
 
 
@@ -174,7 +174,7 @@ def test_colors_of_unknown_number_are_read_and_of_another_model_refused_in_words
     files = [
         filtered(
             tmp_path / f"{number}.mkv",
-            f"h264_metadata=matrix_coefficients={number}:colour_primaries={number}"
+            f"h264_metadata=matrix_coefficients={number}:color_primaries={number}"
             f":transfer_characteristics={number}",
             "yuv444p",
         )

@@ -93,7 +93,7 @@ def cut(
 ) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """The clips of a video with their pixels (3, T, size, size): by shot, then start, then tile.
 
-    The pixels are None where a clip could not be stabilised. With `repeat_last` a shot gives at least one clip,
+    The pixels are None where a clip could not be stabilized. With `repeat_last` a shot gives at least one clip,
     whose last frames are the shot's last frame if it is too short.
     """
     every = options.start_every or options.frames * options.stride
@@ -117,7 +117,7 @@ def cut(
 def _tiles(
     video: DecodedVideo, numbers: np.ndarray, options: PackOptions
 ) -> tuple[list[np.ndarray] | None, dict[str, Any]]:
-    """The tiles (3, T, size, size) of these frames, or None, and what the clips' entries say of stabilisation."""
+    """The tiles (3, T, size, size) of these frames, or None, and what the clips' entries say of stabilization."""
     if video.motions is None:
         window = np.asarray(video.tiles[numbers])
         return [window[:, tile].transpose(3, 0, 1, 2) for tile in range(window.shape[1])], {}

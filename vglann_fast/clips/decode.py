@@ -11,14 +11,14 @@ comes back lies in temporary files, mapped, not read:
     thumbnails  uint8 (frames, 27, 48, 3)             RGB, the whole frame squeezed, to find the shots in;
                                                        none of a strip, which is one shot
 
-and, where clips are to be stabilised, in place of the tiles, which can only be cut afterwards,
+and, where clips are to be stabilized, in place of the tiles, which can only be cut afterwards,
 
     tiles       uint8 (frames, 1, h, w, 3)            RGB, the whole frame, its tiles twice as large as clips
     motions     float64 (frames, 12)                  of the camera, see `stabilize.py`
 
 Frames are taken as stored, one after the other: timestamps are not looked at, so a variable frame rate stays.
 A file that was cut off is rejected (`truncation.py`). Cover art is not video. The display matrix (rotation,
-mirroring; EXIF of images too) and the pixel aspect ratio are applied: a tile is square on the screen. Colours are
+mirroring; EXIF of images too) and the pixel aspect ratio are applied: a tile is square on the screen. Colors are
 converted by the matrix and range the file declares (BT.601 limited where it declares none), 10 and more bits are
 scaled to 8, HDR is not tone-mapped, and transparency is laid over white, as a browser shows it.
 
@@ -96,7 +96,7 @@ class DecodeJob:
     """A source to decode: a video file, a folder of images named in frame order, or a strip (`strips.py`).
 
     Frames `first_frame`..`last_frame` are kept, both included; None means to the end. `tiles` is the number
-    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels. `stabilize` asks for what stabilised
+    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels. `stabilize` asks for what stabilized
     clips are made from.
     """
 
@@ -158,8 +158,8 @@ class Rejected:
 def tile_boxes(width: int, height: int, tiles: int, pixel_aspect: float = 1.0) -> list[list[int]]:
     """Square boxes of an upright width x height frame, each [x, y, width, height], row by row.
 
-    tiles = 1 is the one centre square. tiles = R > 1 is R rows of squares 1/R of the frame height, in as many
-    disjoint columns as fit, the grid centred: 1280x720 with R = 2 gives six squares of 360. `pixel_aspect` is
+    tiles = 1 is the one center square. tiles = R > 1 is R rows of squares 1/R of the frame height, in as many
+    disjoint columns as fit, the grid centered: 1280x720 with R = 2 gives six squares of 360. `pixel_aspect` is
     pixel width over height; boxes are square on the screen. A frame narrower than one square is tiled by its
     width.
     """

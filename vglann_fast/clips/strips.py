@@ -3,7 +3,7 @@
 A strip of height h holds h // 128 frames. A clip that runs past the last frame repeats it, so every strip gives at
 least one clip. At a size of 64 each pixel is the rounded mean of 2x2, (sum + 2) >> 2, which is what OpenCV's
 resize by areas computes. Rows left over, fewer than 128, are stretched to one frame more, after which the last
-whole frame is shown. All of this is bit for bit what the paper's author's loader gives, but for his swapped colours.
+whole frame is shown. All of this is bit for bit what the paper's author's loader gives, but for his swapped colors.
 
 An image is taken for a strip if it is a JPEG 128 wide and at least four frames high: no video is that narrow.
 """
