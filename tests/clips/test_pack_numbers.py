@@ -112,7 +112,7 @@ def test_pack_takes_numbers_of_numpy_and_refuses_the_rest_by_name(video, tmp_pat
 
 @pytest.mark.parametrize("seed", ["0", "3"])
 def test_seed_is_taken_from_the_command_line(video, tmp_path, seed):
-    from vglann_fast.cli import main
+    from vglann_fast.cli.main import main
 
     arguments = [
         "clips",
