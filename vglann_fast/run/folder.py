@@ -101,8 +101,8 @@ class RunDir:
             raise VglannError(f"{path}/options.json: not the options of a run; make one with `vglann train`")
         if (version := options.get("version")) != RUN_FORMAT[1]:
             raise VglannError(
-                f"{path}/options.json: a run of version {version!r}, this program reads version {RUN_FORMAT[1]}; update "
-                "it with `pip install -U vglann-fast`, or train again"
+                f"{path}/options.json: a run of version {version!r}, this program reads version {RUN_FORMAT[1]}; "
+                "update it with `pip install -U vglann-fast`, or train again"
             )
         wrong = [name for name, kind in RUN_OPTIONS.items() if not isinstance(options.get(name, ...), kind)]
         wrong += [name for name in ("seed", "frames", "size") if not is_count(options.get(name))]
