@@ -4,7 +4,7 @@ A choice is written `DEFAULT[,OP=NAME...]`, for example `auto`, `reference` or `
 It can be given at three levels, the nearest one wins:
 
 1. the keyword `impl="triton"` of a call (a single name, no commas);
-2. the process default, `use_impl("reference")`;
+2. the process default, `use_impl("reference")`, or in the block's own thread `with using_impl("reference")`;
 3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
 
 Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -34,6 +35,8 @@ WhyNot = Callable[[Any], str | None]
 
 _registered: dict[str, dict[str, WhyNot]] = {op: {} for op in OPS}
 _process_default: str | None = None
+# (spec,) inside `using_impl`, in the thread of that block alone.
+_of_block: ContextVar[tuple[str | None] | None] = ContextVar("vglann_kernels", default=None)
 _reported: set["Choice"] = set()
 
 
@@ -90,31 +93,32 @@ def use_impl(spec: str | None) -> list[Choice]:
     """Set the process default and return its choice for each op on the best device of this machine.
 
     `spec` as in the head of this file; None restores `VGLANN_KERNELS`. Raises ValueError on a name that
-    does not exist and `ImplUnavailable` on one that cannot run here; the default is then left as it was.
+    does not exist and `ImplUnavailable` on one that cannot run here; the default is then left as it was. Inside a
+    `using_impl` block the block's choice is set instead.
     """
     global _process_default
-    before, _process_default = _process_default, spec
-    try:
-        if spec is not None:
-            parse(spec)
-        chosen = choices()
-    except (ValueError, ImplUnavailable):
-        _process_default = before
-        raise
-    for choice in chosen:
-        _report(choice)
+    with using_impl(spec) as chosen:
+        pass
+    if _of_block.get() is None:
+        _process_default = spec
+    else:
+        _of_block.set((spec,))
     return chosen
 
 
 @contextmanager
 def using_impl(spec: str | None) -> Iterator[list[Choice]]:
-    """Call `use_impl` for a `with` block and restore the former default afterwards."""
-    global _process_default
-    before = _process_default
+    """Choose implementations for a `with` block, in the thread of the block alone; blocks may be nested."""
+    if spec is not None:
+        parse(spec)
+    token = _of_block.set((spec,))
     try:
-        yield use_impl(spec)
+        chosen = choices()
+        for choice in chosen:
+            _report(choice)
+        yield chosen
     finally:
-        _process_default = before
+        _of_block.reset(token)
 
 
 def choices(device: Any = None) -> list[Choice]:
@@ -126,8 +130,10 @@ def requested(op: str, impl: str | None = None) -> tuple[str, str]:
     """Return (name, source of the name) for one op: keyword, process default, environment, or `auto`."""
     if impl is not None:
         return impl, "impl="
-    if _process_default is not None:
-        spec, source = _process_default, "use_impl"
+    block = _of_block.get()
+    default = _process_default if block is None else block[0]
+    if default is not None:
+        spec, source = default, "use_impl"
     else:
         spec, source = os.environ.get(VARIABLE, ""), VARIABLE
     if not spec:

@@ -21,9 +21,13 @@ class Interrupted(Exception):
 def signals_collected(alone: bool) -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying of them; a second one of a kind kills as usual.
 
-    Not so in one process of several (`alone` false), where the launcher and the scheduler may each send one.
+    Not so in one process of several (`alone` false), where the launcher and the scheduler may each send one. In
+    another thread than the main one nothing is collected.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
+        yield received
+        return
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
