@@ -16,6 +16,7 @@ Under `torch.compile` the choice is made once, when the graph is traced.
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ WhyNot = Callable[[Any], str | None]  # device -> None when it can run there, el
 
 _registered: dict[str, dict[str, WhyNot]] = {op: {} for op in OPS}
 _process_default: str | None = None
+_blocks: list["_Block"] = []  # the open blocks of `using_impl`, in the order they began
+_default_before_blocks: str | None = None
 _reported: set["Choice"] = set()
+_lock = threading.RLock()
 
 
 class ImplUnavailable(RuntimeError):
@@ -49,6 +53,13 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.op}: {self.impl} ({self.reason})"
+
+
+class _Block:
+    """One `using_impl`; equal only to itself, since two threads may ask for the same."""
+
+    def __init__(self, spec: str | None) -> None:
+        self.spec = spec
 
 
 def register(op: str, name: str, why_not: WhyNot = lambda device: None) -> None:
@@ -106,13 +117,25 @@ def use_impl(spec: str | None) -> list[Choice]:
 
 @contextmanager
 def using_impl(spec: str | None) -> Iterator[list[Choice]]:
-    """`use_impl` for the length of a `with` block; the former default comes back afterwards."""
-    global _process_default
-    before = _process_default
+    """Call `use_impl` for a `with` block and restore the former default afterwards.
+
+    Blocks may be open in several threads at a time. The default is the process's, so the block that began last
+    decides, and the former default comes back when the last one ends.
+    """
+    global _process_default, _default_before_blocks
+    block = _Block(spec)
+    with _lock:
+        before = _process_default
+        chosen = use_impl(spec)
+        if not _blocks:
+            _default_before_blocks = before
+        _blocks.append(block)
     try:
-        yield use_impl(spec)
+        yield chosen
     finally:
-        _process_default = before
+        with _lock:
+            _blocks.remove(block)
+            _process_default = _blocks[-1].spec if _blocks else _default_before_blocks
 
 
 def choices(device: Any = None) -> list[Choice]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,8 @@ def laplacian_pyramid_loss(
     dtypes and the reductions are described at `vglann_kernels.laplacian_pyramid_loss`; all are required here.
     """
     dtype = compute_dtype(video)
-    with torch.autocast(video.device.type, enabled=False):  # the products below must stay in float32
+    # The products below must stay in float32. Autocast does not know meta tensors.
+    with nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False):
         y = target.to(dtype)
         if target.dtype == torch.uint8:
             low, high = target_range
