@@ -76,17 +76,30 @@ def _composite() -> Iterator[Configuration]:
 
     area, frames = 64 * 64, 32
     for layout, last in (("contiguous", False), ("channels-last", True)):
-        constants = {"PIXELS": kernel.PIXELS, "CHANNELS_LAST": last}
+        pixels, warps = kernel.TILES[last]
+        constants = {"PIXELS": pixels, "CHANNELS_LAST": last}
         head = 1 if last else frames * area
-        back, out = ((1, 3), (1, 3)) if last else ((area, 1), (frames * area, 1))
-        forward = (*["*bf16"] * 3, "*fp32", frames, frames, area, head, *back, *out)
-        grad = (3 * frames * area, *((1, 3 * area, 3) if last else (frames * area, area, 1)))
-        backward = (*["*bf16"] * 3, "*fp32", *["*bf16"] * 2, frames, area, head, *back, *grad)
+        back = (1, 3) if last else (area, 1)
+        forward = (*["*bf16"] * 3, "*fp32", frames, frames, area, head, *back)
+        grad = (3 * frames * area, frames * area, area, 1)
+        backward = (
+            *["*bf16"] * 3,
+            "*fp32",
+            "*bf16",
+            "*bf16",
+            frames,
+            frames,
+            area,
+            head,
+            *back,
+            *back,
+            *grad,
+        )
         for name, function, arguments in (
             ("forward", kernel._composite_fwd_kernel, forward),
             ("backward", kernel._composite_bwd_kernel, backward),
         ):
-            yield Configuration("composite", f"{name} bf16 {layout}", function, arguments, constants)
+            yield Configuration("composite", f"{name} bf16 {layout}", function, arguments, constants, warps)
 
 
 def _laplacian() -> Iterator[Configuration]:
@@ -100,13 +113,13 @@ def _laplacian() -> Iterator[Configuration]:
         (64, "paper", "fp32"),
     ):
         strides = (96 * size * size, 32 * size * size, size * size, size, 1)
-        pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32", "*fp16", "*fp32")
+        pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32", "*fp16")
         options = kernel.kernel_options(blur, torch.float32 if dtype == "fp32" else torch.bfloat16)
         yield Configuration(
             "laplacian",
             f"{blur} {dtype} {size}x{size}",
             kernel._laplacian_fwd_kernel,
-            (*pointers, 3, 32, *strides * 3, -1.0, 2 / 255, 0.5, 0),
+            (*pointers, (0.5,) * 4, 3, 32, *strides * 3, -1.0, 2 / 255, 0.5, 0.5, 0),
             {"N": size, "LEVELS": 3, "WITH_GRAD": True, **options},
             kernel.warps(size, blur),
         )
@@ -114,8 +127,8 @@ def _laplacian() -> Iterator[Configuration]:
         "laplacian",
         "scaling bf16",
         kernel._scale_kernel,
-        ("*bf16", "*bf16", "*fp32", 0.5, 1 << 20),
-        {"IN_PLACE": True, "BLOCK": kernel.SCALE_BLOCK},
+        ("*bf16", "*bf16", "*fp32", 0.5, 1 << 20, 1 << 16),
+        {"BLOCK": kernel.SCALE_BLOCK},
     )
 
 
@@ -137,7 +150,6 @@ def _composite_laplacian() -> Iterator[Configuration]:
                 *["*fp32"] * 3,
                 "*i32",
                 "*fp16",
-                "*fp32",
             )
             constants = {
                 "GROUP": kernel.GROUP, "N": size, "LEVELS": 3, "WITH_GRAD": True, "WITH_VIDEO": False,
@@ -148,7 +160,7 @@ def _composite_laplacian() -> Iterator[Configuration]:
                 "composite_laplacian",
                 f"{blur} bf16 channels-last {size}x{size}",
                 kernel._composite_laplacian_kernel,
-                (*pointers, 50000, 32, 32, 1, 1, 1, -1.0, 2 / 255, 0.5, 0.5, 0),
+                (*pointers, (0.5,) * 4, 50000, 32, 32, 1, 1, -1.0, 2 / 255, 0.5, 0.5, 0.5, 0),
                 constants,
                 warps(size, blur),
             )
@@ -214,7 +226,9 @@ def compile_one(configuration: Configuration, target: int | str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
+    from .launch import LAUNCH
+
+    signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(configuration.constants)
     attributes: dict[Any, Any] = {}
     names = configuration.kernel.arg_names  # type: ignore[attr-defined]
@@ -230,6 +244,8 @@ def compile_one(configuration: Configuration, target: int | str) -> Row:
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif value == 1 and isinstance(value, int):  # a launch makes ones constants
             signature[name], constants[name] = "constexpr", 1
+        elif isinstance(value, tuple):
+            signature[name] = ("fp32",) * len(value)
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
@@ -237,7 +253,7 @@ def compile_one(configuration: Configuration, target: int | str) -> Row:
     source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = isinstance(target, str)
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", target, 32)
-    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages, **LAUNCH}
     made = triton.compile(source, target=gpu, options=options)
     registers, stack, mma = (-1, -1, -1) if amd else _usage(made.asm["cubin"])
     named = (configuration.op, configuration.name, str(target))

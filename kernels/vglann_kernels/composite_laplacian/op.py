@@ -34,12 +34,13 @@ def _launch(
     late = unit if is_scaled_late(head) else 1.0
     values = head.numel() // 4 if options.reduction == "mean" else head.shape[2:].numel()
     prior = mask_weight / max(values, 1) / late
-    losses, mask_mean, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
+    losses, mask_means, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
         head, background, clips, index, frames, prior, options, unit / late, with_gradient, with_video
     )
     loss = options.reduced(losses)
     if mask_weight:
-        loss = loss + mask_weight * options.reduced(mask_mean)
+        videos = max(head.shape[0], 1) if options.reduction == "mean" else 1
+        loss = torch.add(loss, mask_means.sum(), alpha=mask_weight / videos)
     return loss, grad_head, grad_background, video
 
 
@@ -53,7 +54,7 @@ def _fake(
         head.new_empty(shape, dtype=torch.float32),
         laid_out_as(head, 4) if with_gradient else head.new_empty(0),
         laid_out_as(background, 3) if with_gradient else head.new_empty(0),
-        laid_out_as(head, 3) if with_video else head.new_empty(0),
+        head.new_empty((head.shape[0], 3, *head.shape[2:]) if with_video else (0,)),
     )
 
 
