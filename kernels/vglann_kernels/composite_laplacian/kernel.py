@@ -4,7 +4,7 @@ A program owns one color of one frame: it mixes the plane from the logits, subtr
 pyramid's loss and gradient on chip. The video is never written; the gradient by the video, g, is left in the
 buffer of the logit gradients. The last program of a group (the three colors of GROUP frames, launched
 together) to arrive finds the group's g in the L2 cache and turns it into the gradients of the logits: the
-mask's is a sum over colours, the background's a sum over frames, kept in registers for a block of pixels and
+mask's is a sum over colors, the background's a sum over frames, kept in registers for a block of pixels and
 written as one float32 partial per group. Which program comes last does not matter to the result, and partials
 are summed in order: the outcome is the same from run to run.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..composite.kernel import load_head, sigmoid, store_head, sum_parts, tanh
-from ..laplacian.kernel import PRESCALE, band_tables, kernel_options, pyramid_l1, warps
+from ..laplacian.kernel import PRESCALE, band_tables, kernel_options, plane_loss, warps
 from ..laplacian.pyramid import Pyramid
 from ..launch import LAUNCH, dense, device_guard, is_channels_last, laid_out_as
 
@@ -32,6 +32,7 @@ def _score_plane(
     zero, index_error, target_low, target_scale, loss_unit, gradient_scale, scored,
     N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
     SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_VIDEO: tl.constexpr,
+    WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
     HEAD_PIXEL: tl.constexpr, BACK_PIXEL: tl.constexpr, mask_channel_stride,
 ):  # fmt: skip
     """Score one color of one frame; its gradient by the video takes the place of the logit's gradient."""
@@ -45,15 +46,13 @@ def _score_plane(
     if scored:
         y = tl.load(target_ptr + pixel).to(tl.float32)
         low = target_low * PRESCALE + index_error
-        total, g = pyramid_l1(
+        total, g = plane_loss(
             tl.fma(y, -target_scale * PRESCALE, x * PRESCALE - low),
-            bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
+            bands_ptr, weights, loss_unit, gradient_scale, zero,
+            N, LEVELS, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD, WITH_L1, WITH_L2,
         )  # fmt: skip
-        total *= loss_unit / PRESCALE
         tl.store(loss_ptr, total)
         if WITH_GRAD:
-            # The sign of NaN is 0.
-            g *= tl.where(total - total == 0, gradient_scale, 0.0)
             tl.store(grad_head_ptr + pixel * HEAD_PIXEL, g)
 
 
@@ -117,6 +116,7 @@ def _composite_laplacian_kernel(
     head_channel_stride, back_channel_stride, target_low, target_scale, loss_unit, gradient_scale, prior, zero,
     GROUP: tl.constexpr, N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr,
     TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_VIDEO: tl.constexpr,
+    WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
     HEAD_LAST: tl.constexpr, BACK_LAST: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     # One float dtype: head, grad_head [B,4,T,N,N]; background [B,3,N,N]; video [B,3,T,N,N], T = total_frames.
@@ -143,7 +143,7 @@ def _composite_laplacian_kernel(
             tl.where(valid, 0.0, float("nan")),
             target_low, target_scale, loss_unit, gradient_scale, t < frames,
             N, LEVELS, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD, WITH_VIDEO,
-            HEAD_PIXEL, BACK_PIXEL, (3 - c) * head_channel_stride,
+            WITH_L1, WITH_L2, HEAD_PIXEL, BACK_PIXEL, (3 - c) * head_channel_stride,
         )  # fmt: skip
     group = t // GROUP
     first = group * GROUP
@@ -194,9 +194,9 @@ def composite_laplacian_fwd(
                 clips.shape[0], total, frames,
                 1 if head_last else total * area, 1 if back_last else area,
                 low, (high - low) / 255, loss_unit, gradient_scale, prior, 0,
-                GROUP=GROUP, N=size, LEVELS=options.levels, WITH_GRAD=with_gradient, WITH_VIDEO=with_video,
+                GROUP=GROUP, N=size, WITH_GRAD=with_gradient, WITH_VIDEO=with_video,
                 HEAD_LAST=head_last, BACK_LAST=back_last, PIXELS=PIXELS,
-                num_warps=warps(size, options.blur), **kernel_options(options.blur, head.dtype), **LAUNCH,
+                num_warps=warps(size, options.blur), **kernel_options(options, head.dtype), **LAUNCH,
             )  # fmt: skip
     grad_background = sum_parts(partials, background) if with_gradient else head.new_empty(0)
     return losses, mask_means, grad_head, grad_background, video
