@@ -3,10 +3,10 @@
     python -m vglann_kernels.resources [--out FILE] [--check] [--only TEXT]
 
 writes a table with one row for each of `configurations(target)` on each target. The table of the Triton version that
-the tests pin is `kernels/RESOURCES.md`; any other version writes `kernels/RESOURCES-<version>.md`, for example with
-`PYTHONPATH=<folder with triton 3.6>`. `--check` compares with the table of the installed version instead and exits
-with 1 when a bound got worse or the table belongs to other sources. Needs triton, whose wheel brings the assembler
-and `cuobjdump`; must not run under TRITON_INTERPRET=1.
+the tests pin is `kernels/RESOURCES.md`; any other version writes `kernels/RESOURCES-<version>.md` for two targets,
+for example with `PYTHONPATH=<folder with triton 3.6>`. `--check` compares with the table of the installed version
+instead and exits with 1 when a bound got worse or the table belongs to other sources. Needs triton, whose wheel
+brings the assembler and `cuobjdump`; must not run under TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -28,6 +28,8 @@ FOLDER = Path(__file__).parents[1]
 DEFAULT_TABLE = FOLDER / "RESOURCES.md"
 # The version in DEFAULT_TABLE, major and minor.
 DEFAULT_VERSION = "3.9"
+# What is compiled with any other version.
+FEW_TARGETS = (89, 90)
 COLUMNS = (
     "op", "configuration", "target", "registers", "stack", "shared", "warps", "programs", "instructions", "mma",
 )  # fmt: skip
@@ -164,6 +166,11 @@ def triton_version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
+def targets_of(version: str) -> tuple[int | str, ...]:
+    """Return the targets in the table of a version of triton."""
+    return (*TARGETS, *INFORMATIONAL) if version == DEFAULT_VERSION else FEW_TARGETS
+
+
 def table_of(version: str) -> Path:
     """Return the table of a version of triton."""
     return DEFAULT_TABLE if version == DEFAULT_VERSION else FOLDER / f"RESOURCES-{version}.md"
@@ -254,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and not path.is_file():
         print(f"resources: {path} does not exist; write it first, without --check", file=sys.stderr)
         return 2
-    rows = compile_all((*TARGETS, *INFORMATIONAL), options.only)
+    rows = compile_all(targets_of(triton_version()), options.only)
     if not options.check:
         write_table(rows, path)
         print(f"{len(rows)} rows written to {path}")

@@ -209,15 +209,9 @@ def sum_parts(partials: Tensor, background: Tensor) -> Tensor:
     if sums.numel():
         with device_guard(partials):
             _sum_parts_kernel[(triton.cdiv(pixels, SUM_BLOCK), 3, batch)](
-                partials,
-                sums,
-                parts,
-                pixels,
-                *background_strides(sums),
-                BLOCK=SUM_BLOCK,
-                num_warps=4,
+                partials, sums, parts, pixels, *background_strides(sums), BLOCK=SUM_BLOCK, num_warps=4,
                 **LAUNCH,
-            )
+            )  # fmt: skip
     return sums
 
 

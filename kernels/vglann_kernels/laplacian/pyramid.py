@@ -62,8 +62,8 @@ class Pyramid:
         level_weights: Sequence[float] | None,
         target_range: tuple[float, float],
         reduction: str,
-        l1_weight: float,
-        l2_weight: float,
+        l1_weight: float = 0.0,
+        l2_weight: float = 0.0,
     ) -> "Pyramid":
         """Return the options of the loss for planes of (height, width). Raises ValueError on a bad option."""
         height, width = planes
