@@ -37,7 +37,7 @@ def why_no_triton(device: torch.device) -> str | None:
     if device.type == "cpu" and not interpreted():
         return "it needs a GPU (for tests its interpreter takes CPU tensors, with TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
-        return f"there are no kernels for {device.type} tensors"
+        return f"no kernel takes {device.type} tensors"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{device} has compute capability {major}.{minor}, under 8.0"

@@ -90,15 +90,19 @@ def relative_l2(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).norm() / (exact.norm() if exact.norm() > 0 else 1))
 
 
-def undecided(difference: Tensor, leaves: list[Tensor], shapes: "Shapes", bound: float) -> list[Tensor]:
+def undecided(
+    difference: Tensor, leaves: list[Tensor], shapes: "Shapes", bound: float, pixels: bool = False
+) -> list[Tensor]:
     """For each leaf, which values of its gradient a band within `bound` of 0 reaches: its sign decides them.
 
     difference  float64 [..., H, W], made of the `leaves`
+    pixels      the difference itself is a band, too, as with `l1_weight`
 
     The pyramid and all that leads to it are differentiable in float64, so a sum of the bands in question, by random
     weights that let no two of them cancel, has a gradient exactly where one of them reaches.
     """
-    bands = pyramid(difference.flatten(0, -3), shapes.levels, blur_taps(shapes.blur, 2.0))
+    planes = difference.flatten(0, -3)
+    bands = [*pyramid(planes, shapes.levels, blur_taps(shapes.blur, 2.0)), *([planes] if pixels else [])]
     near = [torch.rand_like(band) * (band.detach().abs() <= bound) * band for band in bands]
     reached = torch.autograd.grad(torch.stack([part.sum() for part in near]).sum(), leaves)
     return [gradient != 0 for gradient in reached]
@@ -220,6 +224,11 @@ def laplacian(shapes: Shapes) -> Iterator[Line]:
     names, case = "loss grad_video grad_target", "float32 float target, per plane"
     yield from lines("laplacian", case, names, shapes.impl, run_float, ignored)
 
+    options |= {"l1_weight": 0.5, "l2_weight": 2.0}
+    reached = undecided(x - y, [x, y], shapes, bound, pixels=True)
+    ignored = dict(zip(("grad_video", "grad_target"), reached, strict=True))
+    yield from lines("laplacian", f"{case}, l1 and l2", names, shapes.impl, run_float, ignored)
+
 
 def _in_range(clips: Tensor) -> Tensor:
     """uint8 as float64 in [-1, 1]."""
@@ -284,10 +293,10 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
     n, m = (500, 10_000) if device.type == "cuda" else (20, 500)
     unit = torch.nn.functional.normalize(torch.randn(n + m, d), dim=1)
     queries, database = unit[:n], unit[n:]
-    centres = unit[torch.arange(n + m) % 5]
+    centers = unit[torch.arange(n + m) % 5]
     cases = {"unit rows": (queries, database), "offset 1000": (queries + 1000, database + 1000)}
     for spread in (1e-2, 1e-4, 1e-6):
-        rows = centres + spread * torch.randn(n + m, d)
+        rows = centers + spread * torch.randn(n + m, d)
         cases[f"clusters of {spread:g}"] = (rows[:n], rows[n:])
     cases["norms 1e-6 to 1e6"] = (queries, database * 10.0 ** torch.linspace(-6, 6, m)[:, None])
     cases["ties"] = (queries, torch.cat([database[:400], queries, queries, database[400:]]))

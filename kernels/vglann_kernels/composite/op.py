@@ -21,7 +21,8 @@ def _launch(head: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake(head: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    return laid_out_as(head, 3), head.new_empty(head.shape[0], dtype=torch.float32)
+    batch, _, *planes = head.shape
+    return head.new_empty(batch, 3, *planes), head.new_empty(batch, dtype=torch.float32)
 
 
 def _launch_backward(
@@ -71,8 +72,8 @@ def mask_composite(head: Tensor, background: Tensor, *, impl: str | None = None)
     with "triton" a second derivative raises RuntimeError.
 
     float32, bfloat16, float16 or float64, the same for both; computed in float32 (float64 for float64, which
-    only the reference takes). The video has the dtype of `head`; mask_mean is float32 (float64 for float64).
-    Contiguous and channels-last inputs are read as they lie, others are copied.
+    only the reference takes). The video has the dtype of `head` and, with "triton", is contiguous; mask_mean
+    is float32 (float64 for float64). Contiguous and channels-last inputs are read as they lie, others are copied.
     `impl`: "auto", "triton" or "reference"; None takes the process default (see `vglann_kernels.impl`).
     Raises TypeError on a wrong dtype, ValueError on a wrong shape or mixed devices.
     """

@@ -34,12 +34,13 @@ def _launch(
     late = unit if is_scaled_late(head) else 1.0
     values = head.numel() // 4 if options.reduction == "mean" else head.shape[2:].numel()
     prior = mask_weight / max(values, 1) / late
-    losses, mask_mean, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
+    losses, mask_means, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
         head, background, clips, index, frames, prior, options, unit / late, with_gradient, with_video
     )
     loss = options.reduced(losses)
     if mask_weight:
-        loss = loss + mask_weight * options.reduced(mask_mean)
+        videos = max(head.shape[0], 1) if options.reduction == "mean" else 1
+        loss = torch.add(loss, mask_means.sum(), alpha=mask_weight / videos)
     return loss, grad_head, grad_background, video
 
 
@@ -53,7 +54,7 @@ def _fake(
         head.new_empty(shape, dtype=torch.float32),
         laid_out_as(head, 4) if with_gradient else head.new_empty(0),
         laid_out_as(background, 3) if with_gradient else head.new_empty(0),
-        laid_out_as(head, 3) if with_video else head.new_empty(0),
+        head.new_empty((head.shape[0], 3, *head.shape[2:]) if with_video else (0,)),
     )
 
 
@@ -125,6 +126,8 @@ def composite_laplacian_loss(
     level_weights: Sequence[float] | None = None,
     target_range: tuple[float, float] = (-1.0, 1.0),
     reduction: str = "mean",
+    l1_weight: float = 0.0,
+    l2_weight: float = 0.0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`laplacian_pyramid_loss(mask_composite(head, background), clips[index])` plus the mask prior.
@@ -136,8 +139,8 @@ def composite_laplacian_loss(
     mask_weight    lambda: adds lambda * mean over videos of the mask mean ("sum": the sum over videos); the
                    mask of all frames counts. Must be 0 with reduction "none", whose values are per plane.
     return_video   also return the video [B,3,T,H,W], without gradient, in the dtype of `head`
-    levels, blur, sigma, level_weights, target_range, reduction, impl   as in `laplacian_pyramid_loss`;
-                   reduction "none" gives [B,3,frames]
+    levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight, impl   as in
+                   `laplacian_pyramid_loss`; reduction "none" gives [B,3,frames]
 
     The loss is float32 (float64 for float64 logits), differentiable in `head` and `background`.
     Raises TypeError on a wrong dtype; ValueError on a wrong shape, mixed devices, a bad index or option.
@@ -157,7 +160,9 @@ def composite_laplacian_loss(
     frames = total if frames is None else frames
     if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= total:
         raise ValueError(f"frames: expected an integer from 1 to {total}, got {frames!r}")
-    options = Pyramid.checked(head.shape[3:], levels, blur, sigma, level_weights, target_range, reduction)
+    options = Pyramid.checked(
+        head.shape[3:], levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight
+    )
     if not math.isfinite(mask_weight):
         raise ValueError(f"mask_weight: expected a finite number, got {mask_weight!r}")
     if mask_weight and reduction == "none":

@@ -122,9 +122,8 @@ def pyramid_l1(
 ):  # fmt: skip
     """Return (loss, gradient [N,N]) of the pyramid from `plane` [N,N] at LEVEL down to the residual.
 
-    weights: a tuple of LEVELS + 1 values w_l 4^l / unit, see `Pyramid.kernel_weights`. Loss and gradient are in
-    this unit. Calls itself for the next level, as the formula does. `zero`: see
-    `_blurred`.
+    weights: a tuple that starts with LEVELS + 1 values w_l 4^l / unit, see `Pyramid.kernel_weights`. Loss and
+    gradient are in this unit. Calls itself for the next level, as the formula does. `zero`: see `_blurred`.
     """
     weight = weights[LEVEL]
     if LEVEL == LEVELS:
@@ -159,6 +158,30 @@ def pyramid_l1(
 
 
 @triton.jit
+def plane_loss(
+    x, bands_ptr, weights, loss_unit, gradient_scale, zero, N: tl.constexpr, LEVELS: tl.constexpr,
+    ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
+    WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
+):  # fmt: skip
+    """Return (loss, gradient [N,N] times gradient_scale) of the difference x [N,N], which comes times PRESCALE.
+
+    weights: see `Pyramid.kernel_weights`. What is added to the pyramid's loss costs no other read of the planes.
+    """
+    loss, g = pyramid_l1(
+        x, bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD
+    )
+    # The sign of NaN is 0, as in the reference.
+    g *= tl.where(loss - loss == 0, gradient_scale, 0.0)
+    if WITH_L1:
+        loss += weights[LEVELS + 1] * tl.sum(tl.abs(x))
+        g += tl.where(x == x, _sign(x), 0.0) * (weights[LEVELS + 1] * gradient_scale)
+    if WITH_L2:
+        loss += weights[LEVELS + 2] * (tl.sum(x * x) / PRESCALE)
+        g += x * (weights[LEVELS + 2] * gradient_scale * (2.0 / PRESCALE))
+    return loss * (loss_unit / PRESCALE), g
+
+
+@triton.jit
 def _offset(plane, n1, n2, s0_stride, s1_stride, s2_stride):
     """Return the offset of plane number `plane` of a [n0,n1,n2,H,W] tensor, int64."""
     return (plane // (n1 * n2)) * s0_stride + (plane // n2 % n1) * s1_stride + (plane % n2) * s2_stride
@@ -175,7 +198,7 @@ def _laplacian_fwd_kernel(
     gradient_row_stride: tl.constexpr, gradient_column_stride: tl.constexpr,
     target_low, target_scale, loss_unit, gradient_scale, zero,
     N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
-    SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
+    SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
 ):  # fmt: skip
     # video, gradient [n0,n1,n2,N,N]: one float dtype. target [n0,n1,n2,N,N]: uint8 or float.
     # float32: losses [n0 * n1 * n2]. float16: bands, see `band_tables`.
@@ -187,16 +210,14 @@ def _laplacian_fwd_kernel(
     y = tl.load(target_ptr + row * target_row_stride + column * target_column_stride).to(tl.float32)
     # Still 0; as a product it also keeps addresses out of registers (sm_86, sm_120).
     zero = (plane * zero).to(tl.int32)
-    loss, g = pyramid_l1(
+    loss, g = plane_loss(
         tl.fma(y, -target_scale * PRESCALE, x * PRESCALE - target_low * PRESCALE),
-        bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
+        bands_ptr, weights, loss_unit, gradient_scale, zero,
+        N, LEVELS, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD, WITH_L1, WITH_L2,
     )  # fmt: skip
-    loss *= loss_unit / PRESCALE
     tl.store(losses_ptr + plane, loss)
     if WITH_GRAD:
         gradient_ptr += _offset(plane, n1, n2, gradient_n0_stride, gradient_n1_stride, gradient_n2_stride)
-        # The sign of NaN is 0, as in the reference.
-        g *= tl.where(loss - loss == 0, gradient_scale, 0.0)
         # Indices, too, are made again rather than kept.
         row += zero
         column += zero
@@ -276,12 +297,15 @@ def warps(size: int, blur: str) -> int:
     return 8 if blur == "paper" else 4
 
 
-def kernel_options(blur: str, dtype: torch.dtype) -> dict[str, int | bool]:
-    """Return the compile-time choices of `pyramid_l1` for a blur and the dtype of the gradient."""
+def kernel_options(options: Pyramid, dtype: torch.dtype) -> dict[str, int | bool]:
+    """Return the compile-time choices of `plane_loss` for the options and the dtype of the gradient."""
     return {
         "ADJOINT_PARTS": 1 if dtype == torch.bfloat16 else 2,
-        "TAP_PARTS": 1 if blur == "binomial" else 2,
-        "SECOND": blur == "paper",
+        "TAP_PARTS": 1 if options.blur == "binomial" else 2,
+        "SECOND": options.blur == "paper",
+        "LEVELS": options.levels,
+        "WITH_L1": options.l1_weight != 0,
+        "WITH_L2": options.l2_weight != 0,
     }
 
 
@@ -310,8 +334,8 @@ def laplacian_fwd(
             band_tables(size, options, video.device), weights,
             n1, n2, *views[0].stride(), *views[1].stride(), *views[2].stride(),
             low, (high - low) / 255, loss_unit, gradient_scale, 0,
-            N=size, LEVELS=options.levels, WITH_GRAD=with_gradient, num_warps=warps(size, options.blur),
-            **kernel_options(options.blur, video.dtype), **LAUNCH,
+            N=size, WITH_GRAD=with_gradient, num_warps=warps(size, options.blur),
+            **kernel_options(options, video.dtype), **LAUNCH,
         )  # fmt: skip
     return losses, gradient
 

@@ -127,6 +127,8 @@ def laplacian_pyramid_loss(
     level_weights: Sequence[float] | None = None,
     target_range: tuple[float, float] = (-1.0, 1.0),
     reduction: str = "mean",
+    l1_weight: float = 0.0,
+    l2_weight: float = 0.0,
     impl: str | None = None,
 ) -> Tensor:
     """Return the L1 loss between Laplacian pyramids; planes are the last two dimensions of any shape [..., H, W].
@@ -141,6 +143,8 @@ def laplacian_pyramid_loss(
                    the sum kernel of the GLANN-VIDEO code with its sigma (2.0). Edges are replicated.
     level_weights  levels + 1 numbers, the residual's last; default all 1
     reduction      "none": one value per plane, shape [...]; "mean" or "sum" over planes
+    l1_weight      adds l1_weight * mean |video - target| per plane, in the same launch; l2_weight likewise adds
+                   l2_weight * mean (video - target)^2
 
     float32, bfloat16, float16 or float64 video; computed and returned in float32 (float64 for float64).
     Differentiable in `video`, and in a floating-point `target`. `impl`: "auto", "triton" or "reference".
@@ -152,7 +156,9 @@ def laplacian_pyramid_loss(
         raise ValueError(f"video: expected at least 2 dimensions, got shape {tuple(video.shape)}")
     check_shape("target", target, tuple(video.shape))
     check_same_device("video", video, "target", target)
-    options = Pyramid.checked(video.shape[-2:], levels, blur, sigma, level_weights, target_range, reduction)
+    options = Pyramid.checked(
+        video.shape[-2:], levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight
+    )
     if switch.chosen("laplacian", impl, video.device, triton_refuses(video)) == "triton":
         if torch.is_grad_enabled() and (video.requires_grad or target.requires_grad):
             return _Loss.apply(video, target, options)

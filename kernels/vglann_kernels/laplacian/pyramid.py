@@ -22,7 +22,8 @@ def blur_name(blur: str) -> str:
 class Pyramid:
     """Levels, blur and weights of the pyramid, the range that uint8 targets stand for, and the reduction.
 
-    `weights` has levels + 1 values, the residual's last. See `vglann_kernels.laplacian_pyramid_loss`.
+    `weights` has levels + 1 values, the residual's last. `l1_weight` and `l2_weight` are of the plain mean absolute
+    and mean squared difference. See `vglann_kernels.laplacian_pyramid_loss`.
     """
 
     levels: int
@@ -31,21 +32,25 @@ class Pyramid:
     weights: tuple[float, ...]
     target_range: tuple[float, float]
     reduction: str
+    l1_weight: float = 0.0
+    l2_weight: float = 0.0
 
     # The fields as arguments of an operator.
     SCHEMA: ClassVar[str] = (
-        "int levels, str blur, float sigma, float[] weights, float[] target_range, str reduction"
+        "int levels, str blur, float sigma, float[] weights, float[] target_range, str reduction,"
+        " float l1_weight, float l2_weight"
     )
 
     @classmethod
     def of(cls, fields: Sequence[Any]) -> "Pyramid":
         """Return the options from an operator's arguments."""
-        levels, blur, sigma, weights, (low, high), reduction = fields
-        return cls(levels, blur, sigma, tuple(weights), (low, high), reduction)
+        levels, blur, sigma, weights, (low, high), *rest = fields
+        return cls(levels, blur, sigma, tuple(weights), (low, high), *rest)
 
     def fields(self) -> tuple[Any, ...]:
         """Return the options as arguments of an operator."""
-        return (self.levels, self.blur, self.sigma, self.weights, self.target_range, self.reduction)
+        pyramid = (self.levels, self.blur, self.sigma, self.weights, self.target_range, self.reduction)
+        return *pyramid, self.l1_weight, self.l2_weight
 
     @classmethod
     def checked(
@@ -57,6 +62,8 @@ class Pyramid:
         level_weights: Sequence[float] | None,
         target_range: tuple[float, float],
         reduction: str,
+        l1_weight: float = 0.0,
+        l2_weight: float = 0.0,
     ) -> "Pyramid":
         """Return the options of the loss for planes of (height, width). Raises ValueError on a bad option."""
         height, width = planes
@@ -76,8 +83,12 @@ class Pyramid:
         weights = (1.0,) * (levels + 1) if level_weights is None else tuple(map(float, level_weights))
         if len(weights) != levels + 1 or not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"level_weights: expected {levels + 1} finite numbers, got {level_weights!r}")
-        low, high = target_range
-        return cls(levels, blur, float(sigma), weights, (float(low), float(high)), reduction)
+        for name, weight in (("l1_weight", l1_weight), ("l2_weight", l2_weight)):
+            if not math.isfinite(weight):
+                raise ValueError(f"{name}: expected a finite number, got {weight!r}")
+        low, high = map(float, target_range)
+        pixels = (float(l1_weight), float(l2_weight))
+        return cls(levels, blur, float(sigma), weights, (low, high), reduction, *pixels)
 
     def reduced(self, values: Tensor) -> Tensor:
         """Return the mean or the sum of the values, or with reduction "none" the values."""
@@ -86,13 +97,13 @@ class Pyramid:
         return values.mean() if self.reduction == "mean" else values.sum()
 
     def kernel_weights(self, size: int) -> tuple[tuple[float, ...], float]:
-        """Return (w_l 4^l / unit for each level l, the share of one of them times one value in a plane's loss).
+        """Return (w_l 4^l / unit for each level l, then l1_weight / unit and l2_weight / unit; loss_unit).
 
-        The planes have `size` rows. All levels share the unit.
+        loss_unit is the share in a plane's loss, for planes of `size` rows, of one of these weights times one value.
         """
         unit = self._unit()
         weights = tuple(weight * 4.0**level / unit for level, weight in enumerate(self.weights))
-        return weights, unit / size**2
+        return (*weights, self.l1_weight / unit, self.l2_weight / unit), unit / size**2
 
     def gradient_unit(self, size: int, planes: int) -> float:
         """Return the share of one kernel weight times one value in the reduced loss of `planes` planes."""
@@ -103,6 +114,8 @@ class Pyramid:
         """Make the largest kernel weight 512.
 
         The adjoint at most quadruples it, which float16 holds, and the weights of the finest levels stay far from
-        float16's smallest numbers.
+        float16's smallest numbers. The gradient of the squared difference is its weight times twice the difference:
+        float16 holds differences up to 200.
         """
-        return max(abs(weight) * 4.0**level for level, weight in enumerate(self.weights)) / 512 or 1.0
+        levels = [abs(weight) * 4.0**level for level, weight in enumerate(self.weights)]
+        return max(*levels, abs(self.l1_weight), 4 * abs(self.l2_weight)) / 512 or 1.0

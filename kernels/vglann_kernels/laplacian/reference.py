@@ -71,9 +71,9 @@ def pyramid(planes: Tensor, levels: int, terms: list[tuple[Taps, Taps]]) -> list
 def laplacian_pyramid_loss(video: Tensor, target: Tensor, options: Pyramid) -> Tensor:
     """Return the sum over levels of weight * mean |band of (video - target)| per plane, reduced.
 
-    Planes are the last two dimensions. The pyramid is linear, so the pyramid of the difference is the difference
-    of the pyramids. Arguments, dtypes and the reductions are described at
-    `vglann_kernels.laplacian_pyramid_loss`.
+    The plain mean absolute and mean squared difference are added with their weights. Planes are the last two
+    dimensions. The pyramid is linear, so the pyramid of the difference is the difference of the pyramids.
+    Arguments, dtypes and the reductions are described at `vglann_kernels.laplacian_pyramid_loss`.
     """
     dtype = compute_dtype(video)
     # The products below must stay in float32. Autocast does not know meta tensors.
@@ -88,4 +88,8 @@ def laplacian_pyramid_loss(video: Tensor, target: Tensor, options: Pyramid) -> T
         per_plane = torch.stack(
             [w * band.abs().mean(dim=(1, 2)) for w, band in zip(options.weights, bands, strict=True)]
         ).sum(0)  # [P]
+        if options.l1_weight:
+            per_plane = per_plane + options.l1_weight * difference.abs().mean(dim=(1, 2))
+        if options.l2_weight:
+            per_plane = per_plane + options.l2_weight * difference.square().mean(dim=(1, 2))
     return options.reduced(per_plane.reshape(video.shape[:-2]))

@@ -341,19 +341,9 @@ def scan(q: Packed, c: Packed, parts: int, options: dict[str, int]) -> Tensor:
         )
     else:
         _stepped_scan_kernel[grid](
-            q.high,
-            q.low,
-            c.high,
-            c.low,
-            maxima,
-            groups,
-            padded,
-            per_program,
-            K=k,
-            PARTS=parts,
-            **options,
+            q.high, q.low, c.high, c.low, maxima, groups, padded, per_program, K=k, PARTS=parts, **options,
             **LAUNCH,
-        )
+        )  # fmt: skip
     return maxima
 
 
@@ -363,18 +353,9 @@ def select(maxima: Tensor, q: Packed, c: Packed, max_groups: int) -> tuple[Tenso
     slots = torch.empty(padded, max_groups, dtype=torch.int32, device=maxima.device)
     count = torch.empty(padded, dtype=torch.int32, device=maxima.device)
     _select_kernel[(padded // SELECT["QUERIES"],)](
-        maxima,
-        c.numbers,
-        q.numbers,
-        slots,
-        count,
-        groups,
-        padded,
-        MAX_GROUPS=max_groups,
-        num_warps=4,
-        **SELECT,
-        **LAUNCH,
-    )
+        maxima, c.numbers, q.numbers, slots, count, groups, padded, MAX_GROUPS=max_groups, num_warps=4,
+        **SELECT, **LAUNCH,
+    )  # fmt: skip
     return slots, count
 
 
@@ -388,16 +369,7 @@ def decide(queries: Tensor, database: Tensor, slots: Tensor, count: Tensor) -> t
     rows = torch.full((n, KEPT_ROWS), -1, dtype=torch.int64, device=queries.device)
     equal = torch.full((n,), KEPT_ROWS + 1, dtype=torch.int32, device=queries.device)
     _decide_kernel[(n,)](
-        queries,
-        database,
-        slots,
-        count,
-        rows,
-        equal,
-        len(database),
-        d,
-        MAX_GROUPS=slots.shape[1],
-        num_warps=4,
-        **LAUNCH,
-    )
+        queries, database, slots, count, rows, equal, len(database), d, MAX_GROUPS=slots.shape[1],
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
     return rows, equal

@@ -174,9 +174,9 @@ def test_opcheck():
     video = video.detach()
     last = video.to(memory_format=torch.channels_last_3d)
     rest = (2, "binomial", 2.0, [1.0] * 3, [-1.0, 1.0])
-    torch.library.opcheck(OP, (video, target, *rest, "mean", True))
-    torch.library.opcheck(OP, (last, target, *rest, "none", True))
-    torch.library.opcheck(OP, (video, target, *rest, "sum", False))
+    torch.library.opcheck(OP, (video, target, *rest, "mean", 0.0, 0.0, True))
+    torch.library.opcheck(OP, (last, target, *rest, "none", 0.5, 2.0, True))
+    torch.library.opcheck(OP, (video, target, *rest, "sum", 0.0, 0.0, False))
     scaling = torch.ops.vglann_kernels.scale_gradients.default
     torch.library.opcheck(scaling, ([torch.randn(3, 4), torch.randn(5, 6)], torch.tensor(2.0), 1.5))
 

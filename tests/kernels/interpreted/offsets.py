@@ -58,7 +58,7 @@ def test_composite():
     with only(composite, "_composite_fwd_kernel", (2, 1, 1), (0, 0, batch - 1)):
         video, _ = composite.composite_fwd(far_head, far_background)
     assert torch.equal(video[-1:], composite.composite_fwd(head, background)[0])
-    with only(composite, "_composite_bwd_kernel", (2, 1), (0, batch - 1)):
+    with only(composite, "_composite_bwd_kernel", (2, 1, 1), (0, 0, batch - 1)):
         far = composite.composite_bwd(
             far_head, far_background, ending_with(upstream, batch), ending_with(mean, batch)
         )
@@ -66,8 +66,19 @@ def test_composite():
         assert torch.equal(ours[-1:], near)
 
 
-def test_composite_laplacian():
+def test_sums_of_parts():
+    torch.manual_seed(0)
+    batch = FAR // (3 * 32 * 32) + 2
+    partials, background = torch.randn(1, 1, 3, 32, 32), torch.empty(1, 3, 32, 32)
+    far_partials, far_background = ending_with(partials, batch), torch.empty(batch, 3, 32, 32)
+    with only(composite, "_sum_parts_kernel", (1, 3, 1), (0, 0, batch - 1)):
+        far = composite.sum_parts(far_partials, far_background)
+    assert torch.equal(far[-1:], composite.sum_parts(partials, background))
+
+
+def test_composite_laplacian(monkeypatch):
     """The last group of frames of the last video, and the last clip of the table."""
+    monkeypatch.setattr(composite_laplacian, "sum_parts", lambda partials, background: partials)
     torch.manual_seed(0)
     frames, batch = 64, FAR // (4 * 64 * 32 * 32) + 2
     count = FAR // (3 * 64 * 32 * 32) + 2
