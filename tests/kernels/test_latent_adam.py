@@ -21,18 +21,18 @@ def test_dense_and_lazy_follow_torch_adam(mode, dtype, tolerance):
     table = torch.randn(30, 7, dtype=torch.float64).to(dtype) / 10
     theirs = torch.nn.Parameter(table.clone())
     rates = {"betas": BETAS, "eps": 1e-8}
-    optimiser = torch.optim.Adam([theirs], lr=0.01, **rates)
+    optimizer = torch.optim.Adam([theirs], lr=0.01, **rates)
     state, lr = latent_adam_state(table, mode), torch.tensor(0.01, dtype=dtype)
     for step, (index, grad) in enumerate(batches(300, dtype=dtype)):
         z = latent_gather(table, state, index, lr=lr, **rates)
         torch.testing.assert_close(z, theirs.detach()[index], rtol=0, atol=tolerance)
         theirs.grad = torch.zeros_like(theirs).index_add_(0, index, grad)
-        optimiser.step()
+        optimizer.step()
         latent_adam_step(table, state, index, grad, lr=lr, **rates)
         if step in (90, 200):  # the learning rate changes
             latent_flush(table, state, lr=lr, **rates)
             lr = lr * 0.5
-            optimiser.param_groups[0]["lr"] = lr.item()
+            optimizer.param_groups[0]["lr"] = lr.item()
     latent_flush(table, state, lr=lr, **rates)
     torch.testing.assert_close(table, theirs.detach(), rtol=0, atol=tolerance)
 
@@ -54,13 +54,13 @@ def test_a_row_visited_t_times_equals_torch_adam_on_that_row_alone():
     before = table.clone()
     state, lr = latent_adam_state(table, "sparse"), torch.tensor(0.01, dtype=torch.float64)
     alone = {row: torch.nn.Parameter(before[row].clone()) for row in range(25)}
-    optimisers = {row: torch.optim.Adam([p], lr=0.01, betas=BETAS) for row, p in alone.items()}
+    optimizers = {row: torch.optim.Adam([p], lr=0.01, betas=BETAS) for row, p in alone.items()}
     visits = torch.zeros(30, dtype=torch.int64)
     for index, grad in batches(60, rows=25):
         latent_adam_step(table, state, index, grad, lr=lr, betas=BETAS, retraction=None)
         for row in index.unique().tolist():
             alone[row].grad = grad[index == row].sum(dim=0)
-            optimisers[row].step()
+            optimizers[row].step()
             visits[row] += 1
     for row, parameter in alone.items():
         torch.testing.assert_close(table[row], parameter.detach(), rtol=0, atol=1e-14)

@@ -23,18 +23,18 @@ def test_lazy_follows_torch_adam():
     torch.manual_seed(0)
     table, lr = torch.randn(12, 5) / 10, torch.tensor(0.01)
     theirs = torch.nn.Parameter(table.clone())
-    optimiser = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
     state = latent_adam_state(table, "lazy")
     for step in range(120):
         index, grad = torch.randint(0, 12, (3,)), torch.randn(3, 5)
         z = latent_gather(table, state, index, lr=lr, impl="triton")
         torch.testing.assert_close(z, theirs.detach()[index], rtol=0, atol=5e-7)
         theirs.grad = torch.zeros_like(theirs).index_add_(0, index, grad)
-        optimiser.step()
+        optimizer.step()
         latent_adam_step(table, state, index, grad, lr=lr, impl="triton")
         if step == 60:
             latent_flush(table, state, lr=lr, impl="triton")
-            lr, optimiser.param_groups[0]["lr"] = lr / 2, 0.005
+            lr, optimizer.param_groups[0]["lr"] = lr / 2, 0.005
     latent_flush(table, state, lr=lr, impl="triton")
     torch.testing.assert_close(table, theirs.detach(), rtol=0, atol=5e-7)
     assert state.arrived == 0
