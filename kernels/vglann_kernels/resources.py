@@ -61,12 +61,14 @@ class Configuration:
 
 
 def configurations(target: int | str) -> list[Configuration]:
-    """What is compiled for a target: per op the defaults of the presets `modern` (binomial) and `paper` (seed),
-    B = 256. The search is tuned for each target, and left out on the informational ones."""
-    made = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+    """Return what is compiled for a target: per op the defaults of the presets `modern` and `paper`, B = 256.
+
+    The search is tuned for each target, and left out on the informational targets.
+    """
+    compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
     if target in INFORMATIONAL:
-        return [c for c in made if TOO_LARGE not in c.name]
-    return [*made, *_nearest(divmod(int(target), 10))]
+        return [c for c in compiled if TOO_LARGE not in c.name]
+    return [*compiled, *_nearest(divmod(int(target), 10))]
 
 
 def _composite() -> Iterator[Configuration]:
@@ -93,9 +95,9 @@ def _laplacian() -> Iterator[Configuration]:
     from .laplacian import kernel
 
     for size, blur, dtype in (
-        *((size, blur, "bf16") for blur in ("binomial", "seed") for size in (32, 64, 128)),
+        *((size, blur, "bf16") for blur in ("binomial", "paper") for size in (32, 64, 128)),
         (64, "binomial", "fp32"),
-        (64, "seed", "fp32"),
+        (64, "paper", "fp32"),
     ):
         strides = (96 * size * size, 32 * size * size, size * size, size, 1)
         pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32", "*fp16", "*fp32")
@@ -123,7 +125,7 @@ def _composite_laplacian() -> Iterator[Configuration]:
     from .composite_laplacian import kernel
     from .laplacian.kernel import kernel_options, warps
 
-    for blur in ("binomial", "seed"):
+    for blur in ("binomial", "paper"):
         for size in (32, 64, 128):
             pointers = (
                 "*bf16",
@@ -156,14 +158,14 @@ def _latent_adam() -> Iterator[Configuration]:
     from .latent_adam import kernel
 
     tables, moments = ("*fp32",) * 3, (0.5, 0.99, 0.5, 0.01, -0.7, -0.001, 1e-8)
-    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 32, "TERMS": 8, "D": 128}
+    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 256, "TERMS": 8, "D": 128}
     counters = ("*i64", "*i64", "*i32")
     lookup = ("*fp32", *tables, "*i64", "*i64", "*i64", "*fp32", 50000, 100, *logs)
-    gather = {"CATCHUP": True, "TERMS": 8, **d}
-    yield Configuration("latent_adam", "gather catchup", kernel._gather_kernel, lookup, gather)
+    gather = {"LAZY": True, "TERMS": 8, **d}
+    yield Configuration("latent_adam", "gather lazy", kernel._gather_kernel, lookup, gather)
     rows = (*tables, *counters, "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments, 30)
-    for name, catchup, sphere in (("row sphere", False, True), ("catchup", True, False)):
-        flags = {"CATCHUP": catchup, "SPHERE": sphere, "BALL": False, "SKIP": True}
+    for name, lazy, sphere in (("sparse sphere", False, True), ("lazy", True, False)):
+        flags = {"LAZY": lazy, "SPHERE": sphere, "BALL": False, "SKIP": True}
         yield Configuration("latent_adam", f"step {name}", kernel._rows_step_kernel, rows, {**flags, **batch})
     dense = (*tables, *counters[1:], "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments)
     constants = {"SKIP": True, "ROWS": kernel.DENSE_ROWS, **d}
@@ -173,7 +175,7 @@ def _latent_adam() -> Iterator[Configuration]:
 
 
 def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
-    """What a search launches at d = 100, 128 and 512."""
+    """Yield the launches of a search at d = 100, 128 and 512."""
     from .nearest import kernel
 
     sizes = (77, 77, 77)  # neither 1 nor a multiple of 16: no launch makes these arguments special
@@ -199,9 +201,11 @@ def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
         constants = {"K": 112, "PARTS": parts, "QUERIES": queries}
         yield Configuration("nearest", f"pack {name}", kernel._pack_kernel, packed, constants)
     select = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
-    yield Configuration("nearest", "select", kernel._select_kernel, select, {"MOST": 16, **kernel.SELECT})
+    yield Configuration(
+        "nearest", "select", kernel._select_kernel, select, {"MAX_GROUPS": 16, **kernel.SELECT}
+    )
     tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
-    yield Configuration("nearest", "decide", kernel._decide_kernel, tables, {"MOST": 16})
+    yield Configuration("nearest", "decide", kernel._decide_kernel, tables, {"MAX_GROUPS": 16})
 
 
 def compile_one(configuration: Configuration, target: int | str) -> Row:
@@ -309,8 +313,10 @@ def compile_all(targets: tuple[int | str, ...] = TARGETS, only: str = "") -> lis
 
 
 def worse(rows: list[Row], committed: list[Row]) -> list[str]:
-    """What got worse than the committed rows: more stack or shared memory, fewer matrix-unit instructions, or a row
-    that is missing there."""
+    """Return what got worse than the committed rows.
+
+    More stack or shared memory, fewer matrix-unit instructions, or a row that is missing there.
+    """
     known = {(row.op, row.configuration, row.target): row for row in committed}
     found = []
     for row in rows:

@@ -193,7 +193,7 @@ def test_the_sets_are_pinned():
         for package in packages:
             assert re.fullmatch(r"[a-z-]+==[0-9.]+", package.requirement)
             assert all(re.fullmatch("[0-9a-f]{64}", item.sha256) for item in (package, *package.media))
-            assert all(medium.credit and medium.licence for medium in package.media)
+            assert all(medium.credit and medium.license for medium in package.media)
     # One shot of the film is in S; with the whole film in L it would be in train and in test.
     assert "bigbuckbunny.mp4" in json.dumps([medium.file for p in SETS["S"] for medium in p.media])
     assert "bigbuckbunny.mp4" not in json.dumps([medium.file for p in SETS["L"] for medium in p.media])

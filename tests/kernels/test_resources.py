@@ -75,7 +75,7 @@ def test_compiling_again_is_no_worse():
     code = (
         "from vglann_kernels import resources\n"
         "if __name__ == '__main__':\n"
-        "    for name in ('laplacian binomial bf16 64x64', 'latent_adam step row sphere', 'nearest scan d=100'):\n"
+        "    for name in ('laplacian binomial bf16 64x64', 'latent_adam step sparse sphere', 'nearest scan d=100'):\n"
         "        (c,) = [c for c in resources.configurations(90) if f'{c.op} {c.name}' == name]\n"
         "        print(resources.compile_one(c, 90))\n"
         "        assert not resources.worse([resources.compile_one(c, 90)], resources.read_table()[1])\n"

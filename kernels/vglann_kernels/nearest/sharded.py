@@ -12,7 +12,7 @@ from .op import nearest_rows
 def nearest_rows_sharded(
     queries: Tensor, shard: Tensor, first: int, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(index int64 [N], squared distance float32 [N]) over the rows of all processes, the same in each of them.
+    """Return (index int64 [N], squared distance float32 [N]) over the rows of all processes, equal in each.
 
     Every process of the default group calls it with the same `queries` [N,d], its own rows `shard` [m,d], m >= 0,
     and the number of the first of them in the whole database. The answer is that of one process with all rows:
