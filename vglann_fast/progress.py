@@ -3,23 +3,41 @@
 import logging
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
-
-from tqdm import tqdm
+from typing import Any, Self
 
 LINE_SECONDS = 5.0  # between logged lines
 
 log = logging.getLogger("vglann_fast")
 
 
+def say(text: str) -> None:
+    """Print a line on standard error. A stream that is missing, closed or full must not end the work."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Return True if the stream says so; a host program's own stream may not even have the question."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
 class Progress:
     """Counts `total` units on standard error; use as a context manager."""
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        from tqdm import tqdm
+
         self._name, self._total, self._unit, self._done = name, total, unit, done
         self._first, self._started, self._line_at = done, time.monotonic(), 0.0
-        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, initial=done, desc=name, unit=unit, disable=not _is_terminal(sys.stderr)
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -108,7 +108,7 @@ def use_impl(spec: str | None) -> list[Choice]:
 
 @contextmanager
 def using_impl(spec: str | None) -> Iterator[list[Choice]]:
-    """Call `use_impl` for a `with` block, and for its thread alone; blocks may be nested."""
+    """Choose implementations for a `with` block, in the thread of the block alone; blocks may be nested."""
     if spec is not None:
         parse(spec)
     token = _of_block.set((spec,))

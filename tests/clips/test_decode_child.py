@@ -58,7 +58,12 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path, video, hostile
 
 def test_the_command_line_does_not_run_what_lies_in_the_current_folder(tmp_path, video, hostile):
     # `-c` puts the current folder first, which `vglann` does not; -P keeps it out.
-    command = [sys.executable, "-P", "-c", "import sys; from vglann_fast.cli.main import main; sys.exit(main())"]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import sys; from vglann_fast.cli.main import main; sys.exit(main())",
+    ]
     command += ["clips", "pack", str(video), "--out", str(tmp_path / "clips")]
     command += ["--frames", "3", "--size", "32", "--workers", "1", "--min-motion", "0"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

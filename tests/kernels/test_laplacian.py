@@ -152,3 +152,12 @@ def test_bad_tensors_are_named():
         laplacian_pyramid_loss(x[0, 0, 0], y[0, 0, 0])
     with pytest.raises(TypeError, match=r"target: expected uint8 or .*, got int64"):
         laplacian_pyramid_loss(x, y.long())
+
+
+def test_meta_tensors_give_a_meta_loss():
+    """Shapes and memory are planned with them."""
+    video = torch.empty(2, 3, 32, 32, device="meta", requires_grad=True)
+    loss = laplacian_pyramid_loss(video, torch.empty_like(video, requires_grad=False))
+    loss.backward()
+    assert loss.is_meta
+    assert video.grad.shape == video.shape

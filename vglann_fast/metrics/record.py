@@ -88,7 +88,7 @@ def _feature_table(title: str, sources: dict[str, dict[str, Any]]) -> str:
     quarters = first["generated"]["quarters"]
     spread = f"quarters of {quarters['n']}" if quarters else "quarters"
     head = [
-        f"{title}, n = {first['made']['n']}",
+        f"{title}, n = {first['generated']['n']}",
         "distance",
         spread,
         "precision",

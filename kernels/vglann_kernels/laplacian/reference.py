@@ -1,6 +1,7 @@
 """`laplacian_pyramid_loss` in plain PyTorch: the definition."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +76,8 @@ def laplacian_pyramid_loss(video: Tensor, target: Tensor, options: Pyramid) -> T
     `vglann_kernels.laplacian_pyramid_loss`.
     """
     dtype = compute_dtype(video)
-    # The products below must stay in float32.
-    with torch.autocast(video.device.type, enabled=False):
+    # The products below must stay in float32. Autocast does not know meta tensors.
+    with nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False):
         y = target.to(dtype)
         if target.dtype == torch.uint8:
             low, high = options.target_range

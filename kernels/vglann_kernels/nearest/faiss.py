@@ -92,7 +92,7 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
 
 
 def _in_frame(x: Tensor, offset: Tensor, scale: float) -> Tensor:
-    out = torch.empty(x.shape, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for i in range(0, len(x), 1 << 16):
         out[i : i + (1 << 16)] = (x[i : i + (1 << 16)].double() - offset) * scale
     return out
@@ -134,7 +134,7 @@ def _cuda_search(c: Tensor) -> Any:
     faiss = _library()
 
     def search(q: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        near = torch.empty(len(q), k, device=q.device)
+        near = torch.empty(len(q), k, dtype=torch.float32, device=q.device)
         row = torch.empty(len(q), k, dtype=torch.int64, device=q.device)
         with torch.cuda.device(q.device):
             resources = _resources(q.device)

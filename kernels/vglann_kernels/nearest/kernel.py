@@ -295,7 +295,8 @@ class Packed:
         k, groups = packed_columns(rows.shape[1], parts), count // GROUP_ROWS
         self.high = torch.empty(count, k, dtype=torch.float16, device=rows.device)
         self.low = torch.empty_like(self.high) if parts == 2 else self.high
-        self.numbers = torch.empty(4, count if queries else groups, device=rows.device)
+        columns = count if queries else groups
+        self.numbers = torch.empty(4, columns, dtype=torch.float32, device=rows.device)
         _pack_kernel[(groups,)](
             rows, offset, self.high, self.low, *self.numbers, len(rows), rows.shape[1], typical,
             K=k, PARTS=parts, QUERIES=queries, num_warps=4, **LAUNCH,
@@ -331,7 +332,7 @@ def tiles_of(k: int) -> int:
 def scan(q: Packed, c: Packed, parts: int, options: dict[str, int]) -> Tensor:
     """Return [groups,queries] float32, the largest packed score of each group of database rows for each query."""
     (padded, k), groups = q.high.shape, c.numbers.shape[1]
-    maxima = torch.empty(groups, padded, device=q.high.device)
+    maxima = torch.empty(groups, padded, dtype=torch.float32, device=q.high.device)
     per_program = max(PER_PROGRAM, -(-groups // (1 << 15)))
     grid = (padded // options["QUERIES"], -(-groups // per_program))
     if parts == 1 and k <= RESIDENT:
