@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from vglann_fast.progress import say
@@ -85,8 +84,8 @@ def _replace_errors(restored: ExitStack, name: str, errors: str) -> None:
     stream: Any = getattr(sys, name)
     if stream is None or getattr(stream, "closed", False):
         restored.callback(setattr, sys, name, stream)
-        nowhere = restored.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-        setattr(sys, name, nowhere)
+        nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+        setattr(sys, name, restored.enter_context(nowhere))
     elif isinstance(stream, io.TextIOWrapper):
         restored.callback(_reconfigure, stream, stream.errors)
         _reconfigure(stream, errors)

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import resource
+import select
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ def main() -> None:
     # A library that prints to stdout must not spoil the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    threading.Thread(target=end_with_parent, args=(answers.fileno(),), daemon=True).start()
     av.logging.set_level(None)
     cv2.setNumThreads(1)
     _limit_memory(memory_mb)
@@ -315,3 +318,11 @@ def _upright_pixel_aspect(stream: Any, frame: av.VideoFrame) -> float:
 def _over_white(image: np.ndarray) -> np.ndarray:
     alpha = image[..., 3:].astype(np.uint16)
     return ((image[..., :3] * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
+
+
+def end_with_parent(answers: int) -> None:
+    """End this process, in the middle of a file too, when nobody reads the pipe `answers`: the parent has ended."""
+    poll = select.poll()
+    poll.register(answers, 0)  # the end of its reader is reported without being asked for
+    poll.poll()
+    os._exit(1)

@@ -18,6 +18,7 @@ from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.base import LatentSampler
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.write import write_videos
 
 MAX_VIDEOS = 10**7  # at once; more would fail as a lack of memory
@@ -52,6 +53,7 @@ def render(trained: Trained, latents: Tensor) -> RenderedVideos:
     return RenderedVideos(*(np.concatenate(stream) for stream in zip(*batches, strict=True)))
 
 
+@numerics()
 def sample(
     run_path: str | Path,
     *,
@@ -114,6 +116,7 @@ def draw_latents(trained: Trained, mapping: LatentSampler, n: int, seed: int) ->
     return latents
 
 
+@numerics()
 def interpolate(
     run_path: str | Path, *, steps: int = 8, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Path:
