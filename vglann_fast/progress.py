@@ -1,12 +1,15 @@
-"""Progress of a long job: a bar on a terminal, otherwise a plain line now and then."""
+"""Progress of a long job: a bar on a terminal, otherwise a logged line now and then."""
 
+import logging
 import sys
 import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-LINE_SECONDS = 5.0  # between plain lines
+LINE_SECONDS = 5.0  # between logged lines
+
+log = logging.getLogger("vglann_fast")
 
 
 def say(text: str) -> None:
@@ -50,7 +53,7 @@ class Progress:
         self._bar.update()
 
     def show(self, **figures: float) -> None:
-        """Show the latest figures; as a plain line at most every few seconds, and at the end."""
+        """Show the latest figures; as a logged line at most every few seconds, and at the end."""
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
@@ -61,4 +64,4 @@ class Progress:
         self._line_at = now
         rate = (self._done - self._first) / max(now - self._started, 1e-9)
         parts = [f"{self._unit} {self._done}/{self._total}", text, f"{rate:.3g} {self._unit}s/s"]
-        say(f"{self._name}: {', '.join(filter(None, parts))}")
+        log.info("%s: %s", self._name, ", ".join(filter(None, parts)))

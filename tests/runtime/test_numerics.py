@@ -8,7 +8,7 @@ import torch
 
 from vglann_fast.cli.main import main
 from vglann_fast.errors import VglannError
-from vglann_fast.runtime.numerics import numerics
+from vglann_fast.runtime.numerics import numerics, seeded
 
 
 def modes():
@@ -110,3 +110,32 @@ def test_the_variable_of_cublas_comes_back(value, monkeypatch):
     with numerics(deterministic=True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (value or ":4096:8")
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == value
+
+
+def test_seeded_draws_are_the_same_and_leave_the_random_state_as_it_was():
+    before = modes()
+    drawn = []
+    for _ in range(2):
+        with seeded(5) as random:
+            drawn.append((torch.randn(3), torch.randn(3, generator=random)))
+    assert modes() == before
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=0)
+
+
+def test_threads_take_turns_at_seeded_draws():
+    drawn, inside = [], threading.Event()
+
+    def other():
+        inside.set()
+        with seeded(1):
+            drawn.append(torch.randn(2))
+
+    thread = threading.Thread(target=other)
+    with seeded(0):
+        thread.start()
+        assert inside.wait(60)
+        mine = torch.randn(1000)
+        assert not drawn
+    thread.join()
+    with seeded(0):
+        assert torch.equal(mine, torch.randn(1000))

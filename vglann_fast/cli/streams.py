@@ -84,8 +84,8 @@ def _replace_errors(restored: ExitStack, name: str, errors: str) -> None:
     stream: Any = getattr(sys, name)
     if stream is None or getattr(stream, "closed", False):
         restored.callback(setattr, sys, name, stream)
-        nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
-        setattr(sys, name, restored.enter_context(nowhere))
+        nowhere = restored.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (the stack closes it)
+        setattr(sys, name, nowhere)
     elif isinstance(stream, io.TextIOWrapper):
         restored.callback(_reconfigure, stream, stream.errors)
         _reconfigure(stream, errors)

@@ -33,6 +33,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _lock = threading.RLock()
 _blocks: list[_Settings] = []  # those that are open, in the order they began
 _found: list[Any] = []  # the state before the first of them
+_seeding = threading.RLock()
 
 
 @contextmanager
@@ -74,6 +75,17 @@ def numerics(
                 _apply(other)
             if not _blocks:
                 _restore_random_state(_found.pop())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """Yield PyTorch's default CPU generator, seeded; its state comes back at the end of the block.
+
+    First parameters are drawn in such blocks: on the CPU, so that they are the same on every device. Threads take
+    turns, because the generator belongs to the process.
+    """
+    with _seeding, torch.random.fork_rng(devices=[]):
+        yield torch.default_generator.manual_seed(seed)
 
 
 def _state() -> dict[str, Any]:

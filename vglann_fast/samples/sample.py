@@ -53,6 +53,21 @@ def render(trained: Trained, latents: Tensor) -> RenderedVideos:
     return RenderedVideos(*(np.concatenate(stream) for stream in zip(*batches, strict=True)))
 
 
+def training_batches(trained: Trained) -> list[np.ndarray]:
+    """Return the rows of the training latents, int64 [b], in batches of the run's size: together every row once.
+
+    A batch has every k-th row: neighbors are clips of one shot, and together they have statistics unlike any batch of
+    the training, which costs a run with batchnorm="train" 0.8 dB.
+    """
+    count = -(-len(trained.latents) // trained.options.batch_size)
+    return [np.arange(first, len(trained.latents), count) for first in range(count)]
+
+
+def render_training_clips(trained: Trained, rows: np.ndarray) -> RenderedVideos:
+    """Generate the videos of the training latents `rows`, int64 [b]."""
+    return render(trained, trained.latents[torch.from_numpy(rows).to(trained.latents.device)])
+
+
 @numerics()
 def sample(
     run_path: str | Path,
