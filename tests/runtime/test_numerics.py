@@ -1,5 +1,6 @@
 """`numerics`: the global state of PyTorch inside a block, and that it comes back."""
 
+import os
 import threading
 
 import pytest
@@ -89,6 +90,26 @@ def test_a_refused_operation_is_named_only_where_determinism_was_asked_for():
 def test_a_command_leaves_the_state_of_the_host(foreign_modes, tmp_path, capsys):
     assert main(["sample", str(tmp_path), "--deterministic", "--device", "cpu"]) == 2  # not a run
     assert modes() == foreign_modes
+
+
+def test_a_block_that_is_the_first_to_use_a_gpu_leaves_there_the_seed_of_the_host(monkeypatch):
+    seeds = []
+    torch.manual_seed(5)
+    with numerics():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+        torch.random.default_generator.manual_seed(9)
+    assert seeds == [5]
+
+
+@pytest.mark.parametrize("value", [None, ":16:8"])
+def test_the_variable_of_cublas_comes_back(value, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    with numerics(deterministic=True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (value or ":4096:8")
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == value
 
 
 def test_seeded_draws_are_the_same_and_leave_the_random_state_as_it_was():

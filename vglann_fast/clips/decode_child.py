@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ def main(memory_mb: int, seconds: int) -> None:
     # A library that prints to stdout must not spoil the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    threading.Thread(target=end_with_parent, args=(answers.fileno(),), daemon=True).start()
     av.logging.set_level(None)
     cv2.setNumThreads(1)
     _limit_cpu_time()
@@ -258,3 +261,11 @@ def _frames(files: list[Path], job: dict[str, Any]) -> Iterator[tuple[Frame | _S
             if isinstance(error, MemoryError):
                 raise
             raise Unusable(f"{file.name} {_words(error)}") from error
+
+
+def end_with_parent(answers: int) -> None:
+    """End this process, in the middle of a file too, when nobody reads the pipe `answers`: the parent has ended."""
+    poll = select.poll()
+    poll.register(answers, 0)  # the end of its reader is reported without being asked for
+    poll.poll()
+    os._exit(1)

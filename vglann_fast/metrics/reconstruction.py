@@ -14,6 +14,7 @@ from vglann_fast.clips.of_run import check_same_clips
 from vglann_fast.clips.pixels import psnr, to_range
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.invert import invert
 from vglann_fast.samples.sample import (
     RenderedVideos,
@@ -28,6 +29,7 @@ SHOWN = 24  # clips whose videos are kept
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
 
 
+@numerics()
 def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
     """Regenerate every training clip of a run, measure, and write media/reconstruction.
 

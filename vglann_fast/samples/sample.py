@@ -18,6 +18,7 @@ from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.base import LatentSampler
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.write import write_videos
 
 MAX_VIDEOS = 10**7  # at once; more would fail as a lack of memory
@@ -67,6 +68,7 @@ def render_training_clips(trained: Trained, rows: np.ndarray) -> RenderedVideos:
     return render(trained, trained.latents[torch.from_numpy(rows).to(trained.latents.device)])
 
 
+@numerics()
 def sample(
     run_path: str | Path,
     *,
@@ -129,6 +131,7 @@ def draw_latents(trained: Trained, mapping: LatentSampler, n: int, seed: int) ->
     return latents
 
 
+@numerics()
 def interpolate(
     run_path: str | Path, *, steps: int = 8, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Path:
