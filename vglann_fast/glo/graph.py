@@ -7,6 +7,7 @@ refused, see `combinations.py`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class GraphedStep:
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._calls = {True: 0, False: 0}
         # Only one of the two graphs runs at a time, so their activations can share memory.
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, batch: Batch, with_video: bool) -> tuple[Tensor, Tensor | None]:
         """One training step; the tensors it returns are overwritten by the next."""
