@@ -1,6 +1,5 @@
 """Where and how a call of the Python interface computes, and that it leaves the process as it found it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -8,6 +7,7 @@ import torch
 from vglann_kernels import ImplUnavailable, choices, using_impl
 
 from vglann_fast.errors import VglannError
+from vglann_fast.run.environment import launched
 from vglann_fast.runtime.numerics import numerics
 
 
@@ -19,8 +19,8 @@ def torch_device(name: str | torch.device | None = None) -> torch.device:
     wanted = str(name or "auto")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and "LOCAL_RANK" in os.environ:  # one GPU for each process that torchrun starts here
-        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
+    if wanted == "cuda" and launched().size > 1:  # one GPU for each process that torchrun starts here
+        wanted = f"cuda:{launched().local_rank}"
     try:
         device = torch.device(wanted)
         if device.type not in ("cpu", "cuda"):
