@@ -1,6 +1,7 @@
 """`numerics`: the global state of PyTorch inside a block, and that it comes back."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -139,3 +140,17 @@ def test_threads_take_turns_at_seeded_draws():
     thread.join()
     with seeded(0):
         assert torch.equal(mine, torch.randn(1000))
+
+
+def test_a_process_forked_from_one_that_computed_does_not_wait_for_its_threads():
+    """As the workers of a web server: without care the child waits for ever, and the alarm ends it."""
+    numbers = torch.zeros(4_000_000)
+    with numerics(threads=2):
+        numbers += 1
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        with numerics():
+            numbers += 1
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

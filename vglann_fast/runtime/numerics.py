@@ -34,6 +34,17 @@ _lock = threading.RLock()
 _blocks: list[_Settings] = []  # those that are open, in the order they began
 _found: list[Any] = []  # the state before the first of them
 _seeding = threading.RLock()
+_computed = False  # in this process, or in the one it was forked from
+_threads_lost = False
+
+
+def _after_fork() -> None:
+    """A forked process has none of the threads that OpenMP has started, and would wait for them for ever."""
+    global _threads_lost
+    _threads_lost = _computed
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -45,7 +56,7 @@ def numerics(
     Inside, new tensors are float32 whatever the caller's default dtype is. Afterwards the caller's default dtype,
     random state, algorithms and threads are as they were. Blocks may be nested, and open in several threads at a
     time: the settings are the process's, so the block that began last decides, and the state comes back when the
-    last one ends.
+    last one ends. In a process that was forked after such a block, there is one thread.
 
     Args:
         deterministic: whether only operations run that give the same bits each time. Where it is true, an
@@ -53,6 +64,8 @@ def numerics(
         tf32: whether float32 products on a GPU may be computed in TensorFloat-32.
         threads: CPU threads of an operation.
     """
+    global _computed
+    _computed = True
     block = _Settings(deterministic, tf32, threads)
     with _lock:
         if not _blocks:
@@ -114,8 +127,9 @@ def _apply(settings: _Settings) -> None:
     if settings.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32
         torch.backends.cudnn.allow_tf32 = settings.tf32
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    threads = 1 if _threads_lost else settings.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _restore(state: dict[str, Any]) -> None:
