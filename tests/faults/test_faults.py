@@ -126,13 +126,14 @@ def test_a_full_disk_under_an_array_has_its_number(tmp_path):
 WRITE = """
 import os, signal, sys
 from vglann_fast.run.files import atomic_dir
-from vglann_fast.cli import commands, main
-def verb(values):
+from vglann_fast.cli import main
+from vglann_fast.diagnostics import doctor
+def killed(as_json):
     with atomic_dir(sys.argv[1] + "/media") as folder:
         (folder / "half").touch()
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
-commands.VERBS["doctor"] = verb
+doctor.doctor = killed
 sys.exit(main.main(["doctor"]))
 """
 

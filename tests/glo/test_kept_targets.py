@@ -247,5 +247,5 @@ def test_batch_statistics_are_not_kept():
     options = replace(PRESETS["paper"].train, loss="resnext101-3d")
     weights = random_weights("resnext101-3d")
     FeatureLoss(weights, options, CPU).keep_targets(None, 2, 2)  # does not look at a clip
-    with pytest.raises(VglannError, match="depend on the batch with --perceptual seed"):
+    with pytest.raises(VglannError, match="depend on the batch with --perceptual paper"):
         FeatureLoss(weights, replace(options, cache_features="on"), CPU)

@@ -121,7 +121,7 @@ def test_an_update_is_one_of_the_device_alone(clips, preset, precision, kernels)
         check(update_of(clips, preset, precision=precision))
 
 
-LAZY = {"latent_mode": "catchup", "accumulate": 2, "checkpoint_activations": True}
+LAZY = {"latent_mode": "lazy", "accumulate": 2, "checkpoint_activations": True}
 BY_FEATURES = {"variant": "expanded", "mask_weight": 0.1, "loss": "l1,l2,lite0"}
 
 

@@ -275,12 +275,12 @@ def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
     gpu, given = torch.device("cuda", 0), {"processes": 1, "source": "resident", "precision": "bf16"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
-    assert "latent mode row, bf16 it was not compared" in caplog.text
+    assert "latent mode sparse, bf16 it was not compared" in caplog.text
     assert not use_graph(TrainOptions(), gpu, **given)
-    monkeypatch.setattr(compatibility, "TESTED", frozenset({("Card", torch.__version__, "row", "bf16")}))
+    monkeypatch.setattr(compatibility, "TESTED", frozenset({("Card", torch.__version__, "sparse", "bf16")}))
     caplog.clear()
     assert use_graph(TrainOptions(), gpu, **given)
-    assert not use_graph(TrainOptions(latent_mode="catchup"), gpu, **given)
+    assert not use_graph(TrainOptions(latent_mode="lazy"), gpu, **given)
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
     assert not caplog.text
 
@@ -304,7 +304,7 @@ def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_p
     run = new_run(tmp_path / "run", clips, tiny_options("modern", epochs=1))
     command = ["train", "--resume", str(run.path), "--device", "cpu"]
     assert main([*command, "--accumulate", "2"]) == 2
-    assert "give it alone" in capsys.readouterr().err
+    assert "--accumulate 2" in capsys.readouterr().err
     assert main([*command, "--data", "resident", "--checkpoint-activations"]) == 0
     options = RunDir.open(run.path).options
     assert options["train"]["data"] == "resident"

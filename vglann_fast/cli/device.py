@@ -1,8 +1,7 @@
 """What a command computes on, from its arguments: --device, --kernels and --deterministic."""
 
+from argparse import Namespace
 from typing import Any
-
-from jsonargparse import Namespace
 
 from vglann_fast.errors import VglannError
 from vglann_fast.run.environment import launched

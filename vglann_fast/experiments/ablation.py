@@ -58,7 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "+ range": {"target_range": "symmetric"},
     "+ all frames": {"frame_reduction": "mean"},
     "+ Adam state kept": {"adam_state": "keep"},
-    "+ row-wise latents": {"latent_mode": "row", "latent_norm": "projected", "latent_init": "sphere"},
+    "+ row-wise latents": {"latent_mode": "sparse", "latent_norm": "projected", "latent_init": "sphere"},
     "+ Laplacian kernel": {"blur": "binomial"},
     "+ statistics anew": UNUSED,
     "+ PCA start": {"latent_init": "pca"},

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_file_of_run
 from vglann_fast.run.environment import environment
 from vglann_fast.run.files import read_json
 from vglann_fast.run.folder import RunDir
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vglann_fast")
 
-# What is made by each verb that can be repeated, under the run; a mapping has its kind as a further folder.
+# What each command makes that can be repeated, under the run; a mapping has its kind as a further folder. The command
+# line records these commands in history.jsonl.
 MADE = {
     "map": ("mapping",),
     "reconstruct": ("media/reconstruction",),
@@ -272,7 +274,8 @@ def _same_file(ours: Path, theirs: Path) -> bool:
     one, other = ours.read_bytes(), theirs.read_bytes()
     if one == other or ours.suffix != ".json":
         return one == other
-    return bool(_timeless(json.loads(one)) == _timeless(json.loads(other)))
+    values = (read_file_of_run(ours.name, json.loads(content)) for content in (one, other))
+    return len({_timeless(value) for value in values}) == 1
 
 
 def _timeless(value: Any) -> Any:

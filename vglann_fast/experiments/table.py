@@ -37,6 +37,7 @@ from vglann_fast.mapping.split import set_aside, shot_numbers
 from vglann_fast.metrics.evaluate import Sides, evaluate, prepare
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.options.aliases import read_record
 from vglann_fast.options.fields import options_from_json, options_to_json
 from vglann_fast.options.mapping import map_options
 from vglann_fast.options.presets import preset
@@ -184,7 +185,7 @@ def _checked(grid: Grid, device: torch.device | str) -> tuple[dict[str, Part], C
     latents = torch.zeros(len(clips), grid.train.latent_dim)
     for kind in grid.kinds:
         options = grid.map_options(kind)
-        fitted, _ = set_aside(latents, shot_numbers(clips.clips), options.held_out, grid.seed)
+        fitted, _ = set_aside(latents, shot_numbers(clips.clips), options.holdout_fraction, grid.seed)
         KINDS[kind](grid.train.latent_dim, options).check_latents(fitted)
     sides, _ = prepare(clips, grid.features, grid.n, device, [])
     return parts, clips, sides
@@ -213,7 +214,7 @@ def _rows_there(grid: Grid) -> dict[str, dict[str, Any]]:
     file = grid.out / "table.json"
     if not file.is_file():
         return {}
-    table = read_json(file)
+    table = read_record(read_json(file))
     if not isinstance(table, dict) or (table.get("format"), table.get("version")) != FORMAT:
         raise VglannError(f"{file}: not a table of this version of vglann-fast; choose another --out")
     rows = table.get("runs")
@@ -318,7 +319,7 @@ def _measure(grid: Grid, loss: str, row: dict[str, Any], device: torch.device | 
         kinds=grid.kinds,
         features=grid.features,
         n=grid.n,
-        held_out=0,
+        invert=0,
         seed=grid.seed,
         device=device,
     )

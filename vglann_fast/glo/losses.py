@@ -100,7 +100,11 @@ def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) 
     made, real = video[:, :, :scored], clips[:, :, :scored]
     if name == "laplacian":
         loss = laplacian_pyramid_loss(
-            made, real, levels=options.levels, blur=options.blur, target_range=options.target_limits
+            made,
+            real,
+            levels=options.levels,
+            blur=options.blur,
+            target_range=options.target_limits,
         )
     else:
         difference = made - to_range(real, made.dtype, options.target_limits)

@@ -191,7 +191,7 @@ class Training:
         """Set the learning rates of this epoch, and start Adam anew if the options say so."""
         forget = self.options.adam_state == "per-epoch"
         factor = learning_rate_factor(self.options, epoch)
-        if self.options.latent_mode == "catchup" and epoch:
+        if self.options.latent_mode == "lazy" and epoch:
             lag = self.latents.adam.row_step != self.latents.adam.step
             assert not bool(lag.any()), "rows lag at a change of lr"
         self.optimizer.begin_epoch(self.options.lr_generator * factor, forget=forget)

@@ -27,7 +27,7 @@ _FRAMES, _SIZE = 32, 64  # of the videos his networks make
 
 
 @numerics()
-def import_seed(
+def import_glann(
     generator_file: str | Path, latents_file: str | Path, out: str | Path, variant: Variant = "original"
 ) -> RunDir:
     """Make the run `out` from netG_*.pth, the state dict of his generator, and netZ_*.pth, that of his latents.

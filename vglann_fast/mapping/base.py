@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_mapping
 from vglann_fast.options.fields import options_from_json, options_to_json
 from vglann_fast.options.mapping import MapOptions
 from vglann_fast.options.training import MAXIMA
 from vglann_fast.run.files import open_regular, read_json, save_tensors
 
 MAPPING_FORMAT = ("vglann-mapping", 1)
-HALVING_EPOCHS = 50
+HALVING_EPOCHS = 50  # of schedule "halve-every-50"
 
 Log = Callable[[dict[str, Any]], None]
 Options = TypeVar("Options", bound=MapOptions)
@@ -128,7 +129,7 @@ class LatentSampler(ABC, Generic[Options]):
         from safetensors.torch import load_file
 
         try:
-            record = read_json(folder / "mapping.json")
+            record = read_mapping(read_json(folder / "mapping.json"))
             if (record["format"], record["version"], record["kind"]) != (*MAPPING_FORMAT, cls.kind):
                 raise ValueError("not a mapping of this kind and version")
             options = options_from_json(cls.options_class, record["options"])
@@ -187,6 +188,6 @@ def _check_tensors(tensors: dict[str, Tensor], sizes: Iterable[tuple[str, tuple[
 
 def learning_rate_factor(schedule: str, epoch: int, epochs: int) -> float:
     """What the starting rate is multiplied by in `epoch` of `epochs`, counted from 0."""
-    if schedule == "halving":
+    if schedule == "halve-every-50":
         return 0.5 ** (epoch // HALVING_EPOCHS)
     return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))

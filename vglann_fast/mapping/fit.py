@@ -39,9 +39,9 @@ def fit_mapping(
 ) -> Path:
     """Fit the mapping `kind` to the latents of a run and store it under mapping/<kind>/; returns that folder.
 
-    Whole shots with `options.held_out` of the latents are set aside, and how near the mapping comes to these and to
-    the others is measured. With several `ranks` each searches its share of imle's noise, all take the same steps, and
-    the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
+    Whole shots with `options.holdout_fraction` of the latents are held out, and how near the mapping comes to these
+    and to the others is measured. With several `ranks` each searches its share of imle's noise, all take the same
+    steps, and the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
     metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that
     are not finite.
     """
@@ -53,8 +53,8 @@ def fit_mapping(
     mapping = _mapping_class(kind)(latents.shape[1], options, device, seed=seed)
     mapping.check_latents(latents)
     fitted, held_out = latents, None
-    if options.held_out > 0:
-        fitted, held_out = set_aside(latents, run_shots(run, trained.ids), options.held_out, seed)
+    if options.holdout_fraction > 0:
+        fitted, held_out = set_aside(latents, run_shots(run, trained.ids), options.holdout_fraction, seed)
     generator = torch.Generator(device).manual_seed(seed)
     destination = run.path / "mapping" / kind
     if ranks is not None and ranks.rank > 0:

@@ -6,7 +6,7 @@
         step, seed                   of the checkpoint; of the noise
         frames, size                 of the clips
         real                         {"split", "clips": taken, "of": in that split, "sha256": of the clips taken}
-        training, made               {"clips", "sha256"}
+        training, generated               {"clips", "sha256"}
         features                     {title: {"protocol": the extractor's record (network, resize, range, frames,
                                      sha256 of its weights, dimensions), "generated": figures, "floor": figures of as
                                      many training clips, "nearest_training_clip": distances}}

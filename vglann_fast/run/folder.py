@@ -4,7 +4,8 @@
                        "frames", "size", "train": {...}}; null for a run that was imported without clips. As they
                        are now; a resume that changed some of them is in "resumed": [{"step": it went on from,
                        "changed": {name: [before, after]}, "environment": {name: [before, after]},
-                       "latents_on_mismatch": "keep" or "init" where given}]
+                       "latents_on_mismatch": "keep" or "init" where given}]. Names that earlier versions wrote are
+                       read, see `options/aliases.py`
     environment.json   versions and hardware of the machine that started the run
     history.jsonl, metrics.jsonl, tensorboard/    see `logs.py`
     checkpoints/       see `checkpoints.py`
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_run_options
 from vglann_fast.run.checkpoints import CheckpointFolders, is_count
 from vglann_fast.run.environment import environment
 from vglann_fast.run.files import (
@@ -81,7 +83,7 @@ class RunDir:
         Raises `VglannError` when another process has trained in this folder since `new`.
         """
         there = self.path / "options.json"
-        if self.checkpoints.exist() or (there.exists() and read_json(there) != self.options):
+        if self.checkpoints.exist() or (there.exists() and _read_options(self.path) != self.options):
             raise _taken(self.path)
         write_json(self.path / "environment.json", environment())
         write_json(self.path / "options.json", self.options)  # last: `open` looks for it
@@ -96,7 +98,7 @@ class RunDir:
         if not (path / "options.json").is_file():
             raise VglannError(f"{path} is not a run: it has no options.json; make one with `vglann train`")
         _check_links(path)
-        options = read_json(path / "options.json")
+        options = _read_options(path)
         if not isinstance(options, dict) or options.get("format") != RUN_FORMAT[0]:
             raise VglannError(f"{path}/options.json: not the options of a run; make one with `vglann train`")
         if (version := options.get("version")) != RUN_FORMAT[1]:
@@ -148,7 +150,7 @@ class RunDir:
 
     def resumed(self, step: int, on_mismatch: str = "error") -> None:
         """Record, in options.json, what differs from there now that the run goes on from `step`."""
-        saved = read_json(self.path / "options.json")
+        saved = _read_options(self.path)
         before, after = ({**options["train"], "clips": options["clips"]} for options in (saved, self.options))
         changed = {
             name: [before.get(name), value] for name, value in after.items() if before.get(name) != value
@@ -174,6 +176,11 @@ class RunDir:
         if not isinstance(recorded, dict):
             raise VglannError(f"{file}: not a JSON object; the file was changed, remove it")
         return recorded
+
+
+def _read_options(path: Path) -> Any:
+    """Return what options.json holds, under present names, not checked."""
+    return read_run_options(read_json(path / "options.json"))
 
 
 def _is_of_no_run_yet(entry: Path) -> bool:

@@ -1,0 +1,222 @@
+"""Training the generator and the latents: `vglann train | profile`, and runs from checkpoints of others."""
+
+import sys
+from argparse import Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from vglann_fast.cli.arguments import (
+    BRACKETS,
+    POSITIVE,
+    add_choice,
+    add_config,
+    add_machine,
+    add_preset,
+    add_run,
+    add_seed,
+    add_train_options,
+    given_options,
+    print_config,
+)
+from vglann_fast.cli.device import device_and_kernels
+from vglann_fast.cli.parser import Parser, command
+from vglann_fast.errors import VglannError
+from vglann_fast.options.fields import flag_of, options_to_json
+from vglann_fast.options.presets import preset
+from vglann_fast.options.training import OnMismatch, TrainOptions, Variant
+
+
+@command(
+    "train",
+    "train the generator and one latent per clip (GLO)",
+    "vglann train clips --out run",
+    "vglann train clips --out run --preset demo --epochs 350",
+    "vglann train --resume run --lr-generator 0.0005",
+    "vglann train --config run.yaml --out other-run",
+    "torchrun --nproc-per-node 8 -m vglann_fast train clips --out run",
+)
+def add_train(parser: Parser) -> None:
+    parser.description = f"{parser.description}\n{BRACKETS}"
+    parser.usage = (
+        "vglann train CLIPS --out RUN [options]\n       vglann train --resume RUN [CLIPS] [options]"
+    )
+    add_config(parser)
+    add_preset(parser, "modern")
+    add_seed(parser, "of parameters, latents and the order of clips [0]")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("clips", metavar="CLIPS", nargs="?", help="clip folder; its training split is used")
+    data.add_argument("--out", metavar="RUN", help="run folder to make")
+    data.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue a run; may be given CLIPS (where they are now), learning rates, options of the machine",
+    )
+    add_choice(
+        data,
+        "--latents-on-mismatch",
+        get_args(OnMismatch),
+        "--resume on other clips: stop, keep latents of clips still there, or initialize all [%(default)s]",
+        default="error",
+    )
+    data.add_argument(
+        "--log-every",
+        metavar="STEPS",
+        type=POSITIVE,
+        default=10,
+        help="between lines of metrics.jsonl [%(default)s]",
+    )
+    data.add_argument(
+        "--checkpoint-every",
+        metavar="N",
+        type=POSITIVE,
+        default=10,
+        help="passes between checkpoints [%(default)s]",
+    )
+    data.add_argument(
+        "--keep-checkpoints",
+        metavar="N",
+        type=POSITIVE,
+        default=2,
+        help="newest to keep; with 1 there is no spare one [%(default)s]",
+    )
+    data.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    add_train_options(parser)
+    parser.set_defaults(func=_train)
+
+
+def _train(a: Namespace) -> None:
+    given = given_options(a, TrainOptions)
+    if a.resume is not None:
+        _resume(a, given)
+        return
+    if a.clips is None or a.out is None:
+        missing = " and ".join(n for n, v in (("CLIPS", a.clips), ("--out RUN", a.out)) if v is None)
+        raise VglannError(f"train: {missing} missing; a training needs CLIPS and --out RUN, or --resume RUN")
+    if a.latents_on_mismatch != "error":
+        raise VglannError("--latents-on-mismatch: a new run has no latents yet; give it with --resume")
+    options = replace(preset(a.preset or "modern").train, **given)
+    record = {
+        "preset": a.preset or "modern",
+        "seed": a.seed or 0,
+        "clips": str(Path(a.clips).absolute()),
+        "train": options_to_json(options),
+    }
+    if a.dry_run:
+        print_config(
+            a, {**options_to_json(options), **{name: record[name] for name in ("preset", "seed", "clips")}}
+        )
+        return
+    from vglann_fast.clips.dataset import ClipSet
+    from vglann_fast.run.folder import RunDir
+    from vglann_fast.runtime.distributed import joined
+
+    device = device_and_kernels(a)
+    with joined(device) as ranks:
+        clips = ClipSet.open(a.clips, "train")
+        run = RunDir.new(a.out, {**record, "frames": clips.frames, "size": clips.size})
+        _train_run(a, clips, run, device, ranks, resume=False)
+
+
+def _resume(a: Namespace, given: dict[str, Any]) -> None:
+    """Continue a run with the options in `given`, of which only some may differ from its own."""
+    from vglann_fast.run.folder import RunDir
+
+    run = RunDir.open(a.resume)
+    if run.options["clips"] is None:
+        raise VglannError(f"{a.resume} was imported: there is no training of it to continue")
+    _check_resumable(a, given, run.options)
+    run.options["train"].update(given)
+    if a.clips is not None:
+        run.options["clips"] = str(Path(a.clips).absolute())
+    if a.dry_run:
+        record = {name: run.options[name] for name in ("preset", "seed", "clips")}
+        print_config(a, {**record, **run.options["train"]})
+        return
+    from vglann_fast.clips.of_run import open_clips
+    from vglann_fast.runtime.distributed import joined
+
+    device = device_and_kernels(a)
+    with joined(device) as ranks:
+        _train_run(a, open_clips(run, verify=True), run, device, ranks, resume=True)
+
+
+def _check_resumable(a: Namespace, given: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise `VglannError` for options that a resumed run, with options `own`, cannot change."""
+    if a.out is not None:
+        raise VglannError("--resume continues a run in its own folder; remove --out")
+    free = {f.name for f in fields(TrainOptions) if f.metadata["resumable"]}
+    fixed = {name: value for name, value in given.items() if name not in free}
+    fixed |= {name: value for name in ("preset", "seed") if (value := getattr(a, name)) is not None}
+    before = {**own["train"], "preset": own["preset"], "seed": own["seed"]}
+    changed = [f"{flag_of(name)} {value}" for name, value in fixed.items() if before.get(name) != value]
+    if changed:
+        raise VglannError(
+            f"--resume: {a.resume} was begun with other values than {', '.join(changed)}; remove these (only CLIPS, "
+            "learning rates and options of the machine may change)"
+        )
+
+
+def _train_run(a: Namespace, clips: Any, run: Any, device: Any, ranks: Any, *, resume: bool) -> None:
+    from vglann_fast.glo.train import train
+
+    train(
+        clips,
+        run,
+        seed=run.options["seed"],
+        device=device,
+        log_every=a.log_every,
+        checkpoint_every=a.checkpoint_every,
+        keep_checkpoints=a.keep_checkpoints,
+        resume=resume,
+        on_mismatch=a.latents_on_mismatch,
+        tensorboard=a.tensorboard,
+        ranks=ranks,
+    )
+    if ranks.rank == 0:
+        for warning in run.warnings:
+            print(f"vglann: warning: {warning}", file=sys.stderr)
+        print(f"trained: {run.path}")
+
+
+@command("profile", "take a few training steps of a run and show where the time goes", "vglann profile run")
+def add_profile(parser: Parser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--steps", metavar="N", type=POSITIVE, default=20, help="to measure, after 4 of warm-up [%(default)s]"
+    )
+    add_seed(parser)
+    add_machine(parser)
+    parser.set_defaults(func=_profile)
+
+
+def _profile(a: Namespace) -> None:
+    from vglann_fast.diagnostics.profile import profile
+
+    print(profile(a.run, steps=a.steps, device=device_and_kernels(a)))
+
+
+@command(
+    "import-glann",
+    "make a run from checkpoints of the GLANN-VIDEO code",
+    "vglann import-glann netG_100.pth netZ_100.pth --out run",
+)
+def add_import_glann(parser: Parser) -> None:
+    parser.add_argument("generator", metavar="GENERATOR", help="netG_*.pth")
+    parser.add_argument("latents", metavar="LATENTS", help="netZ_*.pth")
+    add_choice(
+        parser,
+        "--variant",
+        get_args(Variant),
+        "which of the two networks it is [%(default)s]",
+        default="original",
+    )
+    parser.add_argument("--out", metavar="RUN", required=True, help="run folder to make")
+    parser.set_defaults(func=_import_glann)
+
+
+def _import_glann(a: Namespace) -> None:
+    from vglann_fast.interop.import_glann import import_glann
+
+    print(f"imported: {import_glann(a.generator, a.latents, a.out, a.variant).path}")
