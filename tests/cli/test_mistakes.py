@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vglann_fast.cli.commands import training
 from vglann_fast.cli.main import main
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo import loader
+from vglann_fast.interface import training as interface_training
 from vglann_fast.run.files import sha256
 from vglann_fast.runtime import distributed
 from vglann_fast.runtime.distributed import Ranks
@@ -114,7 +114,8 @@ def test_what_cannot_be_trained_costs_nothing(name, untouched, tmp_path, monkeyp
 
 def test_a_graph_with_accumulation_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     """On a GPU, of which this machine needs none to be told no."""
-    monkeypatch.setattr(training, "device_and_kernels", lambda a: torch.device("cuda", 0))
+    monkeypatch.setattr(interface_training, "torch_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(interface_training, "computing", lambda *_: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     clips = write_clip_folder(tmp_path / "clips", moving_squares(4))
     command = ["train", str(clips), "--out", str(tmp_path / "run"), "--cuda-graph", "on", "--accumulate", "2"]

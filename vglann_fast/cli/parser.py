@@ -13,6 +13,7 @@ It stands in a module of `commands/`. Help, errors, --config and `vglann replay`
 import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -22,7 +23,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.options.fields import flag_of
 
 # What argparse and this file keep beside the arguments.
-INTERNAL = ("func", "command", "config", "dry_run", "help")
+INTERNAL = ("func", "command", "config", "dry_run", "help", "block")
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,10 @@ def perform(values: argparse.Namespace) -> int:
         return values.func(values) or 0
     from vglann_fast.runtime.numerics import numerics
 
-    # A training has its --precision; everywhere else PyTorch would allow TensorFloat-32 to convolutions.
-    with numerics(deterministic=bool(getattr(values, "deterministic", False)), tf32=False):
+    # What holds until the command ends, see `device_and_kernels`.
+    with ExitStack() as values.block:
+        # A training has its --precision; everywhere else PyTorch would allow TensorFloat-32 to convolutions.
+        values.block.enter_context(
+            numerics(deterministic=bool(getattr(values, "deterministic", False)), tf32=False)
+        )
         return values.func(values) or 0

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.kernel_names import kernel_name
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
@@ -30,7 +29,7 @@ def verify_run(path: str | Path, device: Any, seed: int = 0) -> int:
         frames=run.options["frames"],
         size=run.options["size"],
         levels=train.levels,
-        blur=kernel_name(train.blur),
+        blur=train.blur,
         latent_dim=train.latent_dim,
         device=str(device),
         impl="reference" if why else "triton",

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import latent_adam_state, latent_adam_step, latent_flush, latent_gather
 
-from vglann_fast.glo.kernel_names import kernel_name
 from vglann_fast.options.training import TrainOptions
 
 BETAS = (0.5, 0.999)
@@ -31,7 +30,7 @@ class LatentTable:
         self.ids = tuple(ids)
         self.lr = torch.tensor(options.lr_latents, dtype=rows.dtype, device=rows.device)
         self.retraction = "sphere" if options.latent_mode == "sparse" else None
-        self.adam = latent_adam_state(rows, kernel_name(options.latent_mode))
+        self.adam = latent_adam_state(rows, options.latent_mode)
 
     def gather(self, index: Tensor) -> Tensor:
         """The latents [B, d] of rows `index` [B], as a leaf that wants a gradient."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 
 from vglann_fast.clips.pixels import to_range
-from vglann_fast.glo.kernel_names import kernel_name
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss, TargetLoss
 from vglann_fast.options.training import TrainOptions
@@ -51,7 +50,8 @@ def _fused_loss(
 ) -> tuple[Tensor, Tensor | None]:
     frames = head.shape[2]
     summed = frames - 1 if options.frame_reduction == "sum-but-last" else None
-    # The op takes the mean over frames; the prior is not to be multiplied.
+    # The op takes the mean over frames. As weights of the levels the factor costs nothing; on the loss it would have
+    # the backward pass multiply the whole gradient.
     factor = (summed or 1) * options.loss_terms["laplacian"]
     result = composite_laplacian_loss(
         head,
@@ -59,14 +59,14 @@ def _fused_loss(
         batch.clips,
         batch.at,
         frames=summed,
-        mask_weight=options.mask_weight / factor,
+        mask_weight=options.mask_weight,
         return_video=with_video,
         levels=options.levels,
-        blur=kernel_name(options.blur),
+        blur=options.blur,
+        level_weights=[factor] * (options.levels + 1),
         target_range=options.target_limits,
     )
-    loss, video = result if isinstance(result, tuple) else (result, None)
-    return (loss if factor == 1 else factor * loss), video
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def reconstruction_loss(
@@ -103,7 +103,7 @@ def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) 
             made,
             real,
             levels=options.levels,
-            blur=kernel_name(options.blur),
+            blur=options.blur,
             target_range=options.target_limits,
         )
     else:

@@ -29,9 +29,22 @@ class _Settings:
     threads: int | None
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _lock = threading.RLock()
 _blocks: list[_Settings] = []  # those that are open, in the order they began
 _found: list[Any] = []  # the state before the first of them
+_seeding = threading.RLock()
+_computed = False  # in this process, or in the one it was forked from
+_threads_lost = False
+
+
+def _after_fork() -> None:
+    """A forked process has none of the threads that OpenMP has started, and would wait for them for ever."""
+    global _threads_lost
+    _threads_lost = _computed
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -43,7 +56,7 @@ def numerics(
     Inside, new tensors are float32 whatever the caller's default dtype is. Afterwards the caller's default dtype,
     random state, algorithms and threads are as they were. Blocks may be nested, and open in several threads at a
     time: the settings are the process's, so the block that began last decides, and the state comes back when the
-    last one ends.
+    last one ends. In a process that was forked after such a block, there is one thread.
 
     Args:
         deterministic: whether only operations run that give the same bits each time. Where it is true, an
@@ -51,6 +64,8 @@ def numerics(
         tf32: whether float32 products on a GPU may be computed in TensorFloat-32.
         threads: CPU threads of an operation.
     """
+    global _computed
+    _computed = True
     block = _Settings(deterministic, tf32, threads)
     with _lock:
         if not _blocks:
@@ -75,6 +90,17 @@ def numerics(
                 _restore_random_state(_found.pop())
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """Yield PyTorch's default CPU generator, seeded; its state comes back at the end of the block.
+
+    First parameters are drawn in such blocks: on the CPU, so that they are the same on every device. Threads take
+    turns, because the generator belongs to the process.
+    """
+    with _seeding, torch.random.fork_rng(devices=[]):
+        yield torch.default_generator.manual_seed(seed)
+
+
 def _state() -> dict[str, Any]:
     return {
         "dtype": torch.get_default_dtype(),
@@ -83,6 +109,7 @@ def _state() -> dict[str, Any]:
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "threads": torch.get_num_threads(),
+        "cublas": os.environ.get(_CUBLAS),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
     }
@@ -93,15 +120,16 @@ def _apply(settings: _Settings) -> None:
     if settings.deterministic is not None:
         if settings.deterministic:
             # cuBLAS reads it when it starts.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault(_CUBLAS, ":4096:8")
         torch.use_deterministic_algorithms(settings.deterministic)
         torch.backends.cudnn.deterministic = settings.deterministic
         torch.backends.cudnn.benchmark = False
     if settings.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32
         torch.backends.cudnn.allow_tf32 = settings.tf32
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    threads = 1 if _threads_lost else settings.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _restore(state: dict[str, Any]) -> None:
@@ -109,6 +137,8 @@ def _restore(state: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = state["cudnn"]
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = state["tf32"]
+    if state["cublas"] is None:
+        os.environ.pop(_CUBLAS, None)
     if torch.get_num_threads() != state["threads"]:
         torch.set_num_threads(state["threads"])
 
@@ -117,3 +147,6 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["random"])
     if state["random_cuda"] is not None:
         torch.cuda.set_rng_state_all(state["random_cuda"])
+    elif torch.cuda.is_initialized():
+        # The block was the first to use a GPU: nothing was drawn there after the caller's torch.manual_seed.
+        torch.cuda.manual_seed_all(torch.initial_seed())

@@ -4,7 +4,6 @@ from argparse import Namespace
 from typing import get_args
 
 from vglann_fast.cli.arguments import add_device, add_run, add_seed
-from vglann_fast.cli.device import device_of
 from vglann_fast.cli.parser import Parser, command
 from vglann_fast.cli.types import one_of
 from vglann_fast.nets.weights import Network
@@ -61,5 +60,6 @@ def add_verify(parser: Parser) -> None:
 
 def _verify(a: Namespace) -> int:
     from vglann_fast.diagnostics.verify import verify_run
+    from vglann_fast.interface.machine import torch_device
 
-    return verify_run(a.run, device_of(a), a.seed)
+    return verify_run(a.run, torch_device(a.device), a.seed)

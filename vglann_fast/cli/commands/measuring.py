@@ -24,7 +24,7 @@ from vglann_fast.cli.arguments import (
     print_config,
     require_given,
 )
-from vglann_fast.cli.device import device_and_kernels, device_of
+from vglann_fast.cli.device import device_and_kernels
 from vglann_fast.cli.parser import Parser, command, perform, values_for
 from vglann_fast.cli.types import names, whole
 from vglann_fast.options.fields import options_to_json
@@ -212,6 +212,7 @@ def add_replay(parser: Parser) -> None:
 
 def _replay(a: Namespace) -> int:
     from vglann_fast.experiments.replay import replay
+    from vglann_fast.interface.machine import torch_device
 
     def again(verb: str, options: Mapping[str, Any], run: Path) -> None:
         where = f"{a.run}/history.jsonl: the options of {verb} are damaged: "
@@ -219,6 +220,6 @@ def _replay(a: Namespace) -> int:
         with redirect_stdout(sys.stderr):
             perform(values)
 
-    verdicts = replay(a.run, again, out=a.out, clips=a.clips, device=device_of(a))
+    verdicts = replay(a.run, again, out=a.out, clips=a.clips, device=torch_device(a.device))
     print("\n".join(map(str, verdicts)))
     return 1 if any(verdict.same is False for verdict in verdicts) else 0

@@ -1,6 +1,5 @@
 """Training the generator and the latents: `vglann train | profile`, and runs from checkpoints of others."""
 
-import sys
 from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from vglann_fast.cli.parser import Parser, command
 from vglann_fast.errors import VglannError
 from vglann_fast.options.fields import flag_of, options_to_json
 from vglann_fast.options.presets import preset
-from vglann_fast.options.training import OnMismatch, TrainOptions, Variant
+from vglann_fast.options.training import OnMismatch, PresetName, TrainOptions, Variant
+from vglann_fast.run.environment import launched
 
 
 @command(
@@ -96,54 +96,52 @@ def _train(a: Namespace) -> None:
         raise VglannError(f"train: {missing} missing; a training needs CLIPS and --out RUN, or --resume RUN")
     if a.latents_on_mismatch != "error":
         raise VglannError("--latents-on-mismatch: a new run has no latents yet; give it with --resume")
-    options = replace(preset(a.preset or "modern").train, **given)
-    record = {
-        "preset": a.preset or "modern",
-        "seed": a.seed or 0,
-        "clips": str(Path(a.clips).absolute()),
-        "train": options_to_json(options),
-    }
+    name: PresetName = a.preset or "modern"
     if a.dry_run:
+        options = options_to_json(replace(preset(name).train, **given))
         print_config(
-            a, {**options_to_json(options), **{name: record[name] for name in ("preset", "seed", "clips")}}
+            a, {**options, "preset": name, "seed": a.seed or 0, "clips": str(Path(a.clips).absolute())}
         )
         return
-    from vglann_fast.clips.dataset import ClipSet
-    from vglann_fast.run.folder import RunDir
-    from vglann_fast.runtime.distributed import joined
+    from vglann_fast.interface.training import train
 
-    device = device_and_kernels(a)
-    with joined(device) as ranks:
-        clips = ClipSet.open(a.clips, "train")
-        run = RunDir.new(a.out, {**record, "frames": clips.frames, "size": clips.size})
-        _train_run(a, clips, run, device, ranks, resume=False)
+    run = train(a.clips, a.out, preset=name, seed=a.seed or 0, **_machine(a), **given)
+    _say_trained(run.path)
 
 
 def _resume(a: Namespace, given: dict[str, Any]) -> None:
     """Continue a run with the options in `given`, of which only some may differ from its own."""
+    from vglann_fast.interface.training import resume, resumed_run
     from vglann_fast.run.folder import RunDir
 
-    run = RunDir.open(a.resume)
-    if run.options["clips"] is None:
-        raise VglannError(f"{a.resume} was imported: there is no training of it to continue")
-    _check_resumable(a, given, run.options)
-    run.options["train"].update(given)
-    if a.clips is not None:
-        run.options["clips"] = str(Path(a.clips).absolute())
+    own = RunDir.open(a.resume).options
+    free = _free_options(a, given, own)
     if a.dry_run:
-        record = {name: run.options[name] for name in ("preset", "seed", "clips")}
-        print_config(a, {**record, **run.options["train"]})
+        options = resumed_run(a.resume, a.clips, free).options
+        record = {name: options[name] for name in ("preset", "seed", "clips")}
+        print_config(a, {**record, **options["train"]})
         return
-    from vglann_fast.clips.of_run import open_clips
-    from vglann_fast.runtime.distributed import joined
-
-    device = device_and_kernels(a)
-    with joined(device) as ranks:
-        _train_run(a, open_clips(run, verify=True), run, device, ranks, resume=True)
+    mismatch = a.latents_on_mismatch
+    run = resume(a.resume, a.clips, latents_on_mismatch=mismatch, **_machine(a), **free)
+    _say_trained(run.path)
 
 
-def _check_resumable(a: Namespace, given: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise `VglannError` for options that a resumed run, with options `own`, cannot change."""
+def _machine(a: Namespace) -> dict[str, Any]:
+    """Return the arguments of `train` and `resume` that are not options of the training."""
+    names = ("device", "kernels", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+    return {name: getattr(a, name) for name in names}
+
+
+def _say_trained(path: Path) -> None:
+    if launched().rank == 0:
+        print(f"trained: {path}")
+
+
+def _free_options(a: Namespace, given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the options in `given` that a resumed run, with options `own`, may change.
+
+    Raises `VglannError` for others, unless they have the value that the run has.
+    """
     if a.out is not None:
         raise VglannError("--resume continues a run in its own folder; remove --out")
     free = {f.name for f in fields(TrainOptions) if f.metadata["resumable"]}
@@ -156,28 +154,7 @@ def _check_resumable(a: Namespace, given: dict[str, Any], own: dict[str, Any]) -
             f"--resume: {a.resume} was begun with other values than {', '.join(changed)}; remove these (only CLIPS, "
             "learning rates and options of the machine may change)"
         )
-
-
-def _train_run(a: Namespace, clips: Any, run: Any, device: Any, ranks: Any, *, resume: bool) -> None:
-    from vglann_fast.glo.train import train
-
-    train(
-        clips,
-        run,
-        seed=run.options["seed"],
-        device=device,
-        log_every=a.log_every,
-        checkpoint_every=a.checkpoint_every,
-        keep_checkpoints=a.keep_checkpoints,
-        resume=resume,
-        on_mismatch=a.latents_on_mismatch,
-        tensorboard=a.tensorboard,
-        ranks=ranks,
-    )
-    if ranks.rank == 0:
-        for warning in run.warnings:
-            print(f"vglann: warning: {warning}", file=sys.stderr)
-        print(f"trained: {run.path}")
+    return {name: value for name, value in given.items() if name in free}
 
 
 @command("profile", "take a few training steps of a run and show where the time goes", "vglann profile run")
