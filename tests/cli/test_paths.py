@@ -4,6 +4,7 @@ import os
 import pwd
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from vglann_fast.cli import commands
 from vglann_fast.cli.main import main
 from vglann_fast.cli.paths import expand_user
 from vglann_fast.errors import VglannError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
         "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1])\n"
         "from vglann_fast.cli.main import main; sys.exit(main(['train', 'clips', '--out', 'run']))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(gone)], env=environment, capture_output=True, text=True, check=False
     )
