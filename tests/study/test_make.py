@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import re
 import sqlite3
 from collections import Counter
@@ -228,3 +229,11 @@ def test_a_study_is_made_once(made, tmp_path, capsys):
     assert main(["study", "make", str(made.parent / "maple"), *words]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "study")
     assert main(["study", "make", str(made.parent / "maple"), *words]) == 2
+
+
+def test_a_run_whose_name_is_not_utf_8_is_shown_with_escapes(made, tmp_path):
+    run = make_run(tmp_path / os.fsdecode(b"caf\xe9"), moving_squares(2, frames=8))
+    make_study([run], made.parent / "clips", tmp_path / "study", pairs=2)
+    study = Study.open(tmp_path / "study")
+    study.close()
+    assert r"caf\udce9" in [source.label for source in study.sources.values()]

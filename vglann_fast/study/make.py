@@ -94,9 +94,16 @@ def _labels(runs: Sequence[str | Path]) -> dict[str, Path]:
     paths = [Path(run) for run in runs]
     if len({path.resolve() for path in paths}) < len(paths):
         raise VglannError("study: the same run is given twice")
-    names = [path.resolve().name for path in paths]
+    names = [_as_text(path.resolve().name) for path in paths]
     plain = len({*names, "real", "noised copy"}) == len(names) + 2
-    return dict(zip(names if plain else (str(path.resolve()) for path in paths), paths, strict=True))
+    return dict(
+        zip(names if plain else (_as_text(str(path.resolve())) for path in paths), paths, strict=True)
+    )
+
+
+def _as_text(name: str) -> str:
+    """Return the name of a file as text that can be stored and shown: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _samples(run: Path) -> np.ndarray:
