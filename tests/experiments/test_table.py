@@ -209,6 +209,10 @@ def test_something_else_in_its_place_stays(clips, tmp_path, capsys):
     (tmp_path / "l1" / "letter.txt").write_text("dear")
     assert main(command(clips, tmp_path, "l1")) == 2
     assert "is there already" in capsys.readouterr().err
+    (tmp_path / "table.md").write_text("a table of mine")
+    assert main(command(clips, tmp_path, "laplacian")) == 2
+    assert "table.md: is there already" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_text() == "a table of mine"
     (tmp_path / "table.json").write_text("{}")
     assert main(command(clips, tmp_path, "laplacian")) == 2
     assert "not a table" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.experiments.replay import MADE
 from vglann_fast.progress import say
 from vglann_fast.run.environment import Launch, job_size, launched
-from vglann_fast.run.files import actionable
+from vglann_fast.run.os_errors import actionable
 from vglann_fast.runtime.signals import Interrupted, terminated_in_order
 
 # As PyTorch, cuBLAS and cuDNN say it.

@@ -27,7 +27,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -47,13 +46,14 @@ from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
 from vglann_fast.nets.weights import load_weights
 from vglann_fast.progress import Progress
-from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.destinations import atomic_dir, content_of
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
 
 MAX_REJECTED_SHARE = 0.05
 REJECTED_FILE = "rejected.jsonl"
+OTHER_FILES = (REJECTED_FILE, "clips-*.npy", "sheet.png")  # beside the index; the sheet is from `clips show`
 STABILIZE_SECONDS = 6 * DecodeLimits.seconds  # for a file: finding keypoints takes longer than decoding
 _SHARD_CLIPS, _SHARD_BYTES = 1024, 2**29
 
@@ -155,14 +155,14 @@ def pack(
             raise VglannError(f"reading video needs the module {module}: pip install 'vglann-fast[video]'")
     found = find_sources(sources)
     out = Path(out)
-    if out.exists() and not _is_empty(out):
+    if content_of(out, INDEX_FILE, OTHER_FILES):
         if not (out / INDEX_FILE).is_file():
             raise VglannError(f"{out}: is there already and is no clip folder; choose another --out")
         if not overwrite:
             existing = read_index(out)
             _check_same(out, existing, options, found)
             return _report(out, existing, began, reused=True)
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, INDEX_FILE, OTHER_FILES) as folder:
         index = _write(folder, found, options, limits, workers, finder)
     return _report(out, index, began, reused=False)
 
@@ -214,7 +214,7 @@ def _write(
         )
         for s in sources
     ]
-    scratch = folder / "scratch"
+    scratch = folder.with_name("scratch")  # beside what is kept, so that it may go later
     scratch.mkdir()
     shards = _Shards(folder, options)
     entries: list[dict[str, Any]] = []
@@ -250,8 +250,6 @@ def _write(
                         entry["clips"] += 1
             finally:
                 video.discard()
-    # A file system that only renames files that are still open may not let go of the folder yet.
-    shutil.rmtree(scratch, ignore_errors=True)
     counts.update(rejected=len(rejected), unstable=len(unstable))
     _check_enough(len(clips), rejected, counts, len(sources), options)
     index = {
@@ -346,10 +344,6 @@ def _check_enough(
             f"no clip in {sources} videos: {why or f'no shot has {options.span} frames'}; give other videos, "
             "fewer frames or less min_motion"
         )
-
-
-def _is_empty(out: Path) -> bool:
-    return out.is_dir() and not any(out.iterdir())
 
 
 def _check_same(out: Path, index: dict[str, Any], options: PackOptions, sources: list[Source]) -> None:

@@ -9,6 +9,8 @@
 Nothing else in the run changes: the steps are taken from its newest checkpoint and forgotten.
 """
 
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import TrainOptions
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.memory import forget_peak
@@ -89,8 +92,10 @@ def _measure(training: Training, steps: int, folder: Path) -> dict[str, Any]:
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as found:
         _timed(training, steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    found.export_chrome_trace(str(folder / "trace.json"))
+    # PyTorch cannot write to a path that is not Unicode.
+    with tempfile.TemporaryDirectory() as scratch, atomic_file(folder / "trace.json") as file:
+        found.export_chrome_trace(f"{scratch}/trace.json")
+        shutil.copyfile(f"{scratch}/trace.json", file)
 
     per_step = seconds / steps
     work = [event for event in found.key_averages() if event.key not in STAGES]

@@ -32,6 +32,7 @@ from vglann_fast.glo.checkpoint import load_trained, new_generator
 from vglann_fast.glo.compatibility import batch_size_for, check_compatibility
 from vglann_fast.glo.precision import resolve_precision
 from vglann_fast.glo.train import train
+from vglann_fast.mapping.base import MAPPING_FILE
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.split import set_aside, shot_numbers
 from vglann_fast.metrics.evaluate import Sides, evaluate, prepare
@@ -44,8 +45,9 @@ from vglann_fast.options.presets import preset
 from vglann_fast.options.training import LOSSES, PERCEPTUAL, TrainOptions
 from vglann_fast.report.page import write_report
 from vglann_fast.report.table_page import write_table_page
+from vglann_fast.run.destinations import content_of
 from vglann_fast.run.files import read_json, sha256, write_json
-from vglann_fast.run.folder import RunDir
+from vglann_fast.run.folder import RunDir, check_links
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.samples.sample import draw_latents, render
 from vglann_fast.samples.write import write_videos
@@ -177,6 +179,7 @@ def _checked(grid: Grid, device: torch.device | str) -> tuple[dict[str, Part], C
     _names("--losses", grid.losses, LOSSES)
     _names("--mappings", grid.kinds, tuple(KINDS))
     clips = ClipSet.open(grid.clips, "train")
+    check_links(grid.out / "samples")
     there = _rows_there(grid)
     parts = {}
     for loss in grid.losses:
@@ -213,6 +216,8 @@ def _rows_there(grid: Grid) -> dict[str, dict[str, Any]]:
     """The runs of the table that is there already; none if there is none."""
     file = grid.out / "table.json"
     if not file.is_file():
+        for name in {"table.md", "table.html", "samples"} & {*content_of(grid.out)}:
+            raise VglannError(f"{grid.out / name}: is there already, without a table; choose another --out")
         return {}
     table = read_record(read_json(file))
     if not isinstance(table, dict) or (table.get("format"), table.get("version")) != FORMAT:
@@ -246,7 +251,7 @@ def _part(grid: Grid, loss: str, clips: ClipSet, row: dict[str, Any]) -> Part:
     run = RunDir.open(path)
     _check_options(path, _fixed(run.options), _fixed(grid.run_options(loss, clips)))
     for kind in grid.kinds:
-        if (path / "mapping" / kind).is_dir():
+        if (path / "mapping" / kind / MAPPING_FILE).is_file():
             there, wanted = load_mapping(run, kind).options, grid.map_options(kind)
             _check_options(path / "mapping" / kind, options_to_json(there), options_to_json(wanted))
     state = run.checkpoints.load()[0] if run.checkpoints.exist() else {}
@@ -284,7 +289,7 @@ def _mapping_digest(run: Path, kind: str) -> str:
 
 def _is_kept(run: Path, kind: str, digest: str | None) -> bool:
     """Whether the mapping is there, and the very one that table.json has."""
-    return (run / "mapping" / kind).is_dir() and _mapping_digest(run, kind) == digest
+    return (run / "mapping" / kind / MAPPING_FILE).is_file() and _mapping_digest(run, kind) == digest
 
 
 def _train(grid: Grid, loss: str, clips: ClipSet, device: torch.device | str, *, resume: bool) -> None:

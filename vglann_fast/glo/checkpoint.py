@@ -31,7 +31,7 @@ from vglann_fast.glo.perceptual import check_weights
 from vglann_fast.glo.resume import check_clips, matched_latents
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
-from vglann_fast.run.files import open_regular
+from vglann_fast.run.files import tensors_header
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import seeded
@@ -187,13 +187,9 @@ def check_saved_size(run: RunDir, options: TrainOptions) -> None:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the header of a safetensors file claims; empty where it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        open_regular(path).close()
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+        return tensors_header(path)[0]
+    except (OSError, ValueError):
         return {}
 
 

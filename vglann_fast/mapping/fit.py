@@ -7,7 +7,7 @@ import torch
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.mapping.base import LatentSampler
+from vglann_fast.mapping.base import MAPPING_FILE, LatentSampler
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.generalization import measure_gap
@@ -17,7 +17,7 @@ from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
 from vglann_fast.options.mapping import MapOptions
 from vglann_fast.progress import Progress
-from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.destinations import atomic_dir
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
@@ -73,7 +73,7 @@ def fit_mapping(
 
         mapping.fit(fitted, generator, log, held_out)
     mapping.gap = measure_gap(mapping, fitted, held_out, torch.Generator(device).manual_seed(seed + 1))
-    with atomic_dir(destination) as folder:
+    with atomic_dir(destination, MAPPING_FILE) as folder:
         mapping.save(folder)
     return destination
 
@@ -82,7 +82,7 @@ def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> 
     """The mapping `kind` of a run. Raises `VglannError` when it was not fitted yet or cannot be read."""
     mapping = _mapping_class(kind)
     folder = run.path / "mapping" / kind
-    if not folder.is_dir():
+    if not (folder / MAPPING_FILE).exists():
         raise VglannError(
             f"{run.path} has no {kind} mapping; fit one with `vglann map {run.path} --kind {kind}`"
         )

@@ -20,7 +20,7 @@ from vglann_fast.report.mappings import Comparison, compare_mappings
 from vglann_fast.report.plots import Chart, Series, chart, scatter
 from vglann_fast.report.rendering import render_page
 from vglann_fast.report.table_page import distance_tables, paper_note, read_table
-from vglann_fast.run.files import atomic_file
+from vglann_fast.run.destinations import atomic_file
 
 _MOST_DEPTH = 8
 _MOST_TEXT = 1000

@@ -16,8 +16,9 @@ from typing import Any
 
 from vglann_fast.errors import VglannError
 from vglann_fast.options.aliases import read_options, read_record
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.environment import environment
-from vglann_fast.run.files import append_line, atomic_file, json_lines
+from vglann_fast.run.files import append_line, json_lines
 
 
 class RunLogs:

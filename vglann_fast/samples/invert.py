@@ -190,7 +190,8 @@ def _read_videos(run: RunDir, paths: list[Path]) -> tuple[list[str], np.ndarray]
     if has_clips(run) and Path(run.options["clips"]).is_dir():
         packed = read_index(Path(run.options["clips"]))["options"]
         options |= {name: packed[name] for name in ("stride", "tiles", "stabilize") if name in packed}
-    with tempfile.TemporaryDirectory() as folder:
+    # The clips are still mapped when it ends, which keeps files on network file systems.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         pack(paths, Path(folder) / "clips", **options)
         clips = ClipSet.open(Path(folder) / "clips", verify=False)
         return clips.ids, clips.read()

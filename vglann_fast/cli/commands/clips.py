@@ -1,5 +1,6 @@
 """Videos to packed clips: `vglann clips fetch | pack | show`."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -151,6 +152,6 @@ def add_show(parser: Parser) -> None:
 def _show(a: Namespace) -> None:
     from vglann_fast.clips.sheet import show
 
-    out = a.out or Path(a.clips) / "sheet.png"
+    out = os.path.realpath(a.out) if a.out else Path(a.clips) / "sheet.png"
     show(a.clips, out)
     print(out)
