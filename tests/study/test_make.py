@@ -206,7 +206,17 @@ def test_a_study_needs_samples_and_test_clips_that_fit(made, tmp_path, capsys):
         ([good, good], real, out, 4, "given twice"),
         ([good], real, taken, 4, "is there already"),
     ]:
-        words = ["study", "make", *map(str, runs), "--real", str(clips), "--out", str(folder), "--pairs", str(pairs)]
+        words = [
+            "study",
+            "make",
+            *map(str, runs),
+            "--real",
+            str(clips),
+            "--out",
+            str(folder),
+            "--pairs",
+            str(pairs),
+        ]
         assert main(words) == 2
         error = capsys.readouterr().err
         assert message in error
