@@ -234,7 +234,7 @@ def test_streams_of_two_threads_that_overlap_come_back(monkeypatch):
 
 
 def test_ctrl_c_while_the_program_loads_is_no_traceback(tmp_path):
-    (tmp_path / "yaml.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-m", "vglann_fast", "--help"], env=environment, capture_output=True, check=False
