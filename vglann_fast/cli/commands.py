@@ -158,15 +158,10 @@ def _sample(a: Namespace) -> None:
 
 
 def _reconstruct(a: Namespace) -> None:
-    from vglann_fast.metrics.reconstruction import reconstruct
+    from vglann_fast.metrics.reconstruction import describe, reconstruct
 
     folder, record = reconstruct(a.run, device=device_and_kernels(a))
-    flat = record["psnr_mean_color"]
-    verdict = "" if record["psnr"] > flat else ": worse than that, train longer"
-    print(
-        f"{folder}: reconstruction PSNR {record['psnr']:.2f} dB over {record['clips']} clips "
-        f"(each clip's mean color alone {flat:.2f} dB{verdict})"
-    )
+    print(f"{folder}: {describe(record)}")
 
 
 def _evaluate(a: Namespace) -> None:
