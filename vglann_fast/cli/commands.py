@@ -69,7 +69,9 @@ def _train(a: Namespace) -> None:
         "clips": str(Path(a.clips).absolute()),
         "train": options_to_json(options),
     }
-    if _dry_run(a, record):
+    if _dry_run(
+        a, record | {"passes": {"background": options.background_passes, "full": options.full_passes}}
+    ):
         return
     from vglann_fast.clips.dataset import ClipSet
     from vglann_fast.run.folder import RunDir

@@ -16,7 +16,7 @@ from vglann_fast.options.training import TrainOptions
 
 
 def glo_loss(
-    head: Tensor,
+    head: Tensor | None,
     background: Tensor,
     batch: Batch,
     options: TrainOptions,
@@ -30,10 +30,15 @@ def glo_loss(
     The same numbers otherwise, from one op after the other; that path takes floating-point clips, too.
 
     Args:
-        head, background: what `TwoStreamGenerator.logits` gives.
+        head, background: what `TwoStreamGenerator.logits` gives. Without a head the background alone is compared
+            with each clip's mean frame, and the video has one frame.
         features: of `load_features(options, ...)`, where the loss names a network.
         with_video: the fused op writes the video only when asked.
     """
+    if head is None:
+        still = torch.tanh(_in_float32(background))[:, :, None]  # [B, 3, 1, H, W]
+        target = mean_frames(batch.clips[batch.at], still.dtype, options.target_limits)
+        return reconstruction_loss(still, target, options), still.detach() if with_video else None
     if options.loss_terms.keys() == {"laplacian"} and batch.clips.dtype == torch.uint8:
         return _fused_loss(head, background, batch, options, with_video)
     clips = batch.clips[batch.at]
@@ -43,6 +48,18 @@ def glo_loss(
     if options.mask_weight:
         loss = loss + options.mask_weight * mask_mean.mean()
     return loss, video.detach() if with_video else None
+
+
+def mean_frames(clips: Tensor, dtype: torch.dtype, limits: tuple[float, float]) -> Tensor:
+    """Clips [B, 3, T, H, W], uint8 or in `limits` already -> their mean frames [B, 3, 1, H, W] in `limits`."""
+    mean = clips.mean(2, keepdim=True, dtype=dtype)
+    low, high = limits
+    return mean if clips.is_floating_point() else mean * ((high - low) / 255.0) + low
+
+
+def _in_float32(video: Tensor) -> Tensor:
+    """16-bit values as float32; float64 stays."""
+    return video.to(torch.promote_types(video.dtype, torch.float32))
 
 
 def _fused_loss(
@@ -83,7 +100,7 @@ def reconstruction_loss(
         all frames but the last. "laplacian": sum over pyramid bands of the mean absolute difference, see
         `vglann_kernels`. "l1": mean absolute difference. "l2": mean squared difference. Networks: `FeatureLoss`.
     """
-    video = video.to(torch.promote_types(video.dtype, torch.float32))
+    video = _in_float32(video)
     terms = []
     for name, weight in options.loss_terms.items():
         loss = (
