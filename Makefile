@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := runs/demo
 CLIPS := runs/demo-clips
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
+# Processes that share the tests: one a processor, four at most, since each of them loads PyTorch.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 .PHONY: demo test bench lint resources faults clean
@@ -24,7 +26,7 @@ demo: $(RUN)/report/index.html
 	@$(BIN)/vglann report $(RUN)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest --benchmark-only

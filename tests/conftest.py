@@ -1,6 +1,7 @@
 """No test has a network, nor has any Python process it starts: only this machine can be reached.
 
-Python processes that tests start find the modules in fixtures/, as the tests do.
+Python processes that tests start find the modules in fixtures/, as the tests do. Under pytest-xdist each worker, and
+what it starts, computes on one thread: the workers share the machine.
 """
 
 import os
@@ -10,6 +11,10 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 FIXTURES = TESTS / "fixtures"
 NO_NETWORK = FIXTURES / "no_network"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # OpenMP and BLAS read these when they are loaded, which is later.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 folders = [str(folder) for folder in (NO_NETWORK, TESTS, FIXTURES)]

@@ -2,7 +2,15 @@
 
 import sys
 
-from vglann_fast.cli.main import main
+
+def program() -> int:
+    """Run `vglann` as a program of its own; returns the exit status, also after Ctrl-C while it still loads."""
+    try:
+        from vglann_fast.cli.main import main
+    except KeyboardInterrupt:
+        return 130
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

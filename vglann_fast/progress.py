@@ -1,22 +1,43 @@
-"""Progress of a long job: a bar on a terminal, otherwise a plain line now and then."""
+"""Progress of a long job: a bar on a terminal, otherwise a logged line now and then."""
 
+import logging
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from tqdm import tqdm
+LINE_SECONDS = 5.0  # between logged lines
 
-LINE_SECONDS = 5.0  # between plain lines
+log = logging.getLogger("vglann_fast")
+
+
+def say(text: str) -> None:
+    """Print a line on standard error. A stream that is missing, closed or full must not end the work."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Return True if the stream says so; a host program's own stream may not even have the question."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 class Progress:
     """Counts `total` units on standard error; use as a context manager."""
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        from tqdm import tqdm
+
         self._name, self._total, self._unit, self._done = name, total, unit, done
         self._first, self._started, self._line_at = done, time.monotonic(), 0.0
-        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, initial=done, desc=name, unit=unit, disable=not _is_terminal(sys.stderr)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -32,7 +53,7 @@ class Progress:
         self._bar.update()
 
     def show(self, **figures: float) -> None:
-        """Show the latest figures; as a plain line at most every few seconds, and at the end."""
+        """Show the latest figures; as a logged line at most every few seconds, and at the end."""
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
@@ -43,4 +64,4 @@ class Progress:
         self._line_at = now
         rate = (self._done - self._first) / max(now - self._started, 1e-9)
         parts = [f"{self._unit} {self._done}/{self._total}", text, f"{rate:.3g} {self._unit}s/s"]
-        print(f"{self._name}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+        log.info("%s: %s", self._name, ", ".join(filter(None, parts)))

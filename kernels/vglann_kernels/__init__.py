@@ -1,4 +1,4 @@
-"""Kernels for non-adversarial video generation, each with a plain PyTorch definition beside it.
+"""Kernels for non-adversarial video generation, each with a PyTorch reference.
 
 Importing this package loads neither torch nor triton: every public name is imported when first used.
 """

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: every message names the argument, what was expected and what came.
+"""Argument checks shared by the ops: every message names the argument, the expected value and the actual one.
 
 Shapes, dtypes and devices are always checked. Values (index range, finiteness) are checked on the CPU, and on
 CUDA only with `VGLANN_CHECK=1`, because reading a value there waits for the device.
@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """TypeError unless `value` is a tensor of one of `dtypes`."""
+    """Raise TypeError unless `value` is a tensor of one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -22,10 +22,10 @@ def check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> N
 
 
 def check_shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
-    """ValueError unless the shape matches; a string in `expected` names a size that may be anything."""
+    """Raise ValueError unless the shape matches; a string in `expected` names a size that may be anything."""
     shape = tuple(value.shape)
     fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
+        isinstance(size, str) or size == actual for size, actual in zip(expected, shape, strict=True)
     )
     if not fits:
         wanted = f"({', '.join(map(str, expected))}{',' if len(expected) == 1 else ''})"
@@ -33,20 +33,20 @@ def check_shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> No
 
 
 def check_same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
-    """ValueError unless both tensors are on one device."""
+    """Raise ValueError unless both tensors are on one device."""
     if first.device != value.device:
         raise ValueError(f"{name}: expected device {first.device} (as {first_name}), got {value.device}")
 
 
 def values_are_checked(value: Tensor) -> bool:
-    """Whether the values of this tensor may be read for a check. Never inside a traced graph."""
+    """Return True if the values of this tensor may be read for a check. Never inside a traced graph."""
     if torch.compiler.is_compiling():
         return False
     return value.device.type == "cpu" or os.environ.get("VGLANN_CHECK") == "1"
 
 
 def check_index(name: str, index: Tensor, rows: int) -> None:
-    """ValueError unless every value of `index` is in [0, rows). Negative values do not count from the end."""
+    """Raise ValueError unless every value of `index` is in [0, rows). Negative values do not count from the end."""
     if index.numel() == 0 or not values_are_checked(index):
         return
     low, high = int(index.min()), int(index.max())
@@ -55,5 +55,5 @@ def check_index(name: str, index: Tensor, rows: int) -> None:
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """The dtype references compute in: float64 for float64 inputs, float32 for everything else."""
+    """Return the dtype that references compute in: float64 for float64 inputs, float32 for everything else."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32

@@ -1,10 +1,10 @@
-"""The switch: which implementation of each op runs, and why.
+"""The switch between the implementations of each op.
 
 A choice is written `DEFAULT[,OP=NAME...]`, for example `auto`, `reference` or `reference,nearest=triton`.
 It can be given at three levels, the nearest one wins:
 
 1. the keyword `impl="triton"` of a call (a single name, no commas);
-2. the process default, `use_impl("reference")`;
+2. the process default, `use_impl("reference")`, or in the block's own thread `with using_impl("reference")`;
 3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
 
 Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
@@ -18,20 +18,25 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 OPS = ("composite", "laplacian", "composite_laplacian", "nearest", "latent_adam")
-DEFAULTS = ("auto", "triton", "reference")  # names that every op understands
+# Names that every op understands.
+DEFAULTS = ("auto", "triton", "reference")
 VARIABLE = "VGLANN_KERNELS"
 
 log = logging.getLogger("vglann_kernels")
 
-WhyNot = Callable[[Any], str | None]  # device -> None when it can run there, else the reason
+# device -> None when it can run there, else the reason
+WhyNot = Callable[[Any], str | None]
 
 _registered: dict[str, dict[str, WhyNot]] = {op: {} for op in OPS}
 _process_default: str | None = None
+# (spec,) inside `using_impl`, in the thread of that block alone.
+_of_block: ContextVar[tuple[str | None] | None] = ContextVar("vglann_kernels", default=None)
 _reported: set["Choice"] = set()
 
 
@@ -41,7 +46,7 @@ class ImplUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for one op: `impl` is the implementation's name, `reason` one readable clause."""
+    """The implementation chosen for one op: `impl` is the implementation's name, `reason` one readable clause."""
 
     op: str
     impl: str
@@ -52,12 +57,12 @@ class Choice:
 
 
 def register(op: str, name: str, why_not: WhyNot = lambda device: None) -> None:
-    """Called by an op's module for each implementation it has. `why_not(device)` is None when it can run."""
+    """Register an implementation; an op's module calls this. `why_not(device)` is None when it can run."""
     _registered[op][name] = why_not
 
 
 def implementations(op: str) -> dict[str, WhyNot]:
-    """The implementations of `op` by name. Loads the op (and so torch)."""
+    """Return the implementations of `op` by name. Loads the op (and so torch)."""
     if op not in _registered:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     import_module(f"{__package__}.{op}.op")
@@ -65,7 +70,7 @@ def implementations(op: str) -> dict[str, WhyNot]:
 
 
 def parse(spec: str) -> dict[str, str]:
-    """`"reference,nearest=triton"` -> {"": "reference", "nearest": "triton"}; "" holds the default.
+    """Return {"": "reference", "nearest": "triton"} for "reference,nearest=triton"; "" holds the default.
 
     Raises ValueError on an unknown op or name, and on anything given twice.
     """
@@ -85,47 +90,50 @@ def parse(spec: str) -> dict[str, str]:
 
 
 def use_impl(spec: str | None) -> list[Choice]:
-    """Set the process default and return what it means on the best device of this machine, op by op.
+    """Set the process default and return its choice for each op on the best device of this machine.
 
-    `spec` as in the head of this file; None goes back to `VGLANN_KERNELS`. Raises ValueError on a name that
-    does not exist and `ImplUnavailable` on one that cannot run here; the default is then left as it was.
+    `spec` as in the head of this file; None restores `VGLANN_KERNELS`. Raises ValueError on a name that
+    does not exist and `ImplUnavailable` on one that cannot run here; the default is then left as it was. Inside a
+    `using_impl` block the block's choice is set instead.
     """
     global _process_default
-    before, _process_default = _process_default, spec
-    try:
-        if spec is not None:
-            parse(spec)
-        chosen = choices()
-    except (ValueError, ImplUnavailable):
-        _process_default = before
-        raise
-    for choice in chosen:
-        _report(choice)
+    with using_impl(spec) as chosen:
+        pass
+    if _of_block.get() is None:
+        _process_default = spec
+    else:
+        _of_block.set((spec,))
     return chosen
 
 
 @contextmanager
 def using_impl(spec: str | None) -> Iterator[list[Choice]]:
-    """`use_impl` for the length of a `with` block; the former default comes back afterwards."""
-    global _process_default
-    before = _process_default
+    """Choose implementations for a `with` block, in the thread of the block alone; blocks may be nested."""
+    if spec is not None:
+        parse(spec)
+    token = _of_block.set((spec,))
     try:
-        yield use_impl(spec)
+        chosen = choices()
+        for choice in chosen:
+            _report(choice)
+        yield chosen
     finally:
-        _process_default = before
+        _of_block.reset(token)
 
 
 def choices(device: Any = None) -> list[Choice]:
-    """The choice for every op on `device` (default: the current CUDA device, else the CPU)."""
+    """Return the choice for every op on `device` (default: the current CUDA device, else the CPU)."""
     return [resolve(op, device=device) for op in OPS]
 
 
 def requested(op: str, impl: str | None = None) -> tuple[str, str]:
-    """(name, where it was said) for one op: keyword, process default, environment, or `auto`."""
+    """Return (name, source of the name) for one op: keyword, process default, environment, or `auto`."""
     if impl is not None:
         return impl, "impl="
-    if _process_default is not None:
-        spec, source = _process_default, "use_impl"
+    block = _of_block.get()
+    default = _process_default if block is None else block[0]
+    if default is not None:
+        spec, source = default, "use_impl"
     else:
         spec, source = os.environ.get(VARIABLE, ""), VARIABLE
     if not spec:
@@ -137,7 +145,7 @@ def requested(op: str, impl: str | None = None) -> tuple[str, str]:
 
 
 def resolve(op: str, impl: str | None = None, device: Any = None, unsupported: str | None = None) -> Choice:
-    """Which implementation runs `op` on `device`, and why.
+    """Return the implementation that runs `op` on `device`, and the reason.
 
     `unsupported` is the op's own reason why its Triton kernel does not take these arguments (None: it does).
     Raises ValueError for a name the op does not have or arguments that an explicit `triton` does not take,
@@ -174,7 +182,7 @@ def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, W
 
 
 def chosen(op: str, impl: str | None, device: Any, unsupported: str | None = None) -> str:
-    """`resolve(...).impl`, for the ops: reports each new choice once, to the logger `vglann_kernels`.
+    """Return `resolve(...).impl`, for the ops: reports each new choice once, to the logger `vglann_kernels`.
 
     Under `torch.compile` its result is a constant, so nothing is logged from inside a graph.
     """
@@ -183,7 +191,7 @@ def chosen(op: str, impl: str | None, device: Any, unsupported: str | None = Non
     return choice.impl
 
 
-# What torch.compiler.assume_constant_result does; but calling that imports torch._dynamo, which takes a second.
+# torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a second.
 chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

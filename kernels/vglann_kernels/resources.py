@@ -1,11 +1,12 @@
 """Compile the kernels ahead of time, on a machine without a GPU, and table what they take.
 
-    python -m vglann_kernels.resources [--out FILE] [--check]
+    python -m vglann_kernels.resources [--out FILE] [--check] [--only TEXT]
 
-writes `kernels/RESOURCES.md`: registers per thread, stack bytes per thread (spills), shared memory and warps
-per program, matrix-unit instructions, for each of `configurations(target)` on each target. `--check` compares
-with the committed table instead and exits with 1 when a row got worse or the table belongs to other sources.
-Needs triton, whose wheel brings the assembler and `cuobjdump`; must not run under TRITON_INTERPRET=1.
+writes a table with one row for each of `configurations(target)` on each target. The table of the Triton version that
+the tests pin is `kernels/RESOURCES.md`; any other version writes `kernels/RESOURCES-<version>.md` for two targets,
+for example with `PYTHONPATH=<folder with triton 3.6>`. `--check` compares with the table of the installed version
+instead and exits with 1 when a bound got worse or the table belongs to other sources. Needs triton, whose wheel
+brings the assembler and `cuobjdump`; must not run under TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -15,26 +16,47 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-TARGETS = (80, 86, 89, 90, 100, 120)
-INFORMATIONAL = (75, "gfx942")  # below the minimum, and another vendor: nothing is promised for them
-TOO_LARGE = "128x128"  # left out there: on 75 each such configuration compiles for minutes, into spills
-DEFAULT_TABLE = Path(__file__).parents[1] / "RESOURCES.md"
-COLUMNS = ("op", "configuration", "target", "registers", "stack", "shared", "warps", "mma")
-MATRIX_UNIT = r"[HU]\w*MMA"  # HMMA up to 89 and on 120, HGMMA on 90, UTCHMMA on 100
+from .configurations import INFORMATIONAL, TARGETS, Configuration, configurations
+
+FOLDER = Path(__file__).parents[1]
+DEFAULT_TABLE = FOLDER / "RESOURCES.md"
+# The version in DEFAULT_TABLE, major and minor.
+DEFAULT_VERSION = "3.9"
+# What is compiled with any other version.
+FEW_TARGETS = (89, 90)
+COLUMNS = (
+    "op", "configuration", "target", "registers", "stack", "shared", "warps", "programs", "instructions", "mma",
+)  # fmt: skip
+# HMMA up to 89 and on 120, HGMMA on 90, UTCHMMA on 100.
+MATRIX_UNIT = re.compile(r"[HU]\w*MMA")
+# One line of a disassembly: an optional predicate, the opcode, the operands.
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)[^;]*;", re.MULTILINE)
+
+# Per multiprocessor: (warps, programs, KB of shared memory). All have 65,536 registers, given out in 256 per warp.
+MULTIPROCESSORS = {
+    "75": (32, 16, 64),
+    "80": (64, 32, 164),
+    "86": (48, 16, 100),
+    "89": (48, 24, 100),
+    "90": (64, 32, 228),
+    "100": (64, 32, 228),
+    "120": (48, 24, 100),
+}
+REGISTERS, REGISTER_UNIT, RESERVED_SHARED = 65_536, 256, 1024
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `target` is a compute capability such as "90", or "gfx942" (registers -1).
+    """One line of the table; `target` is a compute capability such as "90", or "gfx942" (what is not read is -1).
 
-    `mma` counts the instructions of the disassembly that run on the matrix units, loops once.
+    registers and stack bytes are per thread, shared bytes and warps per program. `programs` fit on a multiprocessor
+    at once. `instructions` counts the disassembly, loops once, and `mma` those that run on the matrix units.
     """
 
     op: str
@@ -44,173 +66,20 @@ class Row:
     stack: int
     shared: int
     warps: int
+    programs: int
+    instructions: int
     mma: int
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """A kernel and the arguments of one launch of it; a pointer is given as "*fp32" and so on."""
-
-    op: str
-    name: str
-    kernel: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-
-
-def configurations(target: int | str) -> list[Configuration]:
-    """What is compiled for a target: per op the defaults of the presets `modern` (binomial) and `paper` (seed),
-    B = 256. The search is tuned for each target, and left out on the informational ones."""
-    made = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
-    if target in INFORMATIONAL:
-        return [c for c in made if TOO_LARGE not in c.name]
-    return [*made, *_nearest(divmod(int(target), 10))]
-
-
-def _composite() -> Iterator[Configuration]:
-    from .composite import kernel
-
-    area, frames = 64 * 64, 32
-    for layout, last in (("contiguous", False), ("channels-last", True)):
-        constants = {"PIXELS": kernel.PIXELS, "CHANNELS_LAST": last}
-        head = 1 if last else frames * area
-        back, out = ((1, 3), (1, 3)) if last else ((area, 1), (frames * area, 1))
-        forward = (*["*bf16"] * 3, "*fp32", frames, frames, area, head, *back, *out)
-        grad = (3 * frames * area, *((1, 3 * area, 3) if last else (frames * area, area, 1)))
-        backward = (*["*bf16"] * 3, "*fp32", *["*bf16"] * 2, frames, area, head, *back, *grad)
-        for name, function, arguments in (
-            ("forward", kernel._composite_fwd_kernel, forward),
-            ("backward", kernel._composite_bwd_kernel, backward),
-        ):
-            yield Configuration("composite", f"{name} bf16 {layout}", function, arguments, constants)
-
-
-def _laplacian() -> Iterator[Configuration]:
-    import torch
-
-    from .laplacian import kernel
-
-    for size, blur, dtype in (
-        *((size, blur, "bf16") for blur in ("binomial", "seed") for size in (32, 64, 128)),
-        (64, "binomial", "fp32"),
-        (64, "seed", "fp32"),
-    ):
-        strides = (96 * size * size, 32 * size * size, size * size, size, 1)
-        pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32", "*fp16", "*fp32")
-        options = kernel.kernel_options(blur, torch.float32 if dtype == "fp32" else torch.bfloat16)
-        yield Configuration(
-            "laplacian",
-            f"{blur} {dtype} {size}x{size}",
-            kernel._laplacian_fwd_kernel,
-            (*pointers, 3, 32, *strides * 3, -1.0, 2 / 255, 0.5, 0),
-            {"N": size, "LEVELS": 3, "WITH_GRAD": True, **options},
-            kernel.warps(size, blur),
-        )
-    yield Configuration(
-        "laplacian",
-        "scaling bf16",
-        kernel._scale_kernel,
-        ("*bf16", "*bf16", "*fp32", 0.5, 1 << 20),
-        {"IN_PLACE": True, "BLOCK": kernel.SCALE_BLOCK},
-    )
-
-
-def _composite_laplacian() -> Iterator[Configuration]:
-    import torch
-
-    from .composite_laplacian import kernel
-    from .laplacian.kernel import kernel_options, warps
-
-    for blur in ("binomial", "seed"):
-        for size in (32, 64, 128):
-            pointers = (
-                "*bf16",
-                "*bf16",
-                "*u8",
-                "*i64",
-                "*bf16",
-                "*bf16",
-                *["*fp32"] * 3,
-                "*i32",
-                "*fp16",
-                "*fp32",
-            )
-            constants = {
-                "GROUP": kernel.GROUP, "N": size, "LEVELS": 3, "WITH_GRAD": True, "WITH_VIDEO": False,
-                "HEAD_LAST": True, "BACK_LAST": True, "PIXELS": kernel.PIXELS,
-                **kernel_options(blur, torch.bfloat16),
-            }  # fmt: skip
-            yield Configuration(
-                "composite_laplacian",
-                f"{blur} bf16 channels-last {size}x{size}",
-                kernel._composite_laplacian_kernel,
-                (*pointers, 50000, 32, 32, 1, 1, 1, -1.0, 2 / 255, 0.5, 0.5, 0),
-                constants,
-                warps(size, blur),
-            )
-
-
-def _latent_adam() -> Iterator[Configuration]:
-    from .latent_adam import kernel
-
-    tables, moments = ("*fp32",) * 3, (0.5, 0.99, 0.5, 0.01, -0.7, -0.001, 1e-8)
-    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 32, "TERMS": 8, "D": 128}
-    counters = ("*i64", "*i64", "*i32")
-    lookup = ("*fp32", *tables, "*i64", "*i64", "*i64", "*fp32", 50000, 100, *logs)
-    gather = {"CATCHUP": True, "TERMS": 8, **d}
-    yield Configuration("latent_adam", "gather catchup", kernel._gather_kernel, lookup, gather)
-    rows = (*tables, *counters, "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments, 30)
-    for name, catchup, sphere in (("row sphere", False, True), ("catchup", True, False)):
-        flags = {"CATCHUP": catchup, "SPHERE": sphere, "BALL": False, "SKIP": True}
-        yield Configuration("latent_adam", f"step {name}", kernel._rows_step_kernel, rows, {**flags, **batch})
-    dense = (*tables, *counters[1:], "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments)
-    constants = {"SKIP": True, "ROWS": kernel.DENSE_ROWS, **d}
-    yield Configuration("latent_adam", "step dense", kernel._dense_step_kernel, dense, constants)
-    flush = (*tables, *counters[:2], "*fp32", 100, *logs)
-    yield Configuration("latent_adam", "flush", kernel._flush_kernel, flush, {"TERMS": 8, **d})
-
-
-def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
-    """What a search launches at d = 100, 128 and 512."""
-    from .nearest import kernel
-
-    sizes = (77, 77, 77)  # neither 1 nor a multiple of 16: no launch makes these arguments special
-    for name, d, parts in (
-        ("scan d=100", 100, 1),
-        ("scan d=128", 128, 1),
-        ("scan d=512", 512, 1),
-        ("wider scan d=100", 100, 2),
-        ("wider scan d=512", 512, 2),
-    ):
-        k = kernel.packed_columns(d, parts)
-        options = kernel.scan_options(capability, k, parts)
-        tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
-        constants = {"K": k, "QUERIES": options["QUERIES"]}
-        if parts == 1 and k <= kernel.RESIDENT:
-            scan, values, constants["COUNT"] = kernel._scan_kernel, 2, kernel.tiles_of(k)
-        else:
-            scan, values, constants["PARTS"] = kernel._stepped_scan_kernel, 4, parts
-        pointers = (*["*fp16"] * values, "*fp32")
-        yield Configuration("nearest", name, scan, (*pointers, *sizes), constants, **tuned)
-    packed = ("*fp32", "*fp64", "*fp16", "*fp16", *["*fp32"] * 4, *sizes)
-    for name, parts, queries in (("rows", 1, False), ("queries", 1, True), ("rows, two parts", 2, False)):
-        constants = {"K": 112, "PARTS": parts, "QUERIES": queries}
-        yield Configuration("nearest", f"pack {name}", kernel._pack_kernel, packed, constants)
-    select = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
-    yield Configuration("nearest", "select", kernel._select_kernel, select, {"MOST": 16, **kernel.SELECT})
-    tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
-    yield Configuration("nearest", "decide", kernel._decide_kernel, tables, {"MOST": 16})
-
-
-def compile_one(configuration: Configuration, target: int | str) -> Row:
-    """Compile for one target as a launch with these arguments would and read the resources of the result."""
+def compile_kernel(configuration: Configuration, target: int | str) -> Any:
+    """Compile for one target as a launch with these arguments would; returns Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
+    from .launch import LAUNCH
+
+    signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(configuration.constants)
     attributes: dict[Any, Any] = {}
     names = configuration.kernel.arg_names  # type: ignore[attr-defined]
@@ -224,58 +93,101 @@ def compile_one(configuration: Configuration, target: int | str) -> Row:
         elif isinstance(value, str):
             signature[name] = value
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif value == 1 and isinstance(value, int):  # a launch makes ones constants
+        elif value == 1 and isinstance(value, int):
+            # A launch makes ones constants.
             signature[name], constants[name] = "constexpr", 1
+        elif isinstance(value, tuple):
+            signature[name] = ("fp32",) * len(value)
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    amd = isinstance(target, str)
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", target, 32)
-    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    made = triton.compile(source, target=gpu, options=options)
-    registers, stack, mma = (-1, -1, -1) if amd else _usage(made.asm["cubin"])
+    gpu = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages, **LAUNCH}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def compile_one(configuration: Configuration, target: int | str) -> Row:
+    """Compile for one target and read the resources of the result."""
+    compiled = compile_kernel(configuration, target)
+    shared, warps = compiled.metadata.shared, configuration.warps
     named = (configuration.op, configuration.name, str(target))
-    return Row(*named, registers, stack, made.metadata.shared, configuration.warps, mma)
+    if isinstance(target, str):
+        return Row(*named, -1, -1, shared, warps, -1, -1, -1)
+    cubin = compiled.asm["cubin"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(cubin, "--dump-resource-usage"))
+    if usage is None:
+        raise RuntimeError("cuobjdump printed no resource usage")
+    registers, stack = int(usage[1]), int(usage[2])
+    opcodes = [opcode for opcode in disassembly(cubin) if opcode != "NOP"]
+    mma = sum(MATRIX_UNIT.match(opcode) is not None for opcode in opcodes)
+    programs = programs_at_once(str(target), registers, shared, warps)
+    return Row(*named, registers, stack, shared, warps, programs, len(opcodes), mma)
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int]:
-    """(registers and stack bytes per thread, matrix-unit instructions), from `cuobjdump` of triton's own wheel."""
+def programs_at_once(target: str, registers: int, shared: int, warps: int) -> int:
+    """Return how many programs fit on a multiprocessor at once."""
+    max_warps, max_programs, kilobytes = MULTIPROCESSORS[target]
+    per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    reserved = 0 if target == "75" else RESERVED_SHARED
+    by_shared = kilobytes * 1024 // (shared + reserved) if shared + reserved else max_programs
+    return min(max_programs, max_warps // warps, REGISTERS // per_warp // warps, by_shared)
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """Return what `cuobjdump` of triton's own wheel prints of a cubin."""
     import triton.backends.nvidia as nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        usage, listing = (
-            subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
-    return int(found[1]), int(found[2]), len(re.findall(rf"\s{MATRIX_UNIT}\b", listing))
+        done = subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def disassembly(cubin: bytes) -> list[str]:
+    """Return the opcodes of a cubin in the order of the code, such as "LDG.E.128"."""
+    return INSTRUCTION.findall(cuobjdump(cubin, "-sass"))
 
 
 def source_hash() -> str:
-    """sha256 (16 digits) of the kernels in the table."""
+    """Return the sha256 (16 digits) of the kernels in the table."""
     ops = sorted({configuration.op for configuration in configurations(TARGETS[0])})
     files = [Path(__file__).parent / op / "kernel.py" for op in ops]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
+def triton_version() -> str:
+    """Return major and minor version of the installed triton."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def targets_of(version: str) -> tuple[int | str, ...]:
+    """Return the targets in the table of a version of triton."""
+    return (*TARGETS, *INFORMATIONAL) if version == DEFAULT_VERSION else FEW_TARGETS
+
+
+def table_of(version: str) -> Path:
+    """Return the table of a version of triton."""
+    return DEFAULT_TABLE if version == DEFAULT_VERSION else FOLDER / f"RESOURCES-{version}.md"
+
+
 def write_table(rows: list[Row], path: Path) -> None:
-    """The table as Markdown; `read_table` reads it back."""
+    """Write the table as Markdown; `read_table` reads it back."""
     import triton
 
     head = (
         "# What the kernels take\n\n"
-        "Registers and stack bytes per thread, shared memory bytes and warps per program, and the instructions\n"
-        "for the matrix units in the code (mma), compiled ahead of time. A stack over 0 is spilling.\n"
+        "Registers and stack bytes per thread, shared memory bytes and warps per program, programs that fit on a\n"
+        "multiprocessor at once, instructions of the code (loops once) and those for the matrix units among them\n"
+        "(mma), compiled ahead of time. A stack over 0 is spilling.\n"
         "Made by `python -m vglann_kernels.resources`. Targets 75 (no bfloat16 units, below the minimum) and\n"
-        "gfx942 (registers, stack and mma not read: -1) are for information, without planes of 128x128 and the\n"
-        "search; no kernel was run on either.\n\n"
+        "gfx942 (only shared memory is read) are for information, without the search; no kernel was run on either.\n"
+        "Planes of 128x128 are compiled for one target only.\n\n"
         f"triton {triton.__version__}, sources {source_hash()}\n\n"
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -284,7 +196,7 @@ def write_table(rows: list[Row], path: Path) -> None:
 
 
 def read_table(path: Path = DEFAULT_TABLE) -> tuple[str, list[Row]]:
-    """(the line that names triton and the sources, the rows) of a table."""
+    """Return (the line that names triton and the sources, the rows) of a table."""
     text = path.read_text()
     cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
     cells = [c for c in cells if len(c) == len(COLUMNS) and c[2] not in ("target", "---")]
@@ -300,7 +212,7 @@ def _job(job: tuple[str, int | str]) -> Row:
 
 
 def compile_all(targets: tuple[int | str, ...] = TARGETS, only: str = "") -> list[Row]:
-    """Every configuration whose "op name" contains `only`, for every target, in two processes."""
+    """Compile every configuration whose "op name" contains `only`, for every target, in two processes."""
     compiled = {target: [f"{c.op} {c.name}" for c in configurations(target)] for target in targets}
     names = [name for name in max(compiled.values(), key=len) if only in name]
     jobs = [(name, target) for name in names for target in targets if name in compiled[target]]
@@ -309,36 +221,57 @@ def compile_all(targets: tuple[int | str, ...] = TARGETS, only: str = "") -> lis
 
 
 def worse(rows: list[Row], committed: list[Row]) -> list[str]:
-    """What got worse than the committed rows: more stack or shared memory, fewer matrix-unit instructions, or a row
-    that is missing there."""
+    """Return what got worse than the committed rows.
+
+    That is more registers, stack, shared memory or instructions, fewer programs at once or matrix-unit instructions,
+    or a row that is missing there.
+    """
     known = {(row.op, row.configuration, row.target): row for row in committed}
-    found = []
+    reports = []
     for row in rows:
         before = known.get((row.op, row.configuration, row.target))
-        if before is None or row.stack > before.stack or row.shared > before.shared or row.mma < before.mma:
-            found.append(f"{row} was {before}")
-    return found
+        if before is None:
+            reports.append(f"{row} is not in the table")
+            continue
+        more = [
+            n
+            for n in ("registers", "stack", "shared", "instructions")
+            if getattr(row, n) > getattr(before, n)
+        ]
+        fewer = [n for n in ("programs", "mma") if getattr(row, n) < getattr(before, n)]
+        if more or fewer:
+            reports.append(f"{', '.join([*more, *fewer])}: {row} was {before}")
+    return reports
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m vglann_kernels.resources", description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_TABLE, help="the table to write or compare with")
+    parser.add_argument("--out", type=Path, help="the table to write or compare with; default: see above")
     parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
+    parser.add_argument("--only", default="", help="compile only configurations that contain this text")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("resources: unset TRITON_INTERPRET; the interpreter compiles nothing", file=sys.stderr)
         return 2
-    rows = compile_all((*TARGETS, *INFORMATIONAL))
+    path = options.out or table_of(triton_version())
+    if options.only and not options.check:
+        print("resources: --only leaves rows out; use it with --check", file=sys.stderr)
+        return 2
+    if options.check and not path.is_file():
+        print(f"resources: {path} does not exist; write it first, without --check", file=sys.stderr)
+        return 2
+    rows = compile_all(targets_of(triton_version()), options.only)
     if not options.check:
-        write_table(rows, options.out)
-        print(f"{len(rows)} rows written to {options.out}")
+        write_table(rows, path)
+        print(f"{len(rows)} rows written to {path}")
         return 0
-    stamp, committed = read_table(options.out)
-    found = worse(rows, committed)
+    stamp, committed = read_table(path)
+    reports = worse(rows, committed)
     if source_hash() not in stamp:
-        found.append(f"the table is of other sources ({stamp}); write it again without --check")
-    print("\n".join(found) or f"{len(rows)} rows, none worse")
-    return 1 if found else 0
+        reports.append(f"the table is of other sources ({stamp}); write it again without --check")
+    print("\n".join(reports) or f"{len(rows)} rows, none worse")
+    return 1 if reports else 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .composite.op import mask_composite
 from .composite.reference import mask_composite as exact_composite
 from .composite_laplacian.op import composite_laplacian_loss
 from .laplacian.op import laplacian_pyramid_loss
+from .laplacian.pyramid import BLURS, FORMER_BLURS, blur_name
 from .laplacian.reference import blur_taps, pyramid
 from .latent_adam.op import latent_adam_step, latent_flush, latent_gather
 from .latent_adam.state import latent_adam_state
@@ -64,9 +65,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is verified: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
+    """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
 
-    `impl` is what is compared with float64: "triton", or "reference" alone. `seed`: of the random inputs.
+    `impl` is what is compared with float64: "triton", or "reference" alone. `seed` draws the random inputs.
     """
 
     batch: int = 4
@@ -79,6 +80,9 @@ class Shapes:
     impl: str = "triton"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blur", blur_name(self.blur))
+
 
 def relative_l2(x: Tensor, exact: Tensor) -> float:
     """||x - exact|| / ||exact||; the plain norm of the difference where `exact` is 0."""
@@ -86,27 +90,31 @@ def relative_l2(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).norm() / (exact.norm() if exact.norm() > 0 else 1))
 
 
-def undecided(difference: Tensor, leaves: list[Tensor], shapes: "Shapes", bound: float) -> list[Tensor]:
+def undecided(
+    difference: Tensor, leaves: list[Tensor], shapes: "Shapes", bound: float, pixels: bool = False
+) -> list[Tensor]:
     """For each leaf, which values of its gradient a band within `bound` of 0 reaches: its sign decides them.
 
     difference  float64 [..., H, W], made of the `leaves`
+    pixels      the difference itself is a band, too, as with `l1_weight`
 
     The pyramid and all that leads to it are differentiable in float64, so a sum of the bands in question, by random
     weights that let no two of them cancel, has a gradient exactly where one of them reaches.
     """
-    bands = pyramid(difference.flatten(0, -3), shapes.levels, blur_taps(shapes.blur, 2.0))
+    planes = difference.flatten(0, -3)
+    bands = [*pyramid(planes, shapes.levels, blur_taps(shapes.blur, 2.0)), *([planes] if pixels else [])]
     near = [torch.rand_like(band) * (band.detach().abs() <= bound) * band for band in bands]
     reached = torch.autograd.grad(torch.stack([part.sum() for part in near]).sum(), leaves)
     return [gradient != 0 for gradient in reached]
 
 
 def sign_bound(largest: float, dtype: torch.dtype, blur: str) -> float:
-    """How far a kernel may be off in a band of a difference of two planes of values up to `largest`.
+    """Return the error that a kernel may have in a band of a difference of two planes of values up to `largest`.
 
     8 float32 rounding steps of the difference: products of values in two float16 parts, 22 bits, and their sums.
-    For bfloat16 the small second term of the seed's blur has one part, 11 bits of values 0.03 times as large.
+    For bfloat16 the small second term of the paper's blur has one part, 11 bits of values 0.03 times as large.
     """
-    steps = 64 if (dtype, blur) == (torch.bfloat16, "seed") else 8
+    steps = 64 if (dtype, blur) == (torch.bfloat16, "paper") else 8
     return steps * torch.finfo(torch.float32).eps * 2 * largest
 
 
@@ -126,11 +134,11 @@ def lines(
         out = (ignored or {}).get(name)
         if out is not None:
             good, plain, ours = (value[~out] for value in (good, plain, ours))
-        own = relative_l2(plain, good)
-        allowed = own if out is None else min(own, step)
+        reference_error = relative_l2(plain, good)
+        allowed = reference_error if out is None else min(reference_error, step)
         limit = 16 * step if impl == "reference" else 2 * allowed + 8 * torch.finfo(torch.float32).eps
         left_out = 0.0 if out is None else out.double().mean().item()
-        yield Line(op, case, name, relative_l2(ours, good), own, limit, left_out)
+        yield Line(op, case, name, relative_l2(ours, good), reference_error, limit, left_out)
 
 
 def _dtypes() -> list[torch.dtype]:
@@ -216,6 +224,11 @@ def laplacian(shapes: Shapes) -> Iterator[Line]:
     names, case = "loss grad_video grad_target", "float32 float target, per plane"
     yield from lines("laplacian", case, names, shapes.impl, run_float, ignored)
 
+    options |= {"l1_weight": 0.5, "l2_weight": 2.0}
+    reached = undecided(x - y, [x, y], shapes, bound, pixels=True)
+    ignored = dict(zip(("grad_video", "grad_target"), reached, strict=True))
+    yield from lines("laplacian", f"{case}, l1 and l2", names, shapes.impl, run_float, ignored)
+
 
 def _in_range(clips: Tensor) -> Tensor:
     """uint8 as float64 in [-1, 1]."""
@@ -258,7 +271,7 @@ def latent_adam(shapes: Shapes) -> Iterator[Line]:
     batches = [torch.randint(0, rows, (shapes.batch,), device=device) for _ in range(10)]
     gradients = [torch.randn(shapes.batch, width, device=device) for _ in range(10)]
 
-    for mode, retraction in (("row", "sphere"), ("row", "ball"), ("catchup", None), ("dense", None)):
+    for mode, retraction in (("sparse", "sphere"), ("sparse", "ball"), ("lazy", None), ("dense", None)):
 
         def run(impl: str, exact: Any, mode: str = mode, retraction: Any = retraction) -> list[Tensor]:
             table = start.to(exact or torch.float32, copy=True)
@@ -280,10 +293,10 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
     n, m = (500, 10_000) if device.type == "cuda" else (20, 500)
     unit = torch.nn.functional.normalize(torch.randn(n + m, d), dim=1)
     queries, database = unit[:n], unit[n:]
-    centres = unit[torch.arange(n + m) % 5]
+    centers = unit[torch.arange(n + m) % 5]
     cases = {"unit rows": (queries, database), "offset 1000": (queries + 1000, database + 1000)}
     for spread in (1e-2, 1e-4, 1e-6):
-        rows = centres + spread * torch.randn(n + m, d)
+        rows = centers + spread * torch.randn(n + m, d)
         cases[f"clusters of {spread:g}"] = (rows[:n], rows[n:])
     cases["norms 1e-6 to 1e6"] = (queries, database * 10.0 ** torch.linspace(-6, 6, m)[:, None])
     cases["ties"] = (queries, torch.cat([database[:400], queries, queries, database[400:]]))
@@ -328,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         default = getattr(Shapes, name)
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=default, help=f"default {default}")
-    parser.add_argument("--blur", default="binomial", choices=("binomial", "gaussian", "seed"))
+    parser.add_argument("--blur", default="binomial", choices=(*BLURS, *FORMER_BLURS))
     shapes = Shapes(**vars(parser.parse_args(arguments)))
     why = why_no_triton(torch.device(shapes.device))
     if why:

@@ -1,4 +1,4 @@
-"""decode.py: orientation, colours, odd formats, limits and bad files, on small real files."""
+"""decode.py: orientation, colors, odd formats, limits and bad files, on small real files."""
 
 import fractions
 import os
@@ -10,7 +10,7 @@ import pytest
 av = pytest.importorskip("av")
 cv2 = pytest.importorskip("cv2")
 
-from video_files import BLUE, GREEN, GREY, RED, gif_bytes, quadrants, write_video  # noqa: E402
+from video_files import BLUE, GRAY, GREEN, RED, gif_bytes, quadrants, write_video  # noqa: E402
 
 from vglann_fast.clips import decode as decode_module  # noqa: E402
 from vglann_fast.clips.decode import (  # noqa: E402
@@ -88,7 +88,7 @@ def test_odd_size_equals_area_resize_of_the_centre_square(tmp_path):
         ("mjpeg", "yuvj420p", None),  # full range
     ],
 )
-def test_colours_by_depth_matrix_and_range(tmp_path, codec, pixel_format, colorspace):
+def test_colors_by_depth_matrix_and_range(tmp_path, codec, pixel_format, colorspace):
     def setup(stream):
         if colorspace is not None:
             stream.codec_context.colorspace = colorspace
@@ -96,10 +96,10 @@ def test_colours_by_depth_matrix_and_range(tmp_path, codec, pixel_format, colors
     file = write_video(tmp_path / "a.mkv", [quadrants()] * 3, codec, pixel_format, setup=setup)
     (result,) = decode(tmp_path, file)
     tile = result.tiles[2, 0]
-    for (row, column), colour in zip(
-        [(8, 8), (8, 56), (56, 8), (56, 56)], (RED, GREEN, BLUE, GREY), strict=True
+    for (row, column), color in zip(
+        [(8, 8), (8, 56), (56, 8), (56, 56)], (RED, GREEN, BLUE, GRAY), strict=True
     ):
-        assert_near(tile[row, column], colour, 6)
+        assert_near(tile[row, column], color, 6)
 
 
 def test_variable_frame_rate_gives_the_stored_frames(tmp_path):

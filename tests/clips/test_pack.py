@@ -28,7 +28,7 @@ SIDE = 96
 
 
 def scene(seed: int, frames: int, width: int = SIDE, motion: int = 3) -> np.ndarray:
-    """A soft coloured picture panned by `motion` pixels a frame: uint8 (frames, SIDE, width, 3)."""
+    """A soft colored picture panned by `motion` pixels a frame: uint8 (frames, SIDE, width, 3)."""
     random = np.random.default_rng(seed)
     base = random.integers(20, 235, 3)
     patches = (random.integers(-50, 50, (8, 60, 3)) + base).clip(0, 255).astype(np.uint8)

@@ -35,7 +35,7 @@ def test_other_arrays_are_refused(videos):
         contact_sheet(videos)
 
 
-def test_png_keeps_the_colours(tmp_path):
+def test_png_keeps_the_colors(tmp_path):
     image = np.random.default_rng(1).integers(0, 255, (9, 12, 3), np.uint8)
     write_png(tmp_path / "new" / "a.png", image)
     read = cv2.imread(str(tmp_path / "new" / "a.png"))[..., ::-1]  # OpenCV reads BGR

@@ -10,7 +10,7 @@ from vglann_fast.run.environment import default_cache
 
 
 def scene(seed: int, frames: int, speed: int = 0) -> np.ndarray:
-    """A patchy coloured picture, (frames, 27, 48, 3), panned by `speed` pixels a frame, with grain."""
+    """A patchy colored picture, (frames, 27, 48, 3), panned by `speed` pixels a frame, with grain."""
     random = np.random.default_rng(seed)
     base = random.integers(20, 235, 3)
     patches = random.integers(-60, 60, (9, 16 + frames, 3)) + base

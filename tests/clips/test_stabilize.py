@@ -18,7 +18,7 @@ WIDTH, HEIGHT, FRAMES = 320, 240, 10
 
 
 def textured_picture(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Coloured noise of every scale from 4 pixels on, uint8 (height, width, 3)."""
+    """Colored noise of every scale from 4 pixels on, uint8 (height, width, 3)."""
     random = np.random.default_rng(seed)
     picture = np.full((height, width, 3), 128.0)
     for scale in (4, 8, 16, 32, 64):
@@ -28,8 +28,8 @@ def textured_picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 def about_the_centre(matrix) -> np.ndarray:
-    centre = np.array([[1, 0, (WIDTH - 1) / 2], [0, 1, (HEIGHT - 1) / 2], [0, 0, 1]])
-    return centre @ np.asarray(matrix, float) @ np.linalg.inv(centre)
+    center = np.array([[1, 0, (WIDTH - 1) / 2], [0, 1, (HEIGHT - 1) / 2], [0, 0, 1]])
+    return center @ np.asarray(matrix, float) @ np.linalg.inv(center)
 
 
 def turned(degrees: float) -> np.ndarray:
@@ -69,10 +69,10 @@ def farthest(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def flow(frames: np.ndarray) -> float:
-    """Mean optical flow in pixels between neighbouring frames, away from the borders."""
-    greys = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
+    """Mean optical flow in pixels between neighboring frames, away from the borders."""
+    grays = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flows = [method.calc(a, b, None)[50:-50, 50:-50] for a, b in pairwise(greys)]
+    flows = [method.calc(a, b, None)[50:-50, 50:-50] for a, b in pairwise(grays)]
     return float(np.linalg.norm(flows, axis=-1).mean())
 
 
@@ -117,7 +117,7 @@ def test_resized_frames_take_the_motions_of_their_source():
 
 def test_resizing_keeps_the_corners():
     matrix = resizing(100, 50, 50, 100)
-    corners = np.array([[[-0.5, -0.5]], [[99.5, 49.5]]])  # of the pixels, not their centres
+    corners = np.array([[[-0.5, -0.5]], [[99.5, 49.5]]])  # of the pixels, not their centers
     np.testing.assert_allclose(cv2.perspectiveTransform(corners, matrix)[:, 0], [[-0.5, -0.5], [49.5, 99.5]])
 
 
@@ -154,14 +154,14 @@ def write_video(path, frames):
 def test_packed_clips_stand_still_and_say_how_well(tmp_path):
     frames, _ = filmed(CAMERAS["pan"], 24)
     lost = frames.copy()
-    lost[12] = frames[12][:, ::-1]  # the same colours, so no cut
+    lost[12] = frames[12][:, ::-1]  # the same colors, so no cut
     videos = [write_video(tmp_path / "good.mkv", frames), write_video(tmp_path / "lost.mkv", lost)]
     options = {"frames": 8, "min_motion": 0, "stride": 1}
     pack(videos, tmp_path / "plain", **options)
     report = pack(videos, tmp_path / "steady", stabilize=True, **options)
     plain, steady = ClipSet.open(tmp_path / "plain"), ClipSet.open(tmp_path / "steady")
     assert (report.clips, report.unstable, report.rejected) == (5, 1, 0)
-    assert "1 clips could not be stabilised" in str(report)
+    assert "1 clips could not be stabilized" in str(report)
     assert not set(plain.ids) & set(steady.ids)
     moved, stood = (np.abs(np.diff(clips.read()[:3].astype(int), axis=2)).mean() for clips in (plain, steady))
     assert moved > 5 * stood
@@ -193,7 +193,7 @@ def test_stride_and_tiles(tmp_path):
         assert np.abs(video[:, -1].astype(int) - expected)[:, 4:-4, 8:-8].mean() < 8
 
 
-def test_a_strip_is_stabilised_to_its_end_and_beyond(tmp_path):
+def test_a_strip_is_stabilized_to_its_end_and_beyond(tmp_path):
     frames, _ = filmed(CAMERAS["pan"], 6)
     strip = np.concatenate([frame[:128, :128] for frame in frames])
     cv2.imwrite(str(tmp_path / "a.jpg"), strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 97])

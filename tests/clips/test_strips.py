@@ -20,14 +20,14 @@ JPEG_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 92]
 
 
 def strip_picture(frames: int, seed: int = 0, extra_rows: int = 0) -> np.ndarray:
-    """A bright square crosses a coloured field: uint8 BGR (frames * 128 + extra_rows, 128, 3)."""
+    """A bright square crosses a colored field: uint8 BGR (frames * 128 + extra_rows, 128, 3)."""
     random = np.random.default_rng(seed)
     picture = np.empty((frames * 128 + extra_rows, 128, 3), np.uint8)
     picture[:] = random.integers(0, 120, 3)
-    colour = random.integers(130, 256, 3)
+    color = random.integers(130, 256, 3)
     for t in range(frames):
         top, left = t * 128 + 40, 2 + 2 * t % 80
-        picture[top : top + 40, left : left + 40] = colour
+        picture[top : top + 40, left : left + 40] = color
     return picture
 
 

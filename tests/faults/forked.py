@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -109,8 +109,9 @@ def _become(arguments: list[str], output: int, prepare: Prepare | None) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(AttributeError, OSError, ValueError):  # streams may be what `prepare` made of them
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

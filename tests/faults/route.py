@@ -134,13 +134,18 @@ class Route:
         newest: of the checkpoints only the newest counts, since one was saved out of turn.
         """
         ended = run(verb.again(folder), self.log)
+        problem = self.differs(ended, verb, folder, newest)
+        return problem and f"{verb.name} afterwards: {problem}"
+
+    def differs(self, ended: Ended, verb: Verb, folder: Path, newest: bool = False) -> str | None:
+        """None if a command ended well and `folder` holds what an undisturbed one leaves; else what is wrong."""
         if ended.code:
-            return f"{verb.name} afterwards: exit code {ended.code}: {ended.last_line}"
+            return f"exit code {ended.code}: {ended.last_line}"
         left, whole = left_in(folder), self.whole(verb)
         if newest:
             left, whole = (_newest_checkpoint(one) for one in (left, whole))
         differing = sorted(name for name in left | whole if left.get(name) != whole.get(name))
-        return f"{verb.name} afterwards: {', '.join(differing[:3])} differ" if differing else None
+        return f"{', '.join(differing[:3])} differ" if differing else None
 
     def videos(self) -> Path:
         """A folder of two short videos."""

@@ -30,6 +30,7 @@ ROOMS = [
     "interop",
     "diagnostics",
     "experiments",
+    "interface",
     "cli",
 ]
 # Rooms that only some later rooms may enter.

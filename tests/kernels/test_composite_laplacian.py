@@ -16,7 +16,7 @@ def inputs(batch=2, frames=3, size=8, dtype=torch.float64):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_is_the_two_ops_in_turn(reduction):
     head, background, clips, index = inputs()
-    options = {"levels": 2, "blur": "seed", "target_range": (0.0, 1.0), "reduction": reduction}
+    options = {"levels": 2, "blur": "paper", "target_range": (0.0, 1.0), "reduction": reduction}
     loss, video = composite_laplacian_loss(
         head, background, clips, index, frames=2, mask_weight=0.3, return_video=True, **options
     )

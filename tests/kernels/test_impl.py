@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -151,3 +152,32 @@ def test_old_cards_are_a_reason(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 7.5, under 8.0" in launch.why_no_triton(torch.device("cuda"))
+
+
+def test_blocks_of_two_threads_that_overlap_leave_the_default_as_it_was():
+    opened, first_ended = threading.Event(), threading.Event()
+
+    def second():
+        with using_impl("reference"):
+            opened.set()
+            assert first_ended.wait(60)
+            assert resolve("nearest", device="cpu").impl == "reference"
+
+    thread = threading.Thread(target=second)
+    use_impl("auto,nearest=faiss")
+    with using_impl("reference"):
+        thread.start()
+        assert opened.wait(60)
+    first_ended.set()
+    thread.join()
+    assert resolve("nearest", device="cpu").impl == "faiss"
+
+
+def test_a_block_that_was_refused_leaves_no_trace():
+    with pytest.raises(ValueError, match="expected auto"), using_impl("none"):
+        pass
+    with using_impl("auto,nearest=faiss"):
+        with using_impl("reference"):
+            pass
+        assert resolve("nearest", device="cpu").impl == "faiss"
+    assert resolve("nearest", device="cpu").impl == "reference"

@@ -28,7 +28,7 @@ def by_convolution(x, y, kernel, levels, weights):
     return sum(w * (a - b).abs().mean(dim=(1, 2, 3)) for w, a, b in pairs).reshape(x.shape[:-2])
 
 
-@pytest.mark.parametrize("blur", ["binomial", "gaussian", "seed"])
+@pytest.mark.parametrize("blur", ["binomial", "gaussian", "paper"])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_equals_two_pyramids_of_convolutions(blur, levels):
     x, y = planes()
@@ -52,7 +52,7 @@ def test_equals_two_pyramids_of_convolutions(blur, levels):
 
 def test_gradcheck():
     x, y = (image.requires_grad_() for image in planes((1, 4, 5)))
-    for blur in ("binomial", "gaussian", "seed"):
+    for blur in ("binomial", "gaussian", "paper"):
         function = lambda x, y, blur=blur: laplacian_pyramid_loss(x, y, levels=2, blur=blur, reduction="none")  # noqa: E731
         assert torch.autograd.gradcheck(function, (x, y))
 
@@ -61,13 +61,13 @@ def test_gradcheck():
 def test_recorded_losses_and_gradients(name):
     recorded = golden(name)
     x, y = (recorded[key].double().requires_grad_() for key in ("input", "target"))
-    loss = laplacian_pyramid_loss(x, y, blur="seed")
+    loss = laplacian_pyramid_loss(x, y, blur="paper")
     loss.backward()
     assert loss.item() == pytest.approx(recorded["loss"].item(), rel=2e-7)
     for tensor, key in ((x, "grad.input"), (y, "grad.target")):
         relative = (tensor.grad - recorded[key]).norm() / recorded[key].norm()
         assert relative < 2e-7
-    bands = reference.pyramid(x.detach().flatten(0, 1), 3, reference.blur_taps("seed", 2.0))
+    bands = reference.pyramid(x.detach().flatten(0, 1), 3, reference.blur_taps("paper", 2.0))
     for level, band in enumerate(bands):
         torch.testing.assert_close(
             band.float().view(recorded[f"pyr_input.{level}"].shape),
@@ -80,13 +80,13 @@ def test_recorded_losses_and_gradients(name):
 def test_recorded_loss_of_another_kernel_size():
     recorded = golden("lap_2x3x40x24_k3s1")
     difference = (recorded["input"].double() - recorded["target"].double()).flatten(0, 1)
-    bands = reference.pyramid(difference, 2, reference.blur_taps("seed", 1.0, 3))
+    bands = reference.pyramid(difference, 2, reference.blur_taps("paper", 1.0, 3))
     assert sum(band.abs().mean() for band in bands).item() == pytest.approx(recorded["loss"].item(), rel=2e-7)
 
 
 @pytest.mark.parametrize(("size", "sigma"), [(3, 2.0), (5, 1.0), (5, 2.0), (7, 2.0)])
 def test_recorded_kernels(size, sigma):
-    terms = reference.blur_taps("seed", sigma, size)
+    terms = reference.blur_taps("paper", sigma, size)
     kernel = sum(torch.tensor(a)[:, None] * torch.tensor(b) for a, b in terms)
     recorded = golden("lap_kernels")[f"kernel_size{size}_sigma{sigma:.0f}"][0, 0]
     torch.testing.assert_close(kernel, recorded, rtol=1e-6, atol=0)
@@ -96,7 +96,7 @@ def test_recorded_loss_of_a_video():
     recorded = golden("lap_video_loss")
     fake = (2 * uniform("lap.vid.fake", (2, 3, 32, 64, 64)) - 1).double().requires_grad_()
     real = uniform("lap.vid.real", (2, 3, 32, 64, 64)).double()
-    per_frame = laplacian_pyramid_loss(fake, real, blur="seed", reduction="none").mean(dim=(0, 1))
+    per_frame = laplacian_pyramid_loss(fake, real, blur="paper", reduction="none").mean(dim=(0, 1))
     torch.testing.assert_close(per_frame, recorded["per_frame"], rtol=2e-7, atol=0)
     per_frame[:31].sum().backward()
     sample = fake.grad[:, :, [0, 15, 30, 31]]
@@ -132,7 +132,7 @@ def test_empty_batches():
         ({"levels": -1}, "levels: expected an integer from 1 to 5, got -1"),
         ({"levels": 6}, "got 6"),
         ({"levels": 4}, "levels: a plane of 9x12 does not survive 4 halvings"),
-        ({"blur": "box"}, "blur: expected one of binomial, gaussian, seed, got 'box'"),
+        ({"blur": "box"}, "blur: expected one of binomial, gaussian, paper, got 'box'"),
         ({"sigma": 0.0}, "sigma: expected a positive number of pixels, got 0.0"),
         ({"reduction": "max"}, "reduction: expected one of none, mean, sum, got 'max'"),
         ({"level_weights": [1, 2]}, r"level_weights: expected 4 finite numbers, got \[1, 2\]"),
@@ -152,3 +152,12 @@ def test_bad_tensors_are_named():
         laplacian_pyramid_loss(x[0, 0, 0], y[0, 0, 0])
     with pytest.raises(TypeError, match=r"target: expected uint8 or .*, got int64"):
         laplacian_pyramid_loss(x, y.long())
+
+
+def test_meta_tensors_give_a_meta_loss():
+    """Shapes and memory are planned with them."""
+    video = torch.empty(2, 3, 32, 32, device="meta", requires_grad=True)
+    loss = laplacian_pyramid_loss(video, torch.empty_like(video, requires_grad=False))
+    loss.backward()
+    assert loss.is_meta
+    assert video.grad.shape == video.shape

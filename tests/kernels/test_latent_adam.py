@@ -16,32 +16,32 @@ def batches(steps, rows=30, width=7, batch=6, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 3e-7)])
-@pytest.mark.parametrize("mode", ["dense", "catchup"])
-def test_dense_and_catchup_follow_torch_adam(mode, dtype, tolerance):
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_dense_and_lazy_follow_torch_adam(mode, dtype, tolerance):
     table = torch.randn(30, 7, dtype=torch.float64).to(dtype) / 10
     theirs = torch.nn.Parameter(table.clone())
     rates = {"betas": BETAS, "eps": 1e-8}
-    optimiser = torch.optim.Adam([theirs], lr=0.01, **rates)
+    optimizer = torch.optim.Adam([theirs], lr=0.01, **rates)
     state, lr = latent_adam_state(table, mode), torch.tensor(0.01, dtype=dtype)
     for step, (index, grad) in enumerate(batches(300, dtype=dtype)):
         z = latent_gather(table, state, index, lr=lr, **rates)
         torch.testing.assert_close(z, theirs.detach()[index], rtol=0, atol=tolerance)
         theirs.grad = torch.zeros_like(theirs).index_add_(0, index, grad)
-        optimiser.step()
+        optimizer.step()
         latent_adam_step(table, state, index, grad, lr=lr, **rates)
         if step in (90, 200):  # the learning rate changes
             latent_flush(table, state, lr=lr, **rates)
             lr = lr * 0.5
-            optimiser.param_groups[0]["lr"] = lr.item()
+            optimizer.param_groups[0]["lr"] = lr.item()
     latent_flush(table, state, lr=lr, **rates)
     torch.testing.assert_close(table, theirs.detach(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_catchup_with_other_betas(beta1):
+def test_lazy_with_other_betas(beta1):
     table = torch.randn(30, 7, dtype=torch.float64)
     dense, lr, rates = table.clone(), torch.tensor(0.01, dtype=torch.float64), {"betas": (beta1, 0.99)}
-    states = latent_adam_state(table, "catchup"), latent_adam_state(dense, "dense")
+    states = latent_adam_state(table, "lazy"), latent_adam_state(dense, "dense")
     for index, grad in batches(30):
         for latents, state in zip((table, dense), states, strict=True):
             latent_adam_step(latents, state, index, grad, lr=lr, **rates)
@@ -52,15 +52,15 @@ def test_catchup_with_other_betas(beta1):
 def test_a_row_visited_t_times_equals_torch_adam_on_that_row_alone():
     table = torch.randn(30, 7, dtype=torch.float64)
     before = table.clone()
-    state, lr = latent_adam_state(table, "row"), torch.tensor(0.01, dtype=torch.float64)
+    state, lr = latent_adam_state(table, "sparse"), torch.tensor(0.01, dtype=torch.float64)
     alone = {row: torch.nn.Parameter(before[row].clone()) for row in range(25)}
-    optimisers = {row: torch.optim.Adam([p], lr=0.01, betas=BETAS) for row, p in alone.items()}
+    optimizers = {row: torch.optim.Adam([p], lr=0.01, betas=BETAS) for row, p in alone.items()}
     visits = torch.zeros(30, dtype=torch.int64)
     for index, grad in batches(60, rows=25):
         latent_adam_step(table, state, index, grad, lr=lr, betas=BETAS, retraction=None)
         for row in index.unique().tolist():
             alone[row].grad = grad[index == row].sum(dim=0)
-            optimisers[row].step()
+            optimizers[row].step()
             visits[row] += 1
     for row, parameter in alone.items():
         torch.testing.assert_close(table[row], parameter.detach(), rtol=0, atol=1e-14)
@@ -73,13 +73,13 @@ def test_retractions():
         table = torch.nn.functional.normalize(torch.randn(4, 5, dtype=torch.float64)) * torch.tensor(
             [[0.3], [0.9], [1], [4]]
         )
-        state, none = latent_adam_state(table, "row"), torch.zeros(4, 5, dtype=torch.float64)
+        state, none = latent_adam_state(table, "sparse"), torch.zeros(4, 5, dtype=torch.float64)
         lr = torch.tensor(0.01, dtype=torch.float64)
         latent_adam_step(table, state, torch.arange(4), none, lr=lr, retraction=retraction)
         torch.testing.assert_close(table.norm(dim=1), norms.double())
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy", "dense"])
 def test_a_skipped_step_changes_nothing_at_all(mode):
     table, lr = torch.randn(30, 7), torch.tensor(0.01)
     state = latent_adam_state(table, mode)
@@ -93,14 +93,14 @@ def test_a_skipped_step_changes_nothing_at_all(mode):
 
 def test_a_bad_gradient_stays_in_its_row():
     table, lr = torch.randn(5, 3), torch.tensor(0.01)
-    state = latent_adam_state(table, "row")
+    state = latent_adam_state(table, "sparse")
     grad = torch.tensor([[float("nan")] * 3, [1.0] * 3])
     latent_adam_step(table, state, torch.tensor([4, 2]), grad, lr=lr)
     assert table[4].isnan().all()
     assert table[:4].isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy", "dense"])
 def test_resuming_from_a_checkpoint_is_exact(mode):
     def run(table, state, pairs):
         for index, grad in pairs:
@@ -125,7 +125,7 @@ def test_resuming_from_a_checkpoint_is_exact(mode):
 
 def test_an_empty_batch():
     table, nothing = torch.randn(5, 3), torch.zeros(0, dtype=torch.int64)
-    state = latent_adam_state(table, "catchup")
+    state = latent_adam_state(table, "lazy")
     latent_adam_step(table, state, nothing, torch.zeros(0, 3), lr=torch.tensor(0.1))
     assert state.step == 1
     assert latent_gather(table, state, nothing, lr=torch.tensor(0.1)).shape == (0, 3)
@@ -134,7 +134,7 @@ def test_an_empty_batch():
 def good(**changes):
     table = torch.zeros(5, 3)
     arguments = {
-        "latents": table, "state": latent_adam_state(table, "row"), "index": torch.tensor([1, 2]),
+        "latents": table, "state": latent_adam_state(table, "sparse"), "index": torch.tensor([1, 2]),
         "grad": torch.zeros(2, 3), "lr": torch.tensor(0.1),
     }  # fmt: skip
     return {**arguments, **changes}
@@ -156,7 +156,7 @@ def good(**changes):
         ({"latents": torch.zeros(6, 3)}, ValueError, r"latents: expected shape \(5, 3\), got \(6, 3\)"),
         ({"betas": (1.0, 0.9)}, ValueError, "betas: expected"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number"),
-        ({"mode": "dense"}, ValueError, "mode: the state was made for 'row', got 'dense'"),
+        ({"mode": "dense"}, ValueError, "mode: the state was made for 'sparse', got 'dense'"),
         ({"retraction": "cube"}, ValueError, "retraction: expected"),
         ({"skip": torch.tensor(1)}, TypeError, "skip: expected bool, got int64"),
     ],
@@ -166,13 +166,13 @@ def test_bad_input_names_the_argument(changes, error, message):
         latent_adam_step(**good(**changes))
 
 
-def test_catchup_refuses_what_it_cannot_do():
-    state = latent_adam_state(torch.zeros(5, 3), "catchup")
-    with pytest.raises(ValueError, match="retraction: only in row mode"):
+def test_lazy_refuses_what_it_cannot_do():
+    state = latent_adam_state(torch.zeros(5, 3), "lazy")
+    with pytest.raises(ValueError, match="retraction: only in sparse mode"):
         latent_adam_step(**good(state=state, retraction="sphere"))
     with pytest.raises(ValueError, match="series to converge"):
         latent_adam_step(**good(state=state, betas=(0.99, 0.9)))
     with pytest.raises(ValueError, match="lr: latent_gather needs it"):
         latent_gather(torch.zeros(5, 3), state, torch.tensor([1]))
     with pytest.raises(ValueError, match="mode: expected one of"):
-        latent_adam_state(torch.zeros(5, 3), "sparse")
+        latent_adam_state(torch.zeros(5, 3), "rows")

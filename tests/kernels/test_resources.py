@@ -7,25 +7,27 @@ from dataclasses import replace
 
 import pytest
 from vglann_kernels import resources
+from vglann_kernels.configurations import INFORMATIONAL, LARGE, LARGE_TARGET, TARGETS, configurations
 
 STAMP, ROWS = resources.read_table()
-TARGETS = [*resources.TARGETS, *resources.INFORMATIONAL]
 # bfloat16 planes of 64x64 are what both presets train on
 DEFAULTS = [row for row in ROWS if "64x64" in row.configuration and "bf16" in row.configuration]
+DEFAULTS = [row for row in DEFAULTS if not row.configuration.endswith("l1 l2")]
 
 
 def test_the_table_is_of_these_kernels():
     assert resources.source_hash() in STAMP, "run: python -m vglann_kernels.resources"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, *INFORMATIONAL])
 def test_the_table_is_complete(target):
-    names = [(c.op, c.name) for c in resources.configurations(target)]
+    names = [(c.op, c.name) for c in configurations(target)]
     assert [(r.op, r.configuration) for r in ROWS if r.target == str(target)] == names
     assert len(set(names)) == len(names)
     assert len([name for op, name in names if op != "nearest"]) <= 24
-    if target in resources.INFORMATIONAL:
-        assert not any(op == "nearest" or resources.TOO_LARGE in name for op, name in names)
+    if target in INFORMATIONAL:
+        assert not any(op == "nearest" for op, name in names)
+    assert any(LARGE in name for _, name in names) == (target == LARGE_TARGET)
 
 
 @pytest.mark.parametrize(("targets", "limit"), [(("90", "100"), 0), (("80", "86", "89", "120"), 64)])
@@ -53,13 +55,13 @@ def test_shared_memory_fits_the_card():
 
 def test_the_search_does_not_spill_and_scans_on_the_matrix_units():
     rows = [row for row in ROWS if row.op == "nearest"]
-    assert {row.target for row in rows} == set(map(str, resources.TARGETS))
+    assert {row.target for row in rows} == set(map(str, TARGETS))
     for row in rows:
         assert row.stack == 0, row
         assert row.mma >= 4 if "scan" in row.configuration else row.mma == 0, row
     # 128 x 128 or 256 x 128 scores over 112 columns: 16 x 8 x 16 for a warp, 64 x 128 x 16 for four, 128 x 128 x 16
-    found = {row.target: row.mma for row in rows if row.configuration == "scan d=100"}
-    assert found == {"80": 112, "86": 112, "89": 112, "90": 14, "100": 28, "120": 112}
+    products = {row.target: row.mma for row in rows if row.configuration == "scan d=100"}
+    assert products == {"80": 112, "86": 112, "89": 112, "90": 14, "100": 28, "120": 112}
 
 
 def test_a_worse_row_is_found():
@@ -67,6 +69,10 @@ def test_a_worse_row_is_found():
     assert not resources.worse([row], ROWS)
     assert resources.worse([replace(row, stack=row.stack + 8)], ROWS)
     assert resources.worse([replace(row, mma=row.mma - 1)], ROWS)
+    assert resources.worse([replace(row, registers=row.registers + 1)], ROWS)
+    assert resources.worse([replace(row, programs=row.programs - 1)], ROWS)
+    assert resources.worse([replace(row, instructions=row.instructions + 1)], ROWS)
+    assert not resources.worse([replace(row, instructions=row.instructions - 1)], ROWS)
     assert resources.worse([row], [])
 
 
@@ -74,9 +80,10 @@ def test_compiling_again_is_no_worse():
     """Three configurations on the target the issue measures, in a process without the interpreter."""
     code = (
         "from vglann_kernels import resources\n"
+        "from vglann_kernels.configurations import configurations\n"
         "if __name__ == '__main__':\n"
-        "    for name in ('laplacian binomial bf16 64x64', 'latent_adam step row sphere', 'nearest scan d=100'):\n"
-        "        (c,) = [c for c in resources.configurations(90) if f'{c.op} {c.name}' == name]\n"
+        "    for name in ('laplacian binomial bf16 64x64', 'latent_adam step sparse sphere', 'nearest scan d=100'):\n"
+        "        (c,) = [c for c in configurations(90) if f'{c.op} {c.name}' == name]\n"
         "        print(resources.compile_one(c, 90))\n"
         "        assert not resources.worse([resources.compile_one(c, 90)], resources.read_table()[1])\n"
     )
@@ -85,6 +92,41 @@ def test_compiling_again_is_no_worse():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "programs"),
+    [
+        ("90", 178, 24_576, 4, 2),
+        ("90", 168, 24_576, 4, 3),
+        ("89", 40, 0, 4, 12),
+        ("89", 235, 24_576, 4, 2),
+        ("86", 32, 0, 1, 16),
+        ("90", 64, 100_000, 4, 2),
+        ("75", 255, 0, 8, 1),
+    ],
+)
+def test_programs_at_once(target, registers, shared, warps, programs):
+    """By NVIDIA's occupancy calculator: registers are given out in 256 a warp, shared memory with 1 KB beside it."""
+    assert resources.programs_at_once(target, registers, shared, warps) == programs
+
+
+def test_every_committed_table_is_of_these_kernels():
+    tables = sorted(resources.FOLDER.glob("RESOURCES*.md"))
+    assert resources.DEFAULT_TABLE in tables
+    for path in tables:
+        stamp, rows = resources.read_table(path)
+        assert resources.source_hash() in stamp, path
+        version = stamp.split()[1].strip(",").rpartition(".")[0]
+        assert resources.table_of(version) == path
+        expected = [(c.op, c.name, str(t)) for t in resources.targets_of(version) for c in configurations(t)]
+        assert sorted((row.op, row.configuration, row.target) for row in rows) == sorted(expected)
+
+
+def test_a_table_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resources.main(["--check", "--out", str(tmp_path / "none.md")]) == 2
+    assert "none.md does not exist; write it first, without --check" in capsys.readouterr().err
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`numerics`: the global state of PyTorch inside a block, and that it comes back."""
 
+import os
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from vglann_fast.cli.main import main
 from vglann_fast.errors import VglannError
-from vglann_fast.runtime.numerics import numerics
+from vglann_fast.runtime.numerics import numerics, seeded
 
 
 def modes():
@@ -89,3 +90,52 @@ def test_a_refused_operation_is_named_only_where_determinism_was_asked_for():
 def test_a_command_leaves_the_state_of_the_host(foreign_modes, tmp_path, capsys):
     assert main(["sample", str(tmp_path), "--deterministic", "--device", "cpu"]) == 2  # not a run
     assert modes() == foreign_modes
+
+
+def test_a_block_that_is_the_first_to_use_a_gpu_leaves_there_the_seed_of_the_host(monkeypatch):
+    seeds = []
+    torch.manual_seed(5)
+    with numerics():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+        torch.random.default_generator.manual_seed(9)
+    assert seeds == [5]
+
+
+@pytest.mark.parametrize("value", [None, ":16:8"])
+def test_the_variable_of_cublas_comes_back(value, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    with numerics(deterministic=True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (value or ":4096:8")
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == value
+
+
+def test_seeded_draws_are_the_same_and_leave_the_random_state_as_it_was():
+    before = modes()
+    drawn = []
+    for _ in range(2):
+        with seeded(5) as random:
+            drawn.append((torch.randn(3), torch.randn(3, generator=random)))
+    assert modes() == before
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=0)
+
+
+def test_threads_take_turns_at_seeded_draws():
+    drawn, inside = [], threading.Event()
+
+    def other():
+        inside.set()
+        with seeded(1):
+            drawn.append(torch.randn(2))
+
+    thread = threading.Thread(target=other)
+    with seeded(0):
+        thread.start()
+        assert inside.wait(60)
+        mine = torch.randn(1000)
+        assert not drawn
+    thread.join()
+    with seeded(0):
+        assert torch.equal(mine, torch.randn(1000))

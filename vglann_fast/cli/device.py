@@ -1,11 +1,11 @@
 """What a command computes on, from its arguments: --device, --kernels and --deterministic."""
 
-import os
 from typing import Any
 
 from jsonargparse import Namespace
 
 from vglann_fast.errors import VglannError
+from vglann_fast.run.environment import launched
 
 
 def device_and_kernels(a: Namespace) -> Any:
@@ -27,8 +27,8 @@ def device_of(a: Namespace) -> Any:
     import torch
 
     name = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one GPU for each process that torchrun starts here
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and launched().size > 1:  # one GPU for each process that torchrun starts here
+        name = f"cuda:{launched().local_rank}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vglann_fast.clips.decode import DecodedVideo, DecodeLimits
+from vglann_fast.clips.numbers import real, switch, whole
 from vglann_fast.clips.strips import frame_numbers
 from vglann_fast.errors import VglannError
 
@@ -38,16 +39,20 @@ class PackOptions:
     shots: str = "histogram"  # or "transnetv2 SHA256", of the weight file
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise VglannError(f"size must be one of {', '.join(map(str, SIZES))}, not {self.size}")
+        checked: dict[str, Any] = {"size": whole("size", self.size, 1)}
         for name, least in (("frames", 2), ("stride", 1), ("start_every", 1), ("tiles", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not (value is None and name == "start_every") and (type(value) is not int or value < least):
-                raise VglannError(f"{name} must be a whole number of at least {least}, not {value}")
-        if not 0 <= self.min_motion < 255:
-            raise VglannError(f"min_motion must be from 0 to 255 (in 1/255), not {self.min_motion}")
-        if not 0 <= self.test_share < 1:
-            raise VglannError(f"test_share must be at least 0 and below 1, not {self.test_share}")
+            if not (value is None and name == "start_every"):
+                checked[name] = whole(name, value, least)
+        for name in ("max_frames", "max_pixels"):
+            checked[name] = whole(name, getattr(self, name), 1)
+        checked["min_motion"] = real("min_motion", self.min_motion, "from 0 to 255 (in 1/255)", 0, 255)
+        checked["test_share"] = real("test_share", self.test_share, "at least 0 and below 1", 0, 1)
+        checked["stabilize"] = switch("stabilize", self.stabilize)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.size not in SIZES:
+            raise VglannError(f"size must be one of {', '.join(map(str, SIZES))}, not {self.size}")
 
     @property
     def span(self) -> int:
@@ -88,7 +93,7 @@ def cut(
 ) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """The clips of a video with their pixels (3, T, size, size): by shot, then start, then tile.
 
-    The pixels are None where a clip could not be stabilised. With `repeat_last` a shot gives at least one clip,
+    The pixels are None where a clip could not be stabilized. With `repeat_last` a shot gives at least one clip,
     whose last frames are the shot's last frame if it is too short.
     """
     every = options.start_every or options.frames * options.stride
@@ -112,7 +117,7 @@ def cut(
 def _tiles(
     video: DecodedVideo, numbers: np.ndarray, options: PackOptions
 ) -> tuple[list[np.ndarray] | None, dict[str, Any]]:
-    """The tiles (3, T, size, size) of these frames, or None, and what the clips' entries say of stabilisation."""
+    """The tiles (3, T, size, size) of these frames, or None, and what the clips' entries say of stabilization."""
     if video.motions is None:
         window = np.asarray(video.tiles[numbers])
         return [window[:, tile].transpose(3, 0, 1, 2) for tile in range(window.shape[1])], {}

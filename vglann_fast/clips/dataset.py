@@ -24,12 +24,21 @@ class ClipSet:
 
     ids: clip ids, row by row. clips: their index entries (dict, see `pack.py`). sources: the index's sources,
     which `clips[i]["source"]` counts. frames, size: T and the side in pixels. folder: where they lie.
+
+    A pickle holds the folder and the rows, not the clips: another process maps the shards again, and gets
+    `VglannError` if the folder was packed again meanwhile.
     """
 
     def __init__(
-        self, folder: Path, index: dict[str, Any], shards: list[np.ndarray], rows: np.ndarray
+        self,
+        folder: Path,
+        index: dict[str, Any],
+        shards: list[np.ndarray],
+        rows: np.ndarray,
+        index_sha256: str,
     ) -> None:
         self.folder = folder
+        self._place = os.path.abspath(folder)  # as seen from here, should the current folder change
         self.frames: int = index["frames"]
         self.size: int = index["size"]
         self.sources: list[dict[str, Any]] = index["sources"]
@@ -38,6 +47,7 @@ class ClipSet:
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)])
         self._rows = rows  # of the whole folder
+        self._index_sha256 = index_sha256
 
     @classmethod
     def open(
@@ -57,7 +67,11 @@ class ClipSet:
         rows = np.flatnonzero(wanted)
         if not rows.size:
             raise VglannError(f"{folder}: has no {split} clips; pack more videos or with another test share")
-        return cls(folder, index, shards, rows)
+        return cls(folder, index, shards, rows, _index_sha256(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where the clips are."""
+        return _opened_again, (self._place, self._rows, self._index_sha256)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,18 +79,38 @@ class ClipSet:
     def read(self, rows: Sequence[int] | np.ndarray | slice | None = None) -> np.ndarray:
         """Copy clips out: uint8 (n, 3, T, H, W) RGB, in the order of `rows` (None: all of this set).
 
-        Negative rows count from the end. Raises IndexError for a row outside the set.
+        Negative rows count from the end. Raises IndexError for a row outside the set, and for rows that are not
+        whole numbers: a mask of booleans would otherwise be read as the rows 0 and 1.
         """
         if rows is None or isinstance(rows, slice):
             chosen = self._rows[rows or slice(None)]
         else:
-            chosen = self._rows[np.asarray(rows, dtype=np.int64)]
+            numbers = np.asarray(rows)
+            if numbers.size and numbers.dtype.kind not in "iu":
+                raise IndexError(
+                    f"rows are whole numbers or a slice, not {numbers.dtype}; for a mask, np.flatnonzero(mask)"
+                )
+            chosen = self._rows[numbers.astype(np.int64)]
         out = np.empty((len(chosen), 3, self.frames, self.size, self.size), np.uint8)
         shard_of = np.searchsorted(self._starts, chosen, side="right") - 1
         for shard in np.unique(shard_of):
             at = np.flatnonzero(shard_of == shard)
             out[at] = self._shards[shard][chosen[at] - self._starts[shard]]
         return out
+
+
+def _index_sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / INDEX_FILE).read_bytes()).hexdigest()
+
+
+def _opened_again(folder: str, rows: np.ndarray, index_sha256: str) -> ClipSet:
+    """The ClipSet of a pickle. The shards' sha256 were checked where it was opened first."""
+    path = Path(folder)
+    index = read_index(path)
+    if _index_sha256(path) != index_sha256:
+        raise VglannError(f"{folder}: was packed again since it was opened; open it again")
+    shards = [_map_shard(path, shard, index, verify=False) for shard in index["shards"]]
+    return ClipSet(path, index, shards, rows, index_sha256)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -11,18 +11,19 @@ comes back lies in temporary files, mapped, not read:
     thumbnails  uint8 (frames, 27, 48, 3)             RGB, the whole frame squeezed, to find the shots in;
                                                        none of a strip, which is one shot
 
-and, where clips are to be stabilised, in place of the tiles, which can only be cut afterwards,
+and, where clips are to be stabilized, in place of the tiles, which can only be cut afterwards,
 
     tiles       uint8 (frames, 1, h, w, 3)            RGB, the whole frame, its tiles twice as large as clips
     motions     float64 (frames, 12)                  of the camera, see `stabilize.py`
 
 Frames are taken as stored, one after the other: timestamps are not looked at, so a variable frame rate stays.
-The display matrix (rotation, mirroring) and the pixel aspect ratio are applied: a tile is square on the
-screen. Colours are converted by the matrix and range the file declares (BT.601 limited where it declares
-none), 10 and more bits are scaled to 8, HDR is not tone-mapped, and transparency is laid over white, as a
-browser shows it.
+A file that was cut off is rejected (`truncation.py`). Cover art is not video. The display matrix (rotation,
+mirroring; EXIF of images too) and the pixel aspect ratio are applied: a tile is square on the screen. Colors are
+converted by the matrix and range the file declares (BT.601 limited where it declares none), 10 and more bits are
+scaled to 8, HDR is not tone-mapped, and transparency is laid over white, as a browser shows it.
 
-The child reads one JSON job a line on stdin and answers one JSON line each on stdout.
+The child reads one JSON job a line on stdin and answers one JSON line each on stdout. It raises no limit that it
+finds. Where the machine or its limits keep it from working, that is an error, and no video is rejected for it.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ import json
 import math
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -40,16 +42,31 @@ from pathlib import Path
 
 import numpy as np
 
+import vglann_fast
+from vglann_fast.clips.numbers import real, switch, whole
 from vglann_fast.errors import VglannError
 
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 27, 48
 # A child is replaced after this many files, so that a decoder that leaks cannot eat the machine.
 _FILES_PER_CHILD = 200
-# The child finds modules where this process does, however its sys.path came about.
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "from vglann_fast.clips.decode_child import main; main()"
-)
+# The child finds modules where this process does, however its sys.path came about, and this very package, wherever
+# else there may be a folder of its name. Nothing is imported from files before its sys.path is set.
+_START = """
+import sys
+memory_mb, seconds, package, *sys.path = sys.argv[1:]
+try:
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    spec = PathFinder.find_spec("vglann_fast", [package])
+    sys.modules["vglann_fast"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from vglann_fast.clips.decode_child import main
+except (Exception, SystemExit) as error:
+    print(ascii(error))
+    sys.exit(1)
+main(int(memory_mb), int(seconds))
+"""
+READY = b"the decoder is ready\n"
 
 
 @dataclass(frozen=True)
@@ -67,10 +84,11 @@ class DecodeLimits:
     max_pixels: int = 8192 * 4320
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not 0 < value < 2**31 or (field.name != "seconds" and value != int(value)):
-                raise VglannError(f"{field.name} must be above 0 and below 2**31, not {value}")
+        expected = "above 0 and below 2**31"
+        seconds = real("seconds", self.seconds, expected, 1e-9, 2**31)
+        object.__setattr__(self, "seconds", seconds)
+        for name in ("memory_mb", "max_frames", "max_pixels"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, 2**31))
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,7 @@ class DecodeJob:
     """A source to decode: a video file, a folder of images named in frame order, or a strip (`strips.py`).
 
     Frames `first_frame`..`last_frame` are kept, both included; None means to the end. `tiles` is the number
-    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels. `stabilize` asks for what stabilised
+    of tile rows, see `tile_boxes`; `size` the side of a tile in pixels. `stabilize` asks for what stabilized
     clips are made from.
     """
 
@@ -91,8 +109,16 @@ class DecodeJob:
     strip: bool = False
     stabilize: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (("first_frame", 0), ("last_frame", 0), ("tiles", 1), ("size", 1)):
+            value = getattr(self, name)
+            if not (value is None and name == "last_frame"):
+                object.__setattr__(self, name, whole(name, value, least))
+        for name in ("strip", "stabilize"):
+            object.__setattr__(self, name, switch(name, getattr(self, name)))
 
-@dataclass(frozen=True)
+
+@dataclass
 class DecodedVideo:
     """A decoded source; see the top of this file for the arrays.
 
@@ -110,7 +136,13 @@ class DecodedVideo:
     files: tuple[Path, ...]
 
     def discard(self) -> None:
-        """Remove the temporary files; the arrays must not be used after."""
+        """Let go of the arrays, which are empty after, then remove the temporary files.
+
+        The other order would leave files behind on FUSE and NFS, where a file that is still mapped is not removed
+        but renamed.
+        """
+        self.tiles = self.thumbnails = np.empty((0, 0, 0, 0, 3), np.uint8)
+        self.motions = None
         for file in self.files:
             file.unlink(missing_ok=True)
 
@@ -126,8 +158,8 @@ class Rejected:
 def tile_boxes(width: int, height: int, tiles: int, pixel_aspect: float = 1.0) -> list[list[int]]:
     """Square boxes of an upright width x height frame, each [x, y, width, height], row by row.
 
-    tiles = 1 is the one centre square. tiles = R > 1 is R rows of squares 1/R of the frame height, in as many
-    disjoint columns as fit, the grid centred: 1280x720 with R = 2 gives six squares of 360. `pixel_aspect` is
+    tiles = 1 is the one center square. tiles = R > 1 is R rows of squares 1/R of the frame height, in as many
+    disjoint columns as fit, the grid centered: 1280x720 with R = 2 gives six squares of 360. `pixel_aspect` is
     pixel width over height; boxes are square on the screen. A frame narrower than one square is tiled by its
     width.
     """
@@ -147,7 +179,8 @@ def decode_all(
 
     Temporary files go to `folder`; the caller calls `DecodedVideo.discard`. At most workers + 1 results wait,
     so that slow use of them does not fill the disk. The children are dead when the generator is closed.
-    Raises OSError when `folder` cannot be written (disk full).
+    Raises OSError when `folder` cannot be written (disk full), `VglannError` where the machine keeps the children
+    from working.
     """
     local = threading.local()
     children: list[_Child] = []
@@ -173,6 +206,19 @@ def decode_all(
         for child in children:
             child.close()
         pool.shutdown(wait=True)
+        for future in waiting:
+            if not future.cancelled() and future.exception() is None:
+                result = future.result()
+                if isinstance(result, DecodedVideo):
+                    result.discard()
+
+
+class _Silent(Exception):
+    """A child does not answer; the message says why."""
+
+
+class _OutOfTime(Exception):
+    """A child has used the CPU time that the machine gives a process."""
 
 
 class _Child:
@@ -198,6 +244,8 @@ class _Child:
         reply = self._ask(request)
         if "errno" in reply:
             raise OSError(reply["errno"], os.strerror(reply["errno"]), str(stem.parent))
+        if "machine" in reply:
+            raise _not_working(reply["machine"])
         if "reason" in reply:
             for file in files:
                 file.unlink(missing_ok=True)
@@ -217,40 +265,72 @@ class _Child:
             self._kill()
 
     def _ask(self, request: dict) -> dict:
-        if self._process is None or self._files >= _FILES_PER_CHILD:
-            self._start()
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            return {"reason": "decoding was stopped"}
-        self._files += 1
+        with self._lock:
+            if self._closed:
+                return {"reason": "decoding was stopped"}
+            fresh = self._process is None or self._files >= _FILES_PER_CHILD
+            process = self._start() if fresh else self._process
+        assert process is not None
+        assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the child died; the empty reply below says so
+            if fresh:
+                self._wait_until_ready(process)
+            self._files += 1
+            data = json.dumps(request).encode() + b"\n"
+            try:
+                while data:
+                    data = data[process.stdin.write(data) :]
+            except (BrokenPipeError, ValueError):
+                pass  # the child died or was closed; it will not answer
+            return json.loads(self._line(process))
+        except _Silent as silence:
+            self._kill()
+            return {"reason": str(silence)}
+        except _OutOfTime:
+            if self._files < 2:
+                raise _not_working("`ulimit -t` leaves it too little time for one video") from None
+        self._kill()
+        return self._ask(request)  # the files before took the time
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        """Raise `VglannError` if a child that was started ends by itself: no video has had to do with that."""
+        said = b""
+        try:
+            while (line := self._line(process)) != READY:
+                said = line
+        except _Silent:
+            code = process.poll()
+            if self._closed or code in (None, -signal.SIGKILL):
+                raise
+            why = said.decode(errors="replace").strip() or _exit_words(code)
+            raise _not_working(f"it ended while it was starting: {why}") from None
+
+    def _line(self, process: subprocess.Popen[bytes]) -> bytes:
+        """The next line that the child writes. Raises _Silent or _OutOfTime if it dies before or takes too long."""
+        assert process.stdout is not None
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN | select.POLLHUP)
         if not poll.poll(min(self._limits.seconds * 1000, 2**31 - 1)):
-            self._kill()
-            return {"reason": f"decoding took more than {self._limits.seconds:g} s"}
+            raise _Silent(f"decoding took more than {self._limits.seconds:g} s")
         line = process.stdout.readline()
-        if not line.endswith(b"\n"):
-            code = process.wait()
-            self._kill()
-            return {"reason": f"the decoder crashed ({_exit_words(code)})"}
-        return json.loads(line)
+        if line.endswith(b"\n"):
+            return line
+        code = process.wait()
+        if code == -signal.SIGXCPU:
+            raise _OutOfTime
+        raise _Silent(f"the decoder crashed ({_exit_words(code)})")
 
-    def _start(self) -> None:
-        with self._lock:
-            self._kill()
-            if self._closed:
-                return
-            memory, seconds = int(self._limits.memory_mb), math.ceil(self._limits.seconds) + 10
-            arguments = [str(memory), str(seconds), json.dumps(sys.path)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            self._files = 0
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._kill()
+        seconds = math.ceil(self._limits.seconds) + 10
+        command = [*_interpreter(), "-c", _START, str(self._limits.memory_mb), str(seconds), *_module_path()]
+        try:
+            # Unbuffered, because poll() does not see the lines that a buffer holds.
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        except OSError as error:
+            raise _not_working(f"it cannot be started: {error.strerror}") from error
+        self._process, self._files = process, 0
+        return process
 
     def _kill(self) -> None:
         with self._lock:
@@ -264,6 +344,31 @@ class _Child:
                         stream.close()
                     except BrokenPipeError:
                         pass  # what was still to be flushed to the dead child
+
+
+def _interpreter() -> list[str]:
+    """This Python, told to look for modules where this one was told to, but never in the current folder first."""
+    flags = [sys.executable, "-P", "-X", f"utf8={sys.flags.utf8_mode}"]
+    given = {"-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site, "-S": sys.flags.no_site}
+    return flags + [flag for flag, is_given in given.items() if is_given]
+
+
+def _module_path() -> list[str]:
+    """Where this package is, then where other modules are looked for: the current folder last, so that a json.py in
+    it stays what it is to a program that has imported json before.
+    """
+    package = Path(vglann_fast.__file__).parent.parent
+    # Import passes over anything but strings, such as pathlib.Path; a null character cannot be an argument.
+    entries = [entry for entry in sys.path if isinstance(entry, str) and "\0" not in entry]
+    here = os.path.realpath(os.curdir)
+    return [str(package), *sorted(entries, key=lambda entry: os.path.realpath(entry) == here)]
+
+
+def _not_working(why: str) -> VglannError:
+    return VglannError(
+        f"the process that decodes videos does not work here ({why}); `vglann doctor` looks for what is missing, "
+        "`ulimit -a` shows the limits of this shell, and fewer --workers need less"
+    )
 
 
 def _exit_words(code: int) -> str:

@@ -27,6 +27,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -40,6 +41,7 @@ import numpy as np
 from vglann_fast.clips.cut import PackOptions, cut
 from vglann_fast.clips.dataset import COUNTS, FORMAT, INDEX_FILE, VERSION, read_index
 from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, Rejected, decode_all
+from vglann_fast.clips.numbers import switch, whole
 from vglann_fast.clips.shots import find_shots
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
@@ -131,7 +133,7 @@ def pack(
     """
     began = time.monotonic()
     finder, named = _shot_finder(shots)
-    limits = limits or decode_limits(stabilize)
+    limits = limits or decode_limits(switch("stabilize", stabilize))
     options = PackOptions(
         frames,
         size,
@@ -146,8 +148,8 @@ def pack(
         limits.max_pixels,
         named,
     )
-    if workers is not None and workers < 1:
-        raise VglannError(f"workers must be at least 1, not {workers}")
+    workers = min(os.cpu_count() or 1, 8) if workers is None else whole("workers", workers, 1)
+    overwrite = switch("overwrite", overwrite)
     for module in ("av", "cv2"):
         if importlib.util.find_spec(module) is None:
             raise VglannError(f"reading video needs the module {module}: pip install 'vglann-fast[video]'")
@@ -161,7 +163,7 @@ def pack(
             _check_same(out, existing, options, found)
             return _report(out, existing, began, reused=True)
     with atomic_dir(out) as folder:
-        index = _write(folder, found, options, limits, workers or min(os.cpu_count() or 1, 8), finder)
+        index = _write(folder, found, options, limits, workers, finder)
     return _report(out, index, began, reused=False)
 
 
@@ -228,25 +230,28 @@ def _write(
             if isinstance(video, Rejected):
                 rejected.append({"source": source.name, "reason": video.reason})
                 continue
-            # A strip is one shot, and repeats its last frame where a clip runs past it.
-            shots = [(0, len(video.tiles))] if source.strip else finder(video.thumbnails)
-            counts["shots"] += len(shots)
-            entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
-            for clip, pixels in cut(video, shots, source.first_frame, options, repeat_last=source.strip):
-                if pixels is None:
-                    reason = "a clip could not be stabilised"
-                    unstable.append({"source": source.name, "reason": reason, "clip": clip})
-                elif _motion(pixels) < options.min_motion:
-                    counts["static"] += 1
-                elif clip["id"] in ids:
-                    counts["repeated"] += 1  # the same file twice, under two names
-                else:
-                    ids.add(clip["id"])
-                    clips.append({**clip, "source": len(entries) - 1})
-                    shards.write(pixels)
-                    entry["clips"] += 1
-            video.discard()
-    scratch.rmdir()
+            try:
+                # A strip is one shot, and repeats its last frame where a clip runs past it.
+                shots = [(0, len(video.tiles))] if source.strip else finder(video.thumbnails)
+                counts["shots"] += len(shots)
+                entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
+                for clip, pixels in cut(video, shots, source.first_frame, options, repeat_last=source.strip):
+                    if pixels is None:
+                        reason = "a clip could not be stabilised"
+                        unstable.append({"source": source.name, "reason": reason, "clip": clip})
+                    elif _motion(pixels) < options.min_motion:
+                        counts["static"] += 1
+                    elif clip["id"] in ids:
+                        counts["repeated"] += 1  # the same file twice, under two names
+                    else:
+                        ids.add(clip["id"])
+                        clips.append({**clip, "source": len(entries) - 1})
+                        shards.write(pixels)
+                        entry["clips"] += 1
+            finally:
+                video.discard()
+    # A file system that only renames files that are still open may not let go of the folder yet.
+    shutil.rmtree(scratch, ignore_errors=True)
     counts.update(rejected=len(rejected), unstable=len(unstable))
     _check_enough(len(clips), rejected, counts, len(sources), options)
     index = {

@@ -13,6 +13,7 @@ list; it is how the paper's data set comes. A folder whose first image is a stri
 writes such a file; anyone may write one by hand.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -48,8 +49,8 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The name of the file or folder, without the way to it."""
-        return self.path.absolute().name
+        """The name of the file or folder, without the way to it; the same in every locale."""
+        return os.fsencode(self.path.absolute().name).decode("utf-8", "surrogateescape")
 
 
 def find_sources(paths: str | Path | Iterable[str | Path]) -> list[Source]:
@@ -134,12 +135,19 @@ def _in_folder(top: Path) -> list[Source]:
 
 
 def _in_list(path: Path) -> list[Source]:
-    """The strips a text file names, one path a line, relative to the file's folder; blank lines do not count."""
+    """The strips a text file names, one path a line, relative to the file's folder; blank lines do not count.
+
+    A line is a name as it stands, of whatever bytes; if no file has that name, without the white space around it.
+    """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VglannError(f"{path}: cannot be read as a list of files ({error})") from error
-    names = [line.strip() for line in lines if line.strip()]
+        data = path.read_bytes()
+    except OSError as error:
+        raise VglannError(f"{path}: cannot be read as a list of files ({error.strerror})") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise VglannError(f"{path}: is text in UTF-16; save the list as UTF-8")
+    # A mark of byte order is what Notepad and Excel begin UTF-8 with.
+    lines = [os.fsdecode(line) for line in data.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    names = [line if (path.parent / line).is_file() else line.strip(" \t\v\f") for line in lines]
     if not any((path.parent / name).is_file() for name in names[:100]):
         first = f"; the first is {names[0][:100]!r}" if names else ""
         raise VglannError(
@@ -168,7 +176,9 @@ def _windows(folder: Path) -> dict[str, dict]:
                 raise ValueError(f"bad frames of {entry['file']!r}")
             if last is not None and last < first:
                 raise ValueError(f"no frames of {entry['file']!r}")
-            windows[entry["file"]] = {
+            # JSON is UTF-8; names of files are bytes, which the locale's encoding makes text.
+            file_name = os.fsdecode(entry["file"].encode("utf-8", "surrogateescape"))
+            windows[file_name] = {
                 "first_frame": first,
                 "last_frame": last,
                 "credit": str(entry.get("credit", "")),

@@ -3,7 +3,7 @@
 A strip of height h holds h // 128 frames. A clip that runs past the last frame repeats it, so every strip gives at
 least one clip. At a size of 64 each pixel is the rounded mean of 2x2, (sum + 2) >> 2, which is what OpenCV's
 resize by areas computes. Rows left over, fewer than 128, are stretched to one frame more, after which the last
-whole frame is shown. All of this is bit for bit what the paper's author's loader gives, but for his swapped colours.
+whole frame is shown. All of this is bit for bit what the paper's author's loader gives, but for his swapped colors.
 
 An image is taken for a strip if it is a JPEG 128 wide and at least four frames high: no video is that narrow.
 """
@@ -11,6 +11,8 @@ An image is taken for a strip if it is a JPEG 128 wide and at least four frames 
 from pathlib import Path
 
 import numpy as np
+
+from vglann_fast.clips.truncation import truncation
 
 SIDE = 128
 _LEAST_FRAMES = 4  # by which strips are told from frames
@@ -43,12 +45,14 @@ def read_strip(path: Path, max_pixels: int) -> np.ndarray:
         raise NotAStrip(f"declares {width}x{height}, more than {max_pixels} pixels")
     if width != SIDE or height < SIDE:
         raise NotAStrip(f"is {width}x{height}: a strip is {SIDE} wide and holds a frame of {SIDE} rows")
-    data = np.fromfile(path, np.uint8)
-    if (
-        b"\xff\xd9" not in data[-64:].tobytes()
-    ):  # the end mark; OpenCV fills what is missing with grey and says nothing
-        raise NotAStrip("is cut off")
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    # OpenCV fills what is missing with gray and says nothing.
+    with path.open("rb") as file:
+        reason = truncation(file, "jpeg_pipe")
+    if reason:
+        raise NotAStrip(reason)
+    # The frames lie from top to bottom, whatever a camera's tag says of the whole.
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     if image is None or image.shape[1] != SIDE:
         raise NotAStrip("cannot be decoded")
     return strip_frames(image)

@@ -7,6 +7,7 @@ With --json one object instead of lines:
      "ops": [{"op", "impl", "reason"}], "findings": [{"name", "level": "PASS" | "WARN" | "FAIL", "text"}]}
 """
 
+import getpass
 import json
 import logging
 import math
@@ -15,7 +16,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any, Literal
 
 from vglann_fast.errors import VglannError
 from vglann_fast.options.training import TrainOptions
-from vglann_fast.run.environment import default_cache, environment
+from vglann_fast.run.environment import default_cache, environment, home
 from vglann_fast.run.folder import RunDir
 
 # Reported by other projects; each was seen to fail without a clear message.
@@ -61,16 +63,15 @@ def doctor(as_json: bool = False) -> int:
     """
     from vglann_kernels import ImplUnavailable, choices
 
-    logging.getLogger("vglann_kernels").setLevel(logging.WARNING)  # the ops are in the answer
-    logging.getLogger("faiss").setLevel(logging.WARNING)
     found, gpus = environment(), list(_gpus())
     findings = list(checks())
-    try:
-        ops, wrong = choices(), None
-    except (ValueError, ImplUnavailable) as error:
-        ops, wrong = [], error
-    if wrong is None:
-        findings.append(self_test())
+    with _quiet("vglann_kernels", "faiss"):  # the ops are in the answer
+        try:
+            ops, wrong = choices(), None
+        except (ValueError, ImplUnavailable) as error:
+            ops, wrong = [], error
+        if wrong is None:
+            findings.append(self_test())
     if as_json:
         record = {
             "format": "vglann-doctor",
@@ -87,6 +88,19 @@ def doctor(as_json: bool = False) -> int:
     if wrong is not None:
         raise VglannError(f"VGLANN_KERNELS={os.environ.get('VGLANN_KERNELS')}: {wrong}") from wrong
     return 1 if any(finding.level != "PASS" for finding in findings) else 0
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Let these loggers say warnings only, inside the block."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _heading(found: dict[str, Any], gpus: list[dict[str, Any]]) -> Iterator[str]:
@@ -193,26 +207,37 @@ def codecs() -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    user = f"torchinductor_{os.environ.get('USER', 'root')}"
-    theirs = {
-        "Triton's cache": ("TRITON_CACHE_DIR", Path.home() / ".triton"),
-        "torch.compile's cache": ("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / user),
+    places: dict[str, tuple[str, Callable[[], Path]]] = {
+        "Triton's cache": ("TRITON_CACHE_DIR", lambda: home() / ".triton"),
+        "torch.compile's cache": ("TORCHINDUCTOR_CACHE_DIR", _inductor_cache),
+        "our cache": ("XDG_CACHE_HOME", default_cache),  # of videos, weights and features
     }
-    places = {
-        name: (set_by, Path(os.environ.get(set_by) or usual)) for name, (set_by, usual) in theirs.items()
-    }
-    places["our cache"] = ("XDG_CACHE_HOME", default_cache())  # of videos, weights and features
-    for name, (variable, folder) in places.items():
+    for name, (variable, usual) in places.items():
+        given = os.environ.get(variable) if usual is not default_cache else None
+        try:
+            folder = Path(given) if given else usual()
+        except (OSError, VglannError) as error:
+            yield Finding(name, "WARN", f"no folder for it ({error}); set {variable} to a folder of your own")
+            continue
         kind = file_system(folder)
         advice = (
             f"{folder} is on {kind}, where processes spoil it for each other; set {variable} to a local disk"
         )
         yield _judged(name, kind in NETWORK_FILE_SYSTEMS, advice)
-    free = shutil.disk_usage(Path.cwd()).free
+    free = shutil.disk_usage(os.curdir).free
     level: Level = "FAIL" if free < TOO_LITTLE else "WARN"
     yield _judged(
         "free disk", free < LITTLE, f"{free / 1e9:.1f} GB here, a training wants {LITTLE / 1e9:.0f}", level
     )
+
+
+def _inductor_cache() -> Path:
+    """Return the folder that torch.compile takes by default. Raises OSError without a temporary folder."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        user = f"uid_{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
 
 def self_test(steps: int = 8) -> Finding:
@@ -221,17 +246,19 @@ def self_test(steps: int = 8) -> Finding:
     from vglann_kernels.launch import why_no_triton
     from vglann_kernels.verify import Shapes, verify
 
+    from vglann_fast.runtime.numerics import numerics
+
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impl = "reference" if why_no_triton(torch.device(device)) else "triton"
     try:
-        with torch.random.fork_rng():
+        with numerics():
             shapes = Shapes(batch=2, frames=4, size=32, levels=2, latent_dim=8, device=device, impl=impl)
             wrong = [str(line) for line in verify(shapes) if not line.ok]
             if wrong:
                 return Finding("self-test", "FAIL", f"off float64: {'; '.join(wrong)}")
             first, last = _tiny_training(torch.device(device), steps)
-    except (RuntimeError, VglannError) as error:
+    except (OSError, RuntimeError, VglannError) as error:
         return Finding("self-test", "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     seconds = time.monotonic() - started
     learned = f"loss {first:.3f} to {last:.3f} in {steps} steps, {seconds:.1f} s on {device}"

@@ -21,6 +21,7 @@ ablation.json: {"format": "vglann-ablation", "version": 1, "clips": {"train", "b
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -267,4 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress
     main()

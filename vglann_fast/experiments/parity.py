@@ -12,6 +12,7 @@ A graph that passes here may be named in `TESTED` of vglann_fast/glo/compatibili
 """
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -134,4 +135,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress
     sys.exit(main())

@@ -14,6 +14,7 @@ ms a frame  for keypoints and matches, processor time
 """
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from itertools import islice, pairwise
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress
     main()

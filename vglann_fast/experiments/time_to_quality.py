@@ -15,6 +15,7 @@ batch, while the weights move.
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
 from statistics import median
@@ -129,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress
     main()

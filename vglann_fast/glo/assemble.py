@@ -27,6 +27,7 @@ from vglann_fast.glo.training import Training
 from vglann_fast.options.training import Precision, TrainOptions
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.numerics import seeded
 
 
 def new_training(
@@ -57,11 +58,9 @@ def new_training(
     precision = resolve_precision(options.precision, device)
     check_compatibility(options, ranks, precision, device)
     features = load_features(options, device, precision=precision, dtype=dtype)
-    # CPU only: the same parameters on every device.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed) as random:
         generator = new_generator(options, clips.frames, clips.size)
-        rows = initial_latents(len(clips), options, torch.default_generator, clips.read)
+        rows = initial_latents(len(clips), options, random, clips.read)
     generator = generator.to(device, dtype).channels_last()
     ranks.broadcast(generator.parameters())
     own = ranks.owns(len(clips))

@@ -38,6 +38,7 @@ from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.files import open_regular
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.numerics import seeded
 
 KEEP = 2  # checkpoints of a run: the newest, and the one before should that be torn
 
@@ -166,7 +167,9 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     saved = {name: tuple(tensor.shape) for name, tensor in parts.get("generator", {}).items()}
     if problem := _misfit(run, options, saved):
         raise _unfit(run, problem)
-    generator = new_generator(options, run.options["frames"], run.options["size"])
+    # The first parameters are overwritten, but drawing them must not disturb a training in another thread.
+    with seeded(0):
+        generator = new_generator(options, run.options["frames"], run.options["size"])
     try:
         generator.load_state_dict(parts["average" if options.ema else "generator"])
         rows = parts["latents"]["rows"]

@@ -7,6 +7,7 @@ refused, see `compatibility.py`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class GraphedStep:
         self._stream = torch.cuda.Stream(clips.device)
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._calls = {True: 0, False: 0}
+        # Only one of the two graphs runs at a time, so their activations can share memory.
+        self._pool: Any = None
 
     def __call__(self, batch: Batch, with_video: bool) -> tuple[Tensor, Tensor | None]:
         """One training step; the tensors it returns are overwritten by the next."""
@@ -57,8 +60,9 @@ class GraphedStep:
         if with_video not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             # Capturing runs nothing: the step counts when it is replayed below.
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 result = self._step(self._batch, with_video)
+            self._pool = graph.pool()
             self._graphs[with_video] = (graph, result)
         graph, result = self._graphs[with_video]
         graph.replay()

@@ -14,6 +14,9 @@ from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss, TargetLoss
 from vglann_fast.options.training import TrainOptions
 
+# Losses that one op computes together.
+FUSED = {"laplacian", "l1", "l2"}
+
 
 def glo_loss(
     head: Tensor | None,
@@ -26,7 +29,8 @@ def glo_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of a batch -> (its loss [], with the mask prior; video [B, 3, T, H, W] detached, or None).
 
-    One fused op where there is one: Laplacian loss alone against uint8 clips, whose rows it reads from the table.
+    One fused op where there is one: Laplacian loss, also with L1 and L2, against uint8 clips, whose rows it reads
+    from the table.
     The same numbers otherwise, from one op after the other; that path takes floating-point clips, too.
 
     Args:
@@ -39,7 +43,8 @@ def glo_loss(
         still = torch.tanh(_in_float32(background))[:, :, None]  # [B, 3, 1, H, W]
         target = mean_frames(batch.clips[batch.at], still.dtype, options.target_limits)
         return reconstruction_loss(still, target, options), still.detach() if with_video else None
-    if options.loss_terms.keys() == {"laplacian"} and batch.clips.dtype == torch.uint8:
+    terms = options.loss_terms.keys()
+    if "laplacian" in terms and terms <= FUSED and batch.clips.dtype == torch.uint8:
         return _fused_loss(head, background, batch, options, with_video)
     clips = batch.clips[batch.at]
     against = {name: loss.against(clips, batch.rows) for name, loss in (features or {}).items()}
@@ -67,22 +72,27 @@ def _fused_loss(
 ) -> tuple[Tensor, Tensor | None]:
     frames = head.shape[2]
     summed = frames - 1 if options.frame_reduction == "sum-but-last" else None
-    # The op takes the mean over frames; the prior is not to be multiplied.
-    factor = (summed or 1) * options.loss_terms["laplacian"]
+    # The op takes the mean over frames. As weights of the terms the factor costs nothing; on the loss it would have
+    # the backward pass multiply the whole gradient.
+    laplacian, l1, l2 = (
+        (summed or 1) * options.loss_terms.get(name, 0.0) for name in ("laplacian", "l1", "l2")
+    )
     result = composite_laplacian_loss(
         head,
         background.to(head.dtype),
         batch.clips,
         batch.at,
         frames=summed,
-        mask_weight=options.mask_weight / factor,
+        mask_weight=options.mask_weight,
         return_video=with_video,
         levels=options.levels,
         blur=options.blur,
+        level_weights=[laplacian] * (options.levels + 1),
         target_range=options.target_limits,
+        l1_weight=l1,
+        l2_weight=l2,
     )
-    loss, video = result if isinstance(result, tuple) else (result, None)
-    return (loss if factor == 1 else factor * loss), video
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def reconstruction_loss(

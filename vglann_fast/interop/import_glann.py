@@ -21,10 +21,12 @@ from vglann_fast.options.presets import preset
 from vglann_fast.options.training import Variant
 from vglann_fast.run.files import sha256
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 
 _FRAMES, _SIZE = 32, 64  # of the videos his networks make
 
 
+@numerics()
 def import_seed(
     generator_file: str | Path, latents_file: str | Path, out: str | Path, variant: Variant = "original"
 ) -> RunDir:

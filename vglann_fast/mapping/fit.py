@@ -20,12 +20,14 @@ from vglann_fast.progress import Progress
 from vglann_fast.run.files import atomic_dir
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.numerics import numerics
 
 KINDS: dict[str, type[LatentSampler]] = {
     kind.kind: kind for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow)
 }
 
 
+@numerics()
 def fit_mapping(
     run_path: str | Path,
     kind: str,

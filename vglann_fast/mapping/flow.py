@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
 from vglann_fast.options.mapping import AutoregressiveOptions, FlowOptions
+from vglann_fast.runtime.numerics import seeded
 
 RADII = 33  # norms over which a density is summed
 HELD_OUT_DRAWS = 4  # norms given to each of the latents set aside
@@ -52,8 +53,7 @@ class _Flow(LatentSampler[AutoregressiveOptions]):
             import zuko
         except ImportError as error:
             raise VglannError(f"--kind {self.kind}: pip install 'vglann-fast[flow]'") from error
-        with torch.random.fork_rng(devices=[]):  # on the CPU: the same parameters on every device
-            torch.manual_seed(seed)
+        with seeded(seed):
             network = self._network(zuko.flows)
         for transform in network.transform.transforms:
             nn.init.zeros_(transform.hyper[-1].weight)

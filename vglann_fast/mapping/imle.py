@@ -19,6 +19,7 @@ from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
 from vglann_fast.mapping.match import match, same_everywhere
 from vglann_fast.mapping.regression import Regression
 from vglann_fast.options.mapping import ImleOptions
+from vglann_fast.runtime.numerics import seeded
 
 MAPPED_AT_ONCE = 1 << 16  # noise vectors of the pool; a CPU takes fewer, which stay in its cache
 MAPPED_AT_ONCE_ON_CPU = 1 << 11
@@ -95,8 +96,7 @@ class IMLE(LatentSampler[ImleOptions]):
         seed: int = 0,
     ) -> None:
         super().__init__(latent_dim, options, device, dtype, seed)
-        with torch.random.fork_rng(devices=[]):  # on the CPU: the same parameters on every device
-            torch.manual_seed(seed)
+        with seeded(seed):
             network = MappingNetwork(options.noise_dim, options.hidden, latent_dim)
         self.network = network.to(device, dtype)
         self._regression = Regression(self.network, self, options.lr, options.weight_decay)

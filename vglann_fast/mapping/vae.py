@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
 from vglann_fast.options.mapping import VaeOptions
+from vglann_fast.runtime.numerics import seeded
 
 BETAS = (0.5, 0.999)
 
@@ -66,8 +67,7 @@ class VAE(LatentSampler[VaeOptions]):
         seed: int = 0,
     ) -> None:
         super().__init__(latent_dim, options, device, dtype, seed)
-        with torch.random.fork_rng(devices=[]):  # on the CPU: the same parameters on every device
-            torch.manual_seed(seed)
+        with seeded(seed):
             network = LatentAutoencoder(options.noise_dim, options.hidden, latent_dim)
         self.network = network.to(device, dtype)
         self._optimizer = self._new_optimizer()

@@ -33,6 +33,7 @@ from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.sample import draw_latents, render
 
 FVD_VIDEOS = 2048  # on each side; also the most that are taken unasked
@@ -100,6 +101,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
+@numerics()
 def evaluate(
     run_path: str | Path,
     *,

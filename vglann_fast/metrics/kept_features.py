@@ -61,7 +61,13 @@ def features_of_clips(
 
     Raises `VglannError` as `extract`.
     """
-    folder = default_cache() / "features"
+    if not extractors:
+        return {}
+    try:
+        folder = default_cache() / "features"
+    except VglannError as error:
+        log.warning("features are computed and not kept: %s", error)
+        return _computed(name, videos, len(digests), extractors)
     files, records, found = {}, {}, {}
     for key, one in extractors.items():
         records[key] = _record(one, shape, digests)

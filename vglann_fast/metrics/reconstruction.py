@@ -25,8 +25,15 @@ from vglann_fast.metrics.baselines import (
 )
 from vglann_fast.metrics.record import verdict
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.invert import invert
-from vglann_fast.samples.sample import RenderedVideos, open_clips, render
+from vglann_fast.samples.sample import (
+    RenderedVideos,
+    open_clips,
+    render,
+    render_training_clips,
+    training_batches,
+)
 from vglann_fast.samples.write import write_videos
 
 SHOWN = 24  # clips whose videos are kept
@@ -34,6 +41,7 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
 _SUMS = ("motion_error", "motion_energy", "motion_error_pca")  # measures that are summed, not averaged
 
 
+@numerics()
 def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
     """Regenerate every training clip of a run, measure, and write media/reconstruction.
 
@@ -226,12 +234,6 @@ def _windows(size: int, device: torch.device) -> Tensor:
 def _reconstructed(
     trained: Trained, clips: ClipSet
 ) -> Iterator[tuple[np.ndarray, RenderedVideos, np.ndarray]]:
-    """(rows, what their latents decode to, the clips uint8 (b, 3, T, H, W)), a batch of the run's size at a time.
-
-    Every k-th row in a batch: neighbors are clips of one shot, and together they have statistics unlike those of
-    any batch of the training, which costs a run with batchnorm="train" 0.8 dB.
-    """
-    count = -(-len(clips) // trained.options.batch_size)
-    for rows in (np.arange(first, len(clips), count) for first in range(count)):
-        latents = trained.latents[torch.from_numpy(rows).to(trained.latents.device)]
-        yield rows, render(trained, latents), clips.read(rows)
+    """(rows, what their latents decode to, the clips uint8 (b, 3, T, H, W)), a batch of the run's size at a time."""
+    for rows in training_batches(trained):
+        yield rows, render_training_clips(trained, rows), clips.read(rows)

@@ -84,7 +84,9 @@ class TrainOptions:
         "mean", "mean over all frames, or the author's sum that leaves out the last frame"
     )
 
-    epochs: int = option(200, "passes over the clips; with --background-share the cost of both phases, in full passes")
+    epochs: int = option(
+        200, "passes over the clips; with --background-share the cost of both phases, in full passes"
+    )
     batch_size: int = option(
         15, "clips per batch and process; clips left over in an epoch wait for the next one"
     )

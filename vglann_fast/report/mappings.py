@@ -56,14 +56,15 @@ def compare_mappings(run: Path, kinds: Iterable[str], problems: list[str]) -> Co
         return None
     from vglann_fast.glo.checkpoint import load_trained
     from vglann_fast.run.folder import RunDir
+    from vglann_fast.runtime.numerics import numerics
 
     try:
         opened = RunDir.open(run)
-        trained = load_trained(opened)
+        with numerics():
+            return _compared(opened, load_trained(opened).latents, fitted, problems)
     except VglannError as error:
         problems.append(f"checkpoints: {error}")
         return None
-    return _compared(opened, trained.latents, fitted, problems)
 
 
 def _compared(run: "RunDir", latents: "Tensor", kinds: list[str], problems: list[str]) -> Comparison:

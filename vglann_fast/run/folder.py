@@ -91,12 +91,19 @@ class RunDir:
     def open(cls, path: str | Path) -> "RunDir":
         """Open an existing run. Raises `VglannError` when `path` is not one."""
         path = Path(path)
+        if path.is_file():
+            raise VglannError(f"{path} is not a run: it is a file; give the run folder that it is in")
         if not (path / "options.json").is_file():
             raise VglannError(f"{path} is not a run: it has no options.json; make one with `vglann train`")
         _check_links(path)
         options = read_json(path / "options.json")
-        if not isinstance(options, dict) or (options.get("format"), options.get("version")) != RUN_FORMAT:
-            raise VglannError(f"{path}/options.json: not a run of this version of vglann-fast")
+        if not isinstance(options, dict) or options.get("format") != RUN_FORMAT[0]:
+            raise VglannError(f"{path}/options.json: not the options of a run; make one with `vglann train`")
+        if (version := options.get("version")) != RUN_FORMAT[1]:
+            raise VglannError(
+                f"{path}/options.json: a run of version {version!r}, this program reads version {RUN_FORMAT[1]}; "
+                "update it with `pip install -U vglann-fast`, or train again"
+            )
         wrong = [name for name, kind in RUN_OPTIONS.items() if not isinstance(options.get(name, ...), kind)]
         wrong += [name for name in ("seed", "frames", "size") if not is_count(options.get(name))]
         wrong += ["resumed"] * (not _are_resumes(options.get("resumed", [])))

@@ -5,7 +5,6 @@ of latents never leave their process, and no clip is visited twice to make the s
 generator are summed over all processes, together with the loss, in one all-reduce a step.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
+from vglann_fast.run.environment import launched
 
 MEETING = timedelta(minutes=5)  # for all processes to be started
 LAST_WORDS = timedelta(seconds=10)  # for the same, when one has failed before it came to meet them
@@ -141,7 +141,7 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
     A process that ends or falls silent makes the others raise `VglannError`: at once where its connections
     close, after `timeout` where it hangs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched().size
     if size == 1:
         yield Ranks()
         return

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import torch
 
+from vglann_fast.run.environment import launched
+
+PROC = Path("/proc/self")
+
 
 def forget_peak(device: torch.device) -> None:
     """From here on `peak_memory` is of what follows, not of what this process did before.
@@ -18,15 +22,15 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the high-water mark becomes what is held now
+        (PROC / "clear_refs").write_text("5")  # proc(5): the high-water mark becomes what is held now
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU since `forget_peak`; on a CPU the most the whole process did."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    mark = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    # Not every container's /proc has it. ru_maxrss would count what ran before in this process, too, up to exec.
+    mark = re.search(r"VmHWM:\s*(\d+) kB", _proc("status"))
+    # Not every container has it, or a /proc. ru_maxrss would count what ran before in this process, too, up to exec.
     return 1024 * (int(mark[1]) if mark else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
@@ -39,8 +43,10 @@ def free_beside_a_step(device: torch.device) -> int:
     free = free_memory(device)
     if device.type == "cuda":
         return free
-    held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - (peak_memory(device) - held)
+    # Without a /proc nothing is known to be held already, so the answer is too small rather than too large.
+    pages = _proc("statm").split()[1:2] or ["0"]
+    held = int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
+    return free // launched().local_size - (peak_memory(device) - held)
 
 
 def free_memory(device: torch.device) -> int:
@@ -48,3 +54,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _proc(name: str) -> str:
+    """Return what Linux says of this process, see proc(5); "" where there is no /proc."""
+    try:
+        return (PROC / name).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -29,9 +29,11 @@ class _Settings:
     threads: int | None
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _lock = threading.RLock()
 _blocks: list[_Settings] = []  # those that are open, in the order they began
 _found: list[Any] = []  # the state before the first of them
+_seeding = threading.RLock()
 
 
 @contextmanager
@@ -75,6 +77,17 @@ def numerics(
                 _restore_random_state(_found.pop())
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """Yield PyTorch's default CPU generator, seeded; its state comes back at the end of the block.
+
+    First parameters are drawn in such blocks: on the CPU, so that they are the same on every device. Threads take
+    turns, because the generator belongs to the process.
+    """
+    with _seeding, torch.random.fork_rng(devices=[]):
+        yield torch.default_generator.manual_seed(seed)
+
+
 def _state() -> dict[str, Any]:
     return {
         "dtype": torch.get_default_dtype(),
@@ -83,6 +96,7 @@ def _state() -> dict[str, Any]:
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "threads": torch.get_num_threads(),
+        "cublas": os.environ.get(_CUBLAS),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
     }
@@ -93,7 +107,7 @@ def _apply(settings: _Settings) -> None:
     if settings.deterministic is not None:
         if settings.deterministic:
             # cuBLAS reads it when it starts.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault(_CUBLAS, ":4096:8")
         torch.use_deterministic_algorithms(settings.deterministic)
         torch.backends.cudnn.deterministic = settings.deterministic
         torch.backends.cudnn.benchmark = False
@@ -109,6 +123,8 @@ def _restore(state: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = state["cudnn"]
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = state["tf32"]
+    if state["cublas"] is None:
+        os.environ.pop(_CUBLAS, None)
     if torch.get_num_threads() != state["threads"]:
         torch.set_num_threads(state["threads"])
 
@@ -117,3 +133,6 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["random"])
     if state["random_cuda"] is not None:
         torch.cuda.set_rng_state_all(state["random_cuda"])
+    elif torch.cuda.is_initialized():
+        # The block was the first to use a GPU: nothing was drawn there after the caller's torch.manual_seed.
+        torch.cuda.manual_seed_all(torch.initial_seed())

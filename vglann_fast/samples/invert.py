@@ -34,6 +34,7 @@ from vglann_fast.glo.losses import reconstruction_loss
 from vglann_fast.glo.perceptual import FeatureLoss, check_weights, load_features, weight_records
 from vglann_fast.progress import Progress
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.nearest import nearest_clips
 from vglann_fast.samples.sample import has_clips, open_clips, render
 from vglann_fast.samples.write import write_videos
@@ -86,6 +87,7 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     return Inversion(torch.stack(found), torch.stack(quality))
 
 
+@numerics()
 def invert_videos(
     run_path: str | Path,
     videos: Sequence[str | Path],

@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,17 +136,26 @@ def write_gif(path: str | Path, video: np.ndarray, fps: float = 24, scale: int =
 
     Args and errors as `write_mp4`; sides may be odd. fps at most 50: players slow faster ones down.
     """
+    content = gif_bytes(video, fps, scale)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def gif_bytes(video: np.ndarray, fps: float = 24, scale: int = 1) -> bytes:
+    """Return the content of the file that `write_gif` writes. Args and errors as there."""
     frames = _frames(video, fps, scale)
     if fps > 50:
         raise ValueError(f"fps of a GIF must be at most 50, got {fps}")
     av = _import_av()
     height, width = frames.shape[1:3]
-    with atomic_file(path) as temporary, av.open(str(temporary), "w", format="gif") as container:
+    file = BytesIO()
+    with av.open(file, "w", format="gif") as container:
         stream = container.add_stream("gif", rate=_rate(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
         for frame in _with_palette(frames, 1 / _rate(fps)):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return file.getvalue()
 
 
 def _with_palette(frames: np.ndarray, time_base: Fraction) -> "Iterator[VideoFrame]":

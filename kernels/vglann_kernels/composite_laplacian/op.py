@@ -9,85 +9,94 @@ from torch import Tensor
 
 from .. import impl as switch
 from ..checks import FLOATS, check_index, check_same_device, check_shape, check_tensor
-from ..laplacian.op import TRITON_SIZES, check_options, saved_times_upstream
-from ..launch import laid_out_as, why_no_triton
+from ..laplacian.op import TRITON_SIZES, is_scaled_late, saved_times_upstream
+from ..laplacian.pyramid import Pyramid
+from ..launch import laid_out_as, operator, why_no_triton
 from . import reference
+
+NAME = "composite_laplacian_loss"
 
 switch.register("composite_laplacian", "reference")
 switch.register("composite_laplacian", "triton", why_no_triton)
 
 
-@torch.library.custom_op("vglann_kernels::composite_laplacian", mutates_args=())
-def _composite_laplacian(
-    head: Tensor,
-    background: Tensor,
-    clips: Tensor,
-    index: Tensor,
-    frames: int,
-    mask_weight: float,
-    levels: int,
-    blur: str,
-    sigma: float,
-    level_weights: Sequence[float],
-    target_range: Sequence[float],
-    reduction: str,
-    with_gradient: bool,
-    with_video: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, grad_head, grad_background, video); what is not asked for is empty."""
+def _launch(
+    head: Tensor, background: Tensor, clips: Tensor, index: Tensor, frames: int, mask_weight: float,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (loss, grad_head, grad_background, video); what is not asked for is empty."""
     from . import kernel
 
-    weights = tuple(level_weights)
-    unit = _gradient_unit(head, frames, weights, reduction)
-    late = unit if head.dtype == torch.float16 else 1.0  # the factor that `_backward` still applies
-    values = head.numel() // 4 if reduction == "mean" else head.shape[2:].numel()
-    prior = mask_weight / max(values, 1)
-    losses, mask_mean, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
-        head, background, clips, index, frames, prior / late, levels, blur, sigma, weights,
-        (target_range[0], target_range[1]), unit / late, with_gradient, with_video,
-    )  # fmt: skip
-    loss = losses
-    if reduction != "none":
-        loss = losses.mean() if reduction == "mean" else losses.sum()
-        if mask_weight:
-            loss = loss + mask_weight * (mask_mean.mean() if reduction == "mean" else mask_mean.sum())
+    *fields, with_gradient, with_video = arguments
+    options = Pyramid.of(fields)
+    unit = _gradient_unit(head, frames, options)
+    # The factor that the backward pass still applies.
+    late = unit if is_scaled_late(head) else 1.0
+    values = head.numel() // 4 if options.reduction == "mean" else head.shape[2:].numel()
+    prior = mask_weight / max(values, 1) / late
+    losses, mask_means, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
+        head, background, clips, index, frames, prior, options, unit / late, with_gradient, with_video
+    )
+    loss = options.reduced(losses)
+    if mask_weight:
+        videos = max(head.shape[0], 1) if options.reduction == "mean" else 1
+        loss = torch.add(loss, mask_means.sum(), alpha=mask_weight / videos)
     return loss, grad_head, grad_background, video
 
 
-def _gradient_unit(head: Tensor, frames: int, weights: tuple[float, ...], reduction: str) -> float:
-    from ..laplacian.kernel import gradient_unit
-
-    return gradient_unit(head[:, :3, :frames], weights, reduction)
-
-
-@_composite_laplacian.register_fake
-def _(
-    head: Tensor, background: Tensor, clips: Tensor, index: Tensor, frames: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction, with_gradient, with_video = options
-    shape = (head.shape[0], 3, frames) if reduction == "none" else ()
+def _fake(
+    head: Tensor, background: Tensor, clips: Tensor, index: Tensor, frames: int, mask_weight: float,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *fields, with_gradient, with_video = arguments
+    shape = (head.shape[0], 3, frames) if Pyramid.of(fields).reduction == "none" else ()
     return (
         head.new_empty(shape, dtype=torch.float32),
         laid_out_as(head, 4) if with_gradient else head.new_empty(0),
         laid_out_as(background, 3) if with_gradient else head.new_empty(0),
-        laid_out_as(head, 3) if with_video else head.new_empty(0),
+        head.new_empty((head.shape[0], 3, *head.shape[2:]) if with_video else (0,)),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, frames, weights, reduction = inputs[0], inputs[4], inputs[9], inputs[11]
-    ctx.save_for_backward(output[1], output[2])
-    ctx.factor = 1.0
-    if head.dtype == torch.float16:  # its gradients were left in large units, which float16 can hold
-        ctx.factor = _gradient_unit(head, frames, tuple(weights), reduction)
+_composite_laplacian = operator(
+    "composite_laplacian(Tensor head, Tensor background, Tensor clips, Tensor index, SymInt frames,"
+    f" float mask_weight, {Pyramid.SCHEMA}, bool with_gradient, bool with_video)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch,
+    _fake,
+)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grad_head, grad_background = saved_times_upstream(ctx, grad_loss, ctx.factor)
-    return grad_head, grad_background, *[None] * 12
+def _gradient_unit(head: Tensor, frames: int, options: Pyramid) -> float:
+    return options.gradient_unit(head.shape[-1], head.shape[0] * 3 * frames)
 
 
-_composite_laplacian.register_autograd(_backward, setup_context=_save)
+class _Loss(torch.autograd.Function):
+    """(loss, video) with the gradients of the loss, which the one launch of the forward pass makes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Tensor, background: Tensor, clips: Tensor, index: Tensor, frames: int,
+        mask_weight: float, options: Pyramid, with_video: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        loss, grad_head, grad_background, video = _composite_laplacian(
+            head, background, clips, index, frames, mask_weight, *options.fields(), True, with_video
+        )
+        ctx.save_for_backward(grad_head, grad_background)
+        ctx.options = options
+        ctx.frames = frames
+        ctx.mark_non_differentiable(video)
+        # The video has no gradient, not a tensor of zeros. torch.compile knows no such setting.
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        return loss, video
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_head = ctx.saved_tensors[0]
+        factor = _gradient_unit(grad_head, ctx.frames, ctx.options) if is_scaled_late(grad_head) else 1.0
+        gradients = saved_times_upstream(ctx, NAME, upstream, factor)
+        return *gradients, *[None] * 6
 
 
 def _triton_refuses(head: Tensor, reduction: str, with_gradient: bool) -> str | None:
@@ -117,6 +126,8 @@ def composite_laplacian_loss(
     level_weights: Sequence[float] | None = None,
     target_range: tuple[float, float] = (-1.0, 1.0),
     reduction: str = "mean",
+    l1_weight: float = 0.0,
+    l2_weight: float = 0.0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`laplacian_pyramid_loss(mask_composite(head, background), clips[index])` plus the mask prior.
@@ -128,8 +139,8 @@ def composite_laplacian_loss(
     mask_weight    lambda: adds lambda * mean over videos of the mask mean ("sum": the sum over videos); the
                    mask of all frames counts. Must be 0 with reduction "none", whose values are per plane.
     return_video   also return the video [B,3,T,H,W], without gradient, in the dtype of `head`
-    levels, blur, sigma, level_weights, target_range, reduction, impl   as in `laplacian_pyramid_loss`;
-                   reduction "none" gives [B,3,frames]
+    levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight, impl   as in
+                   `laplacian_pyramid_loss`; reduction "none" gives [B,3,frames]
 
     The loss is float32 (float64 for float64 logits), differentiable in `head` and `background`.
     Raises TypeError on a wrong dtype; ValueError on a wrong shape, mixed devices, a bad index or option.
@@ -149,8 +160,9 @@ def composite_laplacian_loss(
     frames = total if frames is None else frames
     if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= total:
         raise ValueError(f"frames: expected an integer from 1 to {total}, got {frames!r}")
-    height, width = head.shape[3:]
-    weights = check_options(height, width, levels, blur, sigma, level_weights, target_range, reduction)
+    options = Pyramid.checked(
+        head.shape[3:], levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight
+    )
     if not math.isfinite(mask_weight):
         raise ValueError(f"mask_weight: expected a finite number, got {mask_weight!r}")
     if mask_weight and reduction == "none":
@@ -158,23 +170,17 @@ def composite_laplacian_loss(
     with_gradient = torch.is_grad_enabled() and (head.requires_grad or background.requires_grad)
     unsupported = _triton_refuses(head, reduction, with_gradient)
     if switch.chosen("composite_laplacian", impl, head.device, unsupported) == "triton":
-        loss, _, _, video = torch.ops.vglann_kernels.composite_laplacian(
-            head, background, clips, index, frames, float(mask_weight), levels, blur, sigma, weights,
-            target_range, reduction, with_gradient, return_video,
-        )  # fmt: skip
-        return (loss, video.detach()) if return_video else loss
+        if with_gradient:
+            loss, video = _Loss.apply(
+                head, background, clips, index, frames, float(mask_weight), options, return_video
+            )
+        else:
+            loss, _, _, video = _composite_laplacian(
+                head, background, clips, index, frames, float(mask_weight), *options.fields(),
+                False, return_video,
+            )  # fmt: skip
+        return (loss, video) if return_video else loss
     loss, video = reference.composite_laplacian_loss(
-        head,
-        background,
-        clips,
-        index,
-        frames=frames,
-        mask_weight=mask_weight,
-        levels=levels,
-        blur=blur,
-        sigma=sigma,
-        level_weights=weights,
-        target_range=target_range,
-        reduction=reduction,
+        head, background, clips, index, frames, mask_weight, options
     )
     return (loss, video.detach()) if return_video else loss

@@ -10,14 +10,13 @@ float16 parts, high and low, which keep 21 bits; so are taps that float16 cannot
 rows are filtered in plain float32.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import device_guard
+from ..launch import LAUNCH, device_guard, processors
+from .pyramid import Pyramid
 from .reference import band_matrix, blur_taps
 
 SCALE_BLOCK = 4096
@@ -25,10 +24,15 @@ SCALE_BLOCK = 4096
 # overflow, and down to 2^-29 they do not vanish.
 PRESCALE = tl.constexpr(16.0)
 
+# Tables in memory that no captured graph uses.
+MAX_TABLES = 64
+_tables: dict[tuple[int, int, str, float, torch.device], Tensor] = {}
+_captured: set[tuple[int, int, str, float, torch.device]] = set()
+
 
 @triton.jit
 def _parts(x, PARTS: tl.constexpr):
-    """(high, low) float16 parts of x; with PARTS == 1 x rounded, and a low part nobody reads."""
+    """Return (high, low) float16 parts of x; with PARTS == 1 x rounded, and a low part that nobody reads."""
     if PARTS == 2:
         # Cutting the last 13 bits off leaves a float32 that float16 holds: cheaper than rounding.
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -40,9 +44,9 @@ def _parts(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _matrix(bands, N: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Matrix number PART of one level's table, [N,N] float16."""
-    matrix = tl.load(bands + PART * N * N + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :])
+def _matrix(bands_ptr, N: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Load matrix number PART of one level's table, [N,N] float16."""
+    matrix = tl.load(bands_ptr + PART * N * N + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :])
     if TRANSPOSED:
         matrix = tl.trans(matrix)
     return matrix
@@ -50,20 +54,21 @@ def _matrix(bands, N: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr
 
 @triton.jit
 def _filtered(
-    x, bands, zero, minus, N: tl.constexpr, HIGH: tl.constexpr, ADJOINT: tl.constexpr,
+    x, bands_ptr, zero, minus, N: tl.constexpr, HIGH: tl.constexpr, ADJOINT: tl.constexpr,
     PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """B x B^T - minus, or B^T x B - minus for ADJOINT; x [N,N] float32, B matrix HIGH of the table.
+    """Return B x B^T - minus, or B^T x B - minus for ADJOINT; x [N,N] float32, B matrix HIGH of the table.
 
     PARTS and TAP_PARTS say in how many float16 parts x and B are used; the low part of B is matrix HIGH + 1.
     """
-    right = _matrix(bands, N, HIGH, not ADJOINT)
-    again = bands + zero
-    if N < 16:  # too small for the matrix units
+    right = _matrix(bands_ptr, N, HIGH, not ADJOINT)
+    again = bands_ptr + zero
+    # Fewer than 16 rows are too few for the matrix units.
+    if N < 16:
         rows = right.to(tl.float32)
         columns = _matrix(again, N, HIGH, ADJOINT).to(tl.float32)
         if TAP_PARTS == 2:
-            rows += _matrix(bands, N, HIGH + 1, not ADJOINT).to(tl.float32)
+            rows += _matrix(bands_ptr, N, HIGH + 1, not ADJOINT).to(tl.float32)
             columns += _matrix(again, N, HIGH + 1, ADJOINT).to(tl.float32)
         y = tl.sum(x[:, :, None] * rows[None, :, :], axis=1)
         z = tl.sum(columns[:, :, None] * y[None, :, :], axis=1) - minus
@@ -73,7 +78,7 @@ def _filtered(
         if PARTS == 2:
             y = tl.dot(x_low, right, y)
         if TAP_PARTS == 2:
-            y = tl.dot(x_high, _matrix(bands, N, HIGH + 1, not ADJOINT), y)
+            y = tl.dot(x_high, _matrix(bands_ptr, N, HIGH + 1, not ADJOINT), y)
         y_high, y_low = _parts(y, PARTS)
         left = _matrix(again, N, HIGH, ADJOINT)
         z = tl.dot(left, y_high)
@@ -87,20 +92,20 @@ def _filtered(
 
 @triton.jit
 def _blurred(
-    x, bands, zero, N: tl.constexpr, ADJOINT: tl.constexpr, PARTS: tl.constexpr,
+    x, bands_ptr, zero, N: tl.constexpr, ADJOINT: tl.constexpr, PARTS: tl.constexpr,
     TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The blur of a plane, or its adjoint. `bands` holds four [N,N]: high and low part of B, then of Q.
+    """Return the blur of a plane, or its adjoint. `bands_ptr` holds four [N,N]: high and low part of B, then of Q.
 
-    The seed's kernel has rank two: B x B^T - Q x Q^T. The taps of Q are small and sum to 0: except for
+    The paper's kernel has rank two: B x B^T - Q x Q^T. The taps of Q are small and sum to 0: except for
     float32 one part is enough (EXACT). `zero` is 0, unknown when compiling: matrices are loaded again for
     each product, from L1, so that they do not sit in registers in between.
     """
     minus = tl.zeros([N, N], tl.float32)
     if SECOND:
         PARTS_OF_Q: tl.constexpr = PARTS if EXACT else 1
-        minus = _filtered(x, bands, zero, minus, N, 2, ADJOINT, PARTS_OF_Q, PARTS_OF_Q)
-    return _filtered(x, bands, zero, minus, N, 0, ADJOINT, PARTS, TAP_PARTS)
+        minus = _filtered(x, bands_ptr, zero, minus, N, 2, ADJOINT, PARTS_OF_Q, PARTS_OF_Q)
+    return _filtered(x, bands_ptr, zero, minus, N, 0, ADJOINT, PARTS, TAP_PARTS)
 
 
 @triton.jit
@@ -112,168 +117,206 @@ def _sign(x):
 
 @triton.jit
 def pyramid_l1(
-    plane, bands, weights, zero, LEVEL: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
+    plane, bands_ptr, weights, zero, LEVEL: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
     ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """(loss, gradient [N,N]) of the pyramid from `plane` [N,N] at LEVEL down to the residual.
+    """Return (loss, gradient [N,N]) of the pyramid from `plane` [N,N] at LEVEL down to the residual.
 
-    weights: LEVELS + 1 loss weights w_l / n_l, then as many gradient weights (the same over a common unit).
-    The gradient is in that unit. Calls itself for the next level, as the formula does. `zero`: see
-    `_blurred`.
+    weights: a tuple that starts with LEVELS + 1 values w_l 4^l / unit, see `Pyramid.kernel_weights`. Loss and
+    gradient are in this unit. Calls itself for the next level, as the formula does. `zero`: see `_blurred`.
     """
-    loss_weight = tl.load(weights + LEVEL)
-    sign_weight = tl.load(weights + LEVELS + 1 + LEVEL)
+    weight = weights[LEVEL]
     if LEVEL == LEVELS:
-        loss = loss_weight * tl.sum(tl.abs(plane))
-        gradient = sign_weight * _sign(plane)
+        loss = weight * tl.sum(tl.abs(plane))
+        gradient = weight * _sign(plane)
     else:
         EXACT: tl.constexpr = ADJOINT_PARTS == 2
-        low = _blurred(plane, bands, zero, N, False, 2, TAP_PARTS, SECOND, EXACT)
+        low = _blurred(plane, bands_ptr, zero, N, False, 2, TAP_PARTS, SECOND, EXACT)
         band = plane - low
-        sign = _sign(band).to(tl.float16)  # half the registers until it is used
+        # Half the registers until it is used.
+        sign = _sign(band).to(tl.float16)
         HALF: tl.constexpr = N // 2
-        smaller = tl.sum(tl.sum(tl.reshape(low, [HALF, 2, HALF, 2]), axis=3), axis=1) * 0.25  # [HALF,HALF]
+        # [HALF,HALF]
+        smaller = tl.sum(tl.sum(tl.reshape(low, [HALF, 2, HALF, 2]), axis=3), axis=1) * 0.25
         loss, below = pyramid_l1(
-            smaller, bands + 4 * N * N, weights, zero, LEVEL + 1, LEVELS, HALF,
+            smaller, bands_ptr + 4 * N * N, weights, zero, LEVEL + 1, LEVELS, HALF,
             ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
         )  # fmt: skip
-        loss += loss_weight * tl.sum(tl.abs(band))
+        loss += weight * tl.sum(tl.abs(band))
         gradient = band
         if WITH_GRAD:
             spread = tl.broadcast_to((0.25 * below)[:, None, :, None], [HALF, 2, HALF, 2])
-            s = sign_weight * sign.to(tl.float32)
+            s = weight * sign.to(tl.float32)
             inner = s - tl.reshape(spread, [N, N])
             # Signs rounded to one part need taps no finer than that.
             ADJOINT_TAP_PARTS: tl.constexpr = TAP_PARTS if EXACT else 1
             adjoint = _blurred(
-                inner, bands + 2 * zero, zero, N, True, ADJOINT_PARTS, ADJOINT_TAP_PARTS, SECOND, EXACT
+                inner, bands_ptr + 2 * zero, zero, N, True, ADJOINT_PARTS, ADJOINT_TAP_PARTS, SECOND, EXACT
             )
             gradient = s - adjoint
     return loss, gradient
 
 
 @triton.jit
-def _offset(plane, n1, n2, s0, s1, s2):
-    """Where plane number `plane` of a [n0,n1,n2,H,W] tensor starts; int64."""
-    return (plane // (n1 * n2)) * s0 + (plane // n2 % n1) * s1 + (plane % n2) * s2
+def plane_loss(
+    x, bands_ptr, weights, loss_unit, gradient_scale, zero, N: tl.constexpr, LEVELS: tl.constexpr,
+    ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
+    WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
+):  # fmt: skip
+    """Return (loss, gradient [N,N] times gradient_scale) of the difference x [N,N], which comes times PRESCALE.
+
+    weights: see `Pyramid.kernel_weights`. What is added to the pyramid's loss costs no other read of the planes.
+    """
+    loss, g = pyramid_l1(
+        x, bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD
+    )
+    # The sign of NaN is 0, as in the reference.
+    g *= tl.where(loss - loss == 0, gradient_scale, 0.0)
+    if WITH_L1:
+        loss += weights[LEVELS + 1] * tl.sum(tl.abs(x))
+        g += tl.where(x == x, _sign(x), 0.0) * (weights[LEVELS + 1] * gradient_scale)
+    if WITH_L2:
+        loss += weights[LEVELS + 2] * (tl.sum(x * x) / PRESCALE)
+        g += x * (weights[LEVELS + 2] * gradient_scale * (2.0 / PRESCALE))
+    return loss * (loss_unit / PRESCALE), g
+
+
+@triton.jit
+def _offset(plane, n1, n2, s0_stride, s1_stride, s2_stride):
+    """Return the offset of plane number `plane` of a [n0,n1,n2,H,W] tensor, int64."""
+    return (plane // (n1 * n2)) * s0_stride + (plane // n2 % n1) * s1_stride + (plane % n2) * s2_stride
 
 
 @triton.jit
 def _laplacian_fwd_kernel(
-    video, target, gradient, losses, bands, weights, n1, n2,
-    video_0, video_1, video_2, video_row: tl.constexpr, video_column: tl.constexpr,
-    target_0, target_1, target_2, target_row: tl.constexpr, target_column: tl.constexpr,
-    gradient_0, gradient_1, gradient_2, gradient_row: tl.constexpr, gradient_column: tl.constexpr,
-    target_low, target_scale, gradient_scale, zero,
+    video_ptr, target_ptr, gradient_ptr, losses_ptr, bands_ptr, weights, n1, n2,
+    video_n0_stride, video_n1_stride, video_n2_stride,
+    video_row_stride: tl.constexpr, video_column_stride: tl.constexpr,
+    target_n0_stride, target_n1_stride, target_n2_stride,
+    target_row_stride: tl.constexpr, target_column_stride: tl.constexpr,
+    gradient_n0_stride, gradient_n1_stride, gradient_n2_stride,
+    gradient_row_stride: tl.constexpr, gradient_column_stride: tl.constexpr,
+    target_low, target_scale, loss_unit, gradient_scale, zero,
     N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
-    SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
+    SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
 ):  # fmt: skip
+    # video, gradient [n0,n1,n2,N,N]: one float dtype. target [n0,n1,n2,N,N]: uint8 or float.
+    # float32: losses [n0 * n1 * n2]. float16: bands, see `band_tables`.
     plane = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
-    video += _offset(plane, n1, n2, video_0, video_1, video_2)
-    target += _offset(plane, n1, n2, target_0, target_1, target_2)
-    x = tl.load(video + row * video_row + column * video_column).to(tl.float32)
-    y = tl.load(target + row * target_row + column * target_column).to(tl.float32)
+    video_ptr += _offset(plane, n1, n2, video_n0_stride, video_n1_stride, video_n2_stride)
+    target_ptr += _offset(plane, n1, n2, target_n0_stride, target_n1_stride, target_n2_stride)
+    x = tl.load(video_ptr + row * video_row_stride + column * video_column_stride).to(tl.float32)
+    y = tl.load(target_ptr + row * target_row_stride + column * target_column_stride).to(tl.float32)
     # Still 0; as a product it also keeps addresses out of registers (sm_86, sm_120).
     zero = (plane * zero).to(tl.int32)
-    loss, g = pyramid_l1(
+    loss, g = plane_loss(
         tl.fma(y, -target_scale * PRESCALE, x * PRESCALE - target_low * PRESCALE),
-        bands, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
+        bands_ptr, weights, loss_unit, gradient_scale, zero,
+        N, LEVELS, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD, WITH_L1, WITH_L2,
     )  # fmt: skip
-    loss = loss / PRESCALE
-    tl.store(losses + plane, loss)
+    tl.store(losses_ptr + plane, loss)
     if WITH_GRAD:
-        gradient += _offset(plane, n1, n2, gradient_0, gradient_1, gradient_2)
-        g *= tl.where(loss - loss == 0, gradient_scale, 0.0)  # the sign of NaN is 0, as in the reference
-        row += zero  # indices too are made again rather than kept
+        gradient_ptr += _offset(plane, n1, n2, gradient_n0_stride, gradient_n1_stride, gradient_n2_stride)
+        # Indices, too, are made again rather than kept.
+        row += zero
         column += zero
-        tl.store(gradient + row * gradient_row + column * gradient_column, g)
+        tl.store(gradient_ptr + row * gradient_row_stride + column * gradient_column_stride, g)
 
 
 @triton.jit
-def _scale_kernel(gradient, out, upstream, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = gradient * upstream * factor; in place nothing is read or written where the product is exactly
-    1."""
-    by = tl.load(upstream).to(tl.float32) * factor
-    if (by != 1.0) | (not IN_PLACE):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        g = tl.load(gradient + at, mask=at < n, other=0.0).to(tl.float32)
-        tl.store(out + at, g * by, mask=at < n)
+def _scale_values(values_ptr, scale, count, BLOCK: tl.constexpr):
+    """Multiply `count` values in place; the programs take blocks in turn."""
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + offset, mask=offset < count, other=0.0).to(tl.float32)
+        tl.store(values_ptr + offset, values * scale, mask=offset < count)
 
 
-@lru_cache(maxsize=64)
-def band_tables(size: int, levels: int, blur: str, sigma: float, device: torch.device) -> Tensor:
-    """Level by level four [n,n] float16 matrices: high and low part of B, then of Q of the seed's kernel.
+@triton.jit
+def _scale_kernel(
+    first_ptr, second_ptr, upstream_ptr, factor, first_count, second_count, BLOCK: tl.constexpr
+):
+    """Multiply two gradients in place by upstream * factor; nothing of them is touched where that is exactly 1."""
+    # first [first_count], second [second_count], upstream []: float dtypes.
+    scale = tl.load(upstream_ptr).to(tl.float32) * factor
+    if scale != 1.0:
+        _scale_values(first_ptr, scale, first_count, BLOCK)
+        _scale_values(second_ptr, scale, second_count, BLOCK)
 
-    B G B^T - Q G Q^T is the blur of the reference. The seed's (g, box / 2) + (box / 2, g) is (p, p) - (q, q)
+
+def band_tables(size: int, options: Pyramid, device: torch.device) -> Tensor:
+    """Return level by level four [n,n] float16 matrices: high and low part of B, then of Q of the paper's kernel.
+
+    Tables are kept. A CUDA graph holds a pointer into its table, so a table that was asked for while a graph was
+    captured is kept for ever (43 KB for planes of 64 rows). A table first made in a capture belongs to that graph.
+    """
+    key = (size, options.levels, options.blur, options.sigma, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _tables:
+        table = _new_band_tables(*key)
+        if capturing:
+            return table
+        kept = [name for name in _tables if name not in _captured]
+        if len(kept) >= MAX_TABLES:
+            del _tables[kept[0]]
+        _tables[key] = table
+    if capturing:
+        _captured.add(key)
+    return _tables[key]
+
+
+def _new_band_tables(size: int, levels: int, blur: str, sigma: float, device: torch.device) -> Tensor:
+    """Make the tables on the device: a copy from the host would wait for it and cannot be captured.
+
+    B G B^T - Q G Q^T is the blur of the reference. The paper's (g, box / 2) + (box / 2, g) is (p, p) - (q, q)
     with p = (g + box) / 2 and q = (g - box) / 2, whose taps sum to 0.
     """
     terms = blur_taps(blur, sigma)
     first, second = terms[0][0], [0.0] * 5
-    if blur == "seed":
+    if blur == "paper":
         g, half_box = terms[0]
         first = [a / 2 + b for a, b in zip(g, half_box, strict=True)]
         second = [a / 2 - b for a, b in zip(g, half_box, strict=True)]
+    like = torch.empty(0, dtype=torch.float64, device=device)
     parts = []
     for level in range(levels):
-        n = size >> level
         for taps in (first, second):
-            matrix = band_matrix(n, taps, torch.zeros(1, dtype=torch.float64))
+            matrix = band_matrix(size >> level, taps, like)
             parts += [matrix.half(), (matrix - matrix.half().double()).half()]
-    return torch.cat([part.flatten() for part in parts]).to(device)
-
-
-@lru_cache(maxsize=64)
-def weight_table(size: int, weights: tuple[float, ...], device: torch.device) -> tuple[Tensor, float]:
-    """(w_l / n_l and then w_l 4^l / unit, float32; unit / size^2): see `pyramid_l1`.
-
-    The unit makes the largest gradient weight 512: the adjoint at most quadruples it, which float16 holds,
-    and the weights of the finest levels stay far from float16's smallest numbers.
-    """
-    scaled = [w * 4.0**level for level, w in enumerate(weights)]
-    unit = max(map(abs, scaled)) / 512 or 1.0
-    table = [w / size**2 for w in scaled] + [w / unit for w in scaled]
-    return torch.tensor(table, dtype=torch.float32, device=device), unit / size**2
-
-
-def gradient_unit(video: Tensor, weights: tuple[float, ...], reduction: str) -> float:
-    """What one unit of the pyramid's gradient is worth in the loss."""
-    planes = video.shape[:-2].numel()
-    unit = weight_table(video.shape[-1], weights, video.device)[1]
-    return unit / max(planes, 1) if reduction == "mean" else unit
+    return torch.cat([part.flatten() for part in parts])
 
 
 def warps(size: int, blur: str) -> int:
-    """Warps per program for planes of `size` rows; the seed's two products need more registers.
+    """Return the warps per program for planes of `size` rows; the paper's two products need more registers.
 
     Planes of 128 rows spill whatever the number; with 8 warps the assembler also takes minutes.
     """
     if size > 64:
         return 16
-    return 8 if blur == "seed" else 4
+    return 8 if blur == "paper" else 4
 
 
-def kernel_options(blur: str, dtype: torch.dtype) -> dict[str, int | bool]:
-    """The compile-time choices of `pyramid_l1` for a blur and the dtype of the gradient."""
+def kernel_options(options: Pyramid, dtype: torch.dtype) -> dict[str, int | bool]:
+    """Return the compile-time choices of `plane_loss` for the options and the dtype of the gradient."""
     return {
         "ADJOINT_PARTS": 1 if dtype == torch.bfloat16 else 2,
-        "TAP_PARTS": 1 if blur == "binomial" else 2,
-        "SECOND": blur == "seed",
+        "TAP_PARTS": 1 if options.blur == "binomial" else 2,
+        "SECOND": options.blur == "paper",
+        "LEVELS": options.levels,
+        "WITH_L1": options.l1_weight != 0,
+        "WITH_L2": options.l2_weight != 0,
     }
 
 
 def laplacian_fwd(
     video: Tensor,
     target: Tensor,
-    levels: int,
-    blur: str,
-    sigma: float,
-    weights: tuple[float, ...],
-    target_range: tuple[float, float],
+    options: Pyramid,
     gradient_scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each plane float32 [...], gradient in units of 1 / `gradient_scale`, or empty without).
+    """Return (loss of each plane float32 [...], gradient in units of 1 / `gradient_scale`, or empty without).
 
     Planes of any strides are read as they lie. The gradient has the dtype and strides of a new `video`.
     """
@@ -283,37 +326,42 @@ def laplacian_fwd(
         return losses, gradient
     views = [_five_dimensions(x) for x in (video, target, gradient if with_gradient else video)]
     n0, n1, n2, size, _ = views[0].shape
-    low, high = target_range if target.dtype == torch.uint8 else (0.0, 255.0)
+    low, high = options.target_range if target.dtype == torch.uint8 else (0.0, 255.0)
+    weights, loss_unit = options.kernel_weights(size)
     with device_guard(video):
         _laplacian_fwd_kernel[(n0 * n1 * n2,)](
             views[0], views[1], gradient, losses,
-            band_tables(size, levels, blur, sigma, video.device),
-            weight_table(size, weights, video.device)[0],
+            band_tables(size, options, video.device), weights,
             n1, n2, *views[0].stride(), *views[1].stride(), *views[2].stride(),
-            low, (high - low) / 255, gradient_scale, 0,
-            N=size, LEVELS=levels, WITH_GRAD=with_gradient, num_warps=warps(size, blur),
-            **kernel_options(blur, video.dtype),
+            low, (high - low) / 255, loss_unit, gradient_scale, 0,
+            N=size, WITH_GRAD=with_gradient, num_warps=warps(size, options.blur),
+            **kernel_options(options, video.dtype), **LAUNCH,
         )  # fmt: skip
     return losses, gradient
 
 
 def _five_dimensions(x: Tensor) -> Tensor:
-    """[...,H,W] as [n0,n1,n2,H,W]; a view up to five dimensions, beyond that where strides allow."""
+    """View [...,H,W] as [n0,n1,n2,H,W]; a view up to five dimensions, beyond that where strides allow."""
     if x.ndim > 5:
         return x.flatten(0, x.ndim - 5)
     return x[(None,) * (5 - x.ndim)]
 
 
-def scale_gradient(gradient: Tensor, out: Tensor, upstream: Tensor, factor: float) -> None:
-    """out = gradient [...,H,W] * upstream * factor, upstream [] or [...]; `out` may be `gradient` itself.
+def scale_gradients(gradients: list[Tensor], upstream: Tensor, factor: float) -> None:
+    """Multiply one or two dense gradients [...,H,W] by upstream * factor in place; upstream is [] or [...].
 
-    Both are dense with the same strides. In place and with a product of 1 this moves no data.
+    Where the product is 1 the one launch of a few programs moves no data.
     """
     if upstream.ndim > 0:
-        torch.mul(gradient, (upstream * factor)[..., None, None], out=out)
-    elif gradient.numel() > 0:
-        with device_guard(gradient):
-            _scale_kernel[(triton.cdiv(gradient.numel(), SCALE_BLOCK),)](
-                gradient, out, upstream, factor, gradient.numel(),
-                IN_PLACE=out is gradient, BLOCK=SCALE_BLOCK, num_warps=4,
-            )  # fmt: skip
+        for gradient in gradients:
+            gradient.mul_((upstream * factor)[..., None, None])
+        return
+    first, second = gradients[0], gradients[-1]
+    counts = (first.numel(), second.numel() if len(gradients) == 2 else 0)
+    if max(counts) == 0:
+        return
+    programs = min(triton.cdiv(max(counts), SCALE_BLOCK), 4 * processors(first.device))
+    with device_guard(first):
+        _scale_kernel[(programs,)](
+            first, second, upstream, factor, *counts, BLOCK=SCALE_BLOCK, num_warps=4, **LAUNCH
+        )

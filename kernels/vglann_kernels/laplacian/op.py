@@ -1,6 +1,5 @@
 """`laplacian_pyramid_loss`: L1 between the Laplacian pyramids of two videos, plane by plane."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,152 +8,113 @@ from torch import Tensor
 
 from .. import impl as switch
 from ..checks import FLOATS, check_same_device, check_shape, check_tensor
-from ..launch import refuse_second_derivative, why_no_triton
+from ..launch import is_traced, operator, why_no_triton, without_second_derivative
 from . import reference
+from .pyramid import Pyramid
 
-BLURS = ("binomial", "gaussian", "seed")
-REDUCTIONS = ("none", "mean", "sum")
-MAX_LEVELS = 5
+NAME = "laplacian_pyramid_loss"
 TRITON_SIZES = (32, 64, 128)
 
 switch.register("laplacian", "reference")
 switch.register("laplacian", "triton", why_no_triton)
 
 
-@torch.library.custom_op("vglann_kernels::laplacian_pyramid", mutates_args=())
-def _laplacian(
-    video: Tensor,
-    target: Tensor,
-    levels: int,
-    blur: str,
-    sigma: float,
-    level_weights: Sequence[float],
-    target_range: Sequence[float],
-    reduction: str,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss, its gradient by `video` up to a factor for float16; empty unless `with_gradient`)."""
+def _launch(video: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return (loss, gradient by `video`, in units where `is_scaled_late`); the gradient is empty if not asked for."""
     from . import kernel
 
-    weights = tuple(level_weights)
-    unit = 1.0 if video.dtype == torch.float16 else kernel.gradient_unit(video, weights, reduction)
-    losses, gradient = kernel.laplacian_fwd(
-        video, target, levels, blur, sigma, weights, (target_range[0], target_range[1]), unit, with_gradient
-    )
-    if reduction == "none":
-        return losses, gradient
-    return losses.mean() if reduction == "mean" else losses.sum(), gradient
+    *fields, with_gradient = arguments
+    options = Pyramid.of(fields)
+    unit = options.gradient_unit(video.shape[-1], video.shape[:-2].numel())
+    early = 1.0 if is_scaled_late(video) else unit
+    losses, gradient = kernel.laplacian_fwd(video, target, options, early, with_gradient)
+    return options.reduced(losses), gradient
 
 
-@torch.library.custom_op("vglann_kernels::scale_gradient", mutates_args={"gradient"})
-def _scale_gradient(gradient: Tensor, upstream: Tensor, factor: float) -> None:
+def _fake(video: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, with_gradient = arguments
+    shape = video.shape[:-2] if Pyramid.of(fields).reduction == "none" else ()
+    gradient = torch.empty_like(video) if with_gradient else video.new_empty(0)
+    return video.new_empty(shape, dtype=torch.float32), gradient
+
+
+def is_scaled_late(gradient: Tensor) -> bool:
+    """Return True if a gradient of this dtype is kept in large units until the backward pass: float16 holds those."""
+    return gradient.dtype == torch.float16
+
+
+_laplacian = operator(
+    f"laplacian_pyramid(Tensor video, Tensor target, {Pyramid.SCHEMA}, bool with_gradient) -> (Tensor, Tensor)",
+    _launch,
+    _fake,
+)
+
+
+def _launch_scaling(gradients: list[Tensor], upstream: Tensor, factor: float) -> None:
     from . import kernel
 
-    kernel.scale_gradient(gradient, gradient, upstream, factor)
+    kernel.scale_gradients(gradients, upstream, factor)
 
 
-@torch.library.custom_op("vglann_kernels::scaled_gradient", mutates_args=())
-def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    from . import kernel
-
-    out = torch.empty_like(gradient)
-    kernel.scale_gradient(gradient, out, upstream, factor)
-    return out
+_scale_gradients = operator(
+    "scale_gradients(Tensor(a!)[] gradients, Tensor upstream, float factor) -> ()",
+    _launch_scaling,
+    lambda gradients, upstream, factor: None,
+)
 
 
-@_scaled_gradient.register_fake
-def _(gradient: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    return torch.empty_like(gradient)
+def saved_times_upstream(ctx: Any, name: str, upstream: Tensor, factor: float) -> tuple[Tensor, ...]:
+    """Return the saved gradients * upstream * factor, for a loss that made its gradients in the forward pass.
 
-
-_scaled_gradient.register_autograd(refuse_second_derivative("laplacian_pyramid_loss"))
-
-
-def saved_times_upstream(ctx: Any, upstream: Tensor, factor: float) -> tuple[Tensor, ...]:
-    """The saved gradients * upstream * factor, in a backward pass whose gradients were made in the forward.
-
-    In an eager backward the saved tensors themselves are scaled, which costs nothing where the product is 1;
-    so they can be handed out once. While a graph is traced, and with create_graph=True, new ones are made.
+    An eager backward pass scales the saved tensors themselves, which moves no data where the product is 1; so they
+    are handed out once. A traced graph may not return memory it was given: there the product is written out, for
+    the compiler to fuse with what follows. With create_graph=True it is new memory, too.
     """
+    gradients = ctx.saved_tensors
+    if is_traced(gradients[0]) or torch.is_grad_enabled():
+        scale = (upstream * factor)[..., None, None] if upstream.ndim else upstream * factor
+        scaled = tuple((gradient.float() * scale).to(gradient.dtype) for gradient in gradients)
+        return without_second_derivative(name, scaled)
     if getattr(ctx, "handed_out", False):
         raise RuntimeError(
-            "the Triton loss made its gradient in the forward and hands it out once; "
+            f"{name}: the Triton loss made its gradient in the forward pass and hands it out once; "
             "call the loss again instead of using retain_graph=True, or use impl='reference'"
         )
-    gradients = ctx.saved_tensors
-    if type(gradients[0]) is not Tensor or torch.is_grad_enabled():
-        scaled = torch.ops.vglann_kernels.scaled_gradient
-        return tuple(scaled(gradient, upstream, factor) for gradient in gradients)
     ctx.handed_out = True
-    for gradient in gradients:
-        torch.ops.vglann_kernels.scale_gradient(gradient, upstream, factor)
+    _scale_gradients(gradients, upstream, factor)
     return gradients
 
 
-@_laplacian.register_fake
-def _(video: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    *_, reduction, with_gradient = options
-    gradient = torch.empty_like(video) if with_gradient else video.new_empty(0)
-    return video.new_empty(video.shape[:-2] if reduction == "none" else (), dtype=torch.float32), gradient
+class _Loss(torch.autograd.Function):
+    """The loss with its gradient, which the one launch of the forward pass makes."""
 
+    @staticmethod
+    def forward(ctx: Any, video: Tensor, target: Tensor, options: Pyramid) -> Tensor:
+        loss, gradient = _laplacian(video, target, *options.fields(), True)
+        ctx.save_for_backward(gradient)
+        ctx.options = options
+        ctx.target_dtype = target.dtype
+        return loss
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    video, target, _, _, _, weights, _, reduction, _ = inputs
-    ctx.save_for_backward(output[1])
-    ctx.target_dtype = target.dtype
-    ctx.factor = 1.0
-    if video.dtype == torch.float16:  # its gradient was left in large units, which float16 can hold
-        from . import kernel
-
-        ctx.factor = kernel.gradient_unit(video, tuple(weights), reduction)
-
-
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = saved_times_upstream(ctx, grad_loss, ctx.factor)
-    by_video = gradient if ctx.needs_input_grad[0] else None
-    by_target = -gradient.to(ctx.target_dtype) if ctx.needs_input_grad[1] else None
-    return by_video, by_target, *[None] * 7
-
-
-_laplacian.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        factor = 1.0
+        if is_scaled_late(gradient):
+            factor = ctx.options.gradient_unit(gradient.shape[-1], gradient.shape[:-2].numel())
+        (gradient,) = saved_times_upstream(ctx, NAME, upstream, factor)
+        by_video = gradient if ctx.needs_input_grad[0] else None
+        by_target = -gradient.to(ctx.target_dtype) if ctx.needs_input_grad[1] else None
+        return by_video, by_target, None
 
 
 def triton_refuses(video: Tensor) -> str | None:
-    """Why the kernel does not take planes like those of `video`; None when it does."""
+    """Return the reason why the kernel does not take the planes of `video`, or None when it does."""
     height, width = video.shape[-2:]
     if height != width or height not in TRITON_SIZES:
         sizes = ", ".join(map(str, TRITON_SIZES))
         return f"video: expected square planes of {sizes}, got {height}x{width}"
     return "video: expected a 16- or 32-bit float, got float64" if video.dtype == torch.float64 else None
-
-
-def check_options(
-    height: int,
-    width: int,
-    levels: int,
-    blur: str,
-    sigma: float,
-    level_weights: Sequence[float] | None,
-    target_range: tuple[float, float],
-    reduction: str,
-) -> tuple[float, ...]:
-    """Check the options of the loss for planes of `height` x `width` and return the levels + 1 weights."""
-    if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
-        raise ValueError(f"levels: expected an integer from 1 to {MAX_LEVELS}, got {levels!r}")
-    if min(height, width) >> levels < 1:
-        raise ValueError(f"levels: a plane of {height}x{width} does not survive {levels} halvings")
-    if blur not in BLURS:
-        raise ValueError(f"blur: expected one of {', '.join(BLURS)}, got {blur!r}")
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma: expected a positive number of pixels, got {sigma!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if len(target_range) != 2 or not all(math.isfinite(v) for v in target_range):
-        raise ValueError(f"target_range: expected two finite numbers, got {target_range!r}")
-    weights = (1.0,) * (levels + 1) if level_weights is None else tuple(float(w) for w in level_weights)
-    if len(weights) != levels + 1 or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"level_weights: expected {levels + 1} finite numbers, got {level_weights!r}")
-    return weights
 
 
 def laplacian_pyramid_loss(
@@ -167,9 +127,11 @@ def laplacian_pyramid_loss(
     level_weights: Sequence[float] | None = None,
     target_range: tuple[float, float] = (-1.0, 1.0),
     reduction: str = "mean",
+    l1_weight: float = 0.0,
+    l2_weight: float = 0.0,
     impl: str | None = None,
 ) -> Tensor:
-    """L1 between Laplacian pyramids; planes are the last two dimensions of any shape [..., H, W].
+    """Return the L1 loss between Laplacian pyramids; planes are the last two dimensions of any shape [..., H, W].
 
     Per plane, with G_0 = video - target: band_l = G_l - blur(G_l), G_{l+1} = 2x2 mean of blur(G_l), and the
     loss is sum_l w_l * mean |band_l| + w_L * mean |G_L| over `levels` = L bands and the residual (Ling and
@@ -177,10 +139,12 @@ def laplacian_pyramid_loss(
 
     target         like `video`, or uint8, whose 0..255 is mapped linearly onto `target_range`
     levels         1 to 5; H >> levels and W >> levels must be at least 1
-    blur, sigma    "binomial" [1 4 6 4 1]/16; "gaussian", 5 taps of standard deviation `sigma` pixels; "seed",
-                   the sum kernel of the paper's code with its sigma (2.0). Edges are replicated.
+    blur, sigma    "binomial" [1 4 6 4 1]/16; "gaussian", 5 taps of standard deviation `sigma` pixels; "paper",
+                   the sum kernel of the GLANN-VIDEO code with its sigma (2.0). Edges are replicated.
     level_weights  levels + 1 numbers, the residual's last; default all 1
     reduction      "none": one value per plane, shape [...]; "mean" or "sum" over planes
+    l1_weight      adds l1_weight * mean |video - target| per plane, in the same launch; l2_weight likewise adds
+                   l2_weight * mean (video - target)^2
 
     float32, bfloat16, float16 or float64 video; computed and returned in float32 (float64 for float64).
     Differentiable in `video`, and in a floating-point `target`. `impl`: "auto", "triton" or "reference".
@@ -192,20 +156,11 @@ def laplacian_pyramid_loss(
         raise ValueError(f"video: expected at least 2 dimensions, got shape {tuple(video.shape)}")
     check_shape("target", target, tuple(video.shape))
     check_same_device("video", video, "target", target)
-    height, width = video.shape[-2:]
-    weights = check_options(height, width, levels, blur, sigma, level_weights, target_range, reduction)
-    if switch.chosen("laplacian", impl, video.device, triton_refuses(video)) == "triton":
-        with_gradient = torch.is_grad_enabled() and (video.requires_grad or target.requires_grad)
-        return torch.ops.vglann_kernels.laplacian_pyramid(
-            video, target, levels, blur, sigma, weights, target_range, reduction, with_gradient
-        )[0]
-    return reference.laplacian_pyramid_loss(
-        video,
-        target,
-        levels=levels,
-        blur=blur,
-        sigma=sigma,
-        level_weights=weights,
-        target_range=target_range,
-        reduction=reduction,
+    options = Pyramid.checked(
+        video.shape[-2:], levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight
     )
+    if switch.chosen("laplacian", impl, video.device, triton_refuses(video)) == "triton":
+        if torch.is_grad_enabled() and (video.requires_grad or target.requires_grad):
+            return _Loss.apply(video, target, options)
+        return _laplacian(video, target, *options.fields(), False)[0]
+    return reference.laplacian_pyramid_loss(video, target, options)

@@ -1,17 +1,15 @@
-"""`latent_gather`, `latent_adam_step`, `latent_flush`: Adam over a table of which a step touches a few
-rows."""
+"""`latent_gather`, `latent_adam_step`, `latent_flush`: Adam over a table, a few rows a step."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import impl as switch
 from ..checks import FLOATS, check_index, check_same_device, check_shape, check_tensor
-from ..launch import why_no_triton
+from ..launch import operator, why_no_triton
 from . import reference
-from .state import LatentAdamState
+from .state import LatentAdamState, mode_name
 
 RETRACTIONS = (None, "sphere", "ball")
 
@@ -19,72 +17,64 @@ switch.register("latent_adam", "reference")
 switch.register("latent_adam", "triton", why_no_triton)
 
 
-@torch.library.custom_op("vglann_kernels::latent_gather", mutates_args=())
-def _gather(
-    latents: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    row_step: Tensor,
-    step: Tensor,
-    index: Tensor,
-    lr: Tensor | None,
-    betas: Sequence[float],
-    eps: float,
-    catchup: bool,
-) -> Tensor:
+def _launch_gather(
+    latents: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, row_step: Tensor, step: Tensor,
+    index: Tensor, lr: Tensor | None, betas: Sequence[float], eps: float, lazy: bool,
+) -> Tensor:  # fmt: skip
     from . import kernel
 
     rates = ((betas[0], betas[1]), eps)
-    return kernel.gather(latents, (exp_avg, exp_avg_sq), (row_step, step), index, lr, *rates, catchup)
+    return kernel.gather(latents, (exp_avg, exp_avg_sq), (row_step, step), index, lr, *rates, lazy)
 
 
-@_gather.register_fake
-def _(latents: Tensor, *args: Any) -> Tensor:
-    return latents.new_empty(args[4].shape[0], latents.shape[1])
-
-
-TABLES = {"latents", "exp_avg", "exp_avg_sq", "row_step", "step", "arrived"}
-
-
-@torch.library.custom_op("vglann_kernels::latent_adam_step", mutates_args=TABLES)
-def _step(
-    latents: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    row_step: Tensor,
-    step: Tensor,
-    arrived: Tensor,
-    index: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    betas: Sequence[float],
-    eps: float,
-    state_mode: str,
-    retraction: str | None,
-    skip: Tensor | None,
-) -> None:
+def _launch_step(
+    latents: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, row_step: Tensor, step: Tensor, arrived: Tensor,
+    index: Tensor, grad: Tensor, lr: Tensor, betas: Sequence[float], eps: float,
+    state_mode: str, retraction: str | None, skip: Tensor | None,
+) -> None:  # fmt: skip
     from . import kernel
 
-    counters, rates = (row_step, step, arrived), ((betas[0], betas[1]), eps)
-    kernel.step(
-        latents, (exp_avg, exp_avg_sq), counters, index, grad, lr, *rates, state_mode, retraction, skip
-    )
+    moments, counters, rates = (exp_avg, exp_avg_sq), (row_step, step, arrived), ((betas[0], betas[1]), eps)
+    kernel.step(latents, moments, counters, index, grad, lr, *rates, state_mode, retraction, skip)
+    _count_write(latents)
 
 
-@torch.library.custom_op("vglann_kernels::latent_flush", mutates_args=TABLES - {"step", "arrived"})
-def _flush(
-    latents: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    row_step: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    betas: Sequence[float],
-    eps: float,
-) -> None:
+def _launch_flush(
+    latents: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, row_step: Tensor, step: Tensor,
+    lr: Tensor, betas: Sequence[float], eps: float,
+) -> None:  # fmt: skip
     from . import kernel
 
     kernel.flush(latents, (exp_avg, exp_avg_sq), (row_step, step), lr, (betas[0], betas[1]), eps)
+    _count_write(latents)
+
+
+def _count_write(latents: Tensor) -> None:
+    """Tell autograd that the table was written, so that a graph that saved it fails instead of using new values."""
+    if not latents.is_inference():
+        torch.autograd.graph.increment_version(latents)
+
+
+_TABLES = "Tensor{0} latents, Tensor{1} exp_avg, Tensor{2} exp_avg_sq, Tensor{3} row_step"
+_READ = _TABLES.format("", "", "", "")
+_WRITTEN = _TABLES.format("(a!)", "(b!)", "(c!)", "(d!)")
+
+_gather = operator(
+    f"latent_gather({_READ}, Tensor step, Tensor index, Tensor? lr, float[] betas, float eps, bool lazy) -> Tensor",
+    _launch_gather,
+    lambda latents, *arguments: latents.new_empty(arguments[4].shape[0], latents.shape[1]),
+)
+_step = operator(
+    f"latent_adam_step({_WRITTEN}, Tensor(e!) step, Tensor(f!) arrived, Tensor index, Tensor grad, Tensor lr,"
+    " float[] betas, float eps, str state_mode, str? retraction, Tensor? skip) -> ()",
+    _launch_step,
+    lambda *arguments: None,
+)
+_flush = operator(
+    f"latent_flush({_WRITTEN}, Tensor step, Tensor lr, float[] betas, float eps) -> ()",
+    _launch_flush,
+    lambda *arguments: None,
+)
 
 
 def _triton_refuses(latents: Tensor) -> str | None:
@@ -100,8 +90,10 @@ def _check_table(latents: Tensor, state: LatentAdamState, betas: tuple[float, fl
     check_tensor("state.exp_avg", state.exp_avg, (latents.dtype,))
     if not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
         raise ValueError(f"betas: expected 0 <= beta1 < 1 and 0 < beta2 < 1, got {betas}")
-    if state.mode == "catchup" and betas[0] ** 2 >= betas[1]:
-        raise ValueError(f"betas: catchup needs beta1 < sqrt(beta2) for its series to converge, got {betas}")
+    if state.mode == "lazy" and betas[0] ** 2 >= betas[1]:
+        raise ValueError(
+            f"betas: lazy mode needs beta1 < sqrt(beta2) for its series to converge, got {betas}"
+        )
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
 
@@ -130,10 +122,10 @@ def latent_gather(
     eps: float = 1e-8,
     impl: str | None = None,
 ) -> Tensor:
-    """z [B,d]: the rows `index` (int64 [B], duplicates allowed) of `latents` [N,d], as a leaf without
+    """Return z [B,d], the rows `index` (int64 [B], duplicates allowed) of `latents` [N,d], as a leaf without
     gradient.
 
-    In catchup mode the rows are first brought up to the current step, with `lr`, `betas` and `eps` as given
+    In lazy mode the rows are first brought up to the current step, with `lr`, `betas` and `eps` as given
     to `latent_adam_step` (`lr` is required there); the table itself is not written. In the other modes this
     is `latents[index]`. Call `z.requires_grad_()`, and hand `z.grad` to `latent_adam_step`.
     Raises TypeError or ValueError on a wrong dtype, shape, device, option or index (see
@@ -142,14 +134,14 @@ def latent_gather(
     _check_table(latents, state, betas, eps)
     _check_rows(latents, index)
     if lr is None:
-        if state.mode == "catchup":
-            raise ValueError("lr: latent_gather needs it in catchup mode")
+        if state.mode == "lazy":
+            raise ValueError("lr: latent_gather needs it in lazy mode")
     else:
         _check_lr(latents, lr)
     if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         tables = (latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
-        catchup = state.mode == "catchup"
-        return torch.ops.vglann_kernels.latent_gather(*tables, index, lr, betas, eps, catchup)
+        lazy = state.mode == "lazy"
+        return _gather(*tables, index, lr, betas, eps, lazy)
     return reference.gather(latents, state, index, lr, betas, eps)
 
 
@@ -168,19 +160,19 @@ def latent_adam_step(
     skip: Tensor | None = None,
     impl: str | None = None,
 ) -> None:
-    """One Adam step of the table, in place, with gradient `grad` [B,d] for the rows `index` (int64 [B]).
+    """Take one Adam step of the table, in place, with gradient `grad` [B,d] for the rows `index` (int64 [B]).
 
     Gradients of a row that occurs more than once are summed. `state` comes from `latent_adam_state(latents,
     mode)`.
-    row      each row in the batch takes the next of its own steps; all other rows stay bit-identical
-    dense    the whole table takes one step of torch.optim.Adam (rows outside the batch have gradient zero)
-    catchup  the rows in the batch are brought up to date and take this step; others later, when they are read
-             (`latent_gather`), written, or flushed. Same trajectory as dense. Call `latent_flush` before
-             every change of `lr`, `betas` or `eps`, and before reading or normalising the table itself.
+    sparse  each row in the batch takes the next of its own steps; all other rows stay bit-identical
+    dense   the whole table takes one step of torch.optim.Adam (rows outside the batch have gradient zero)
+    lazy    the rows in the batch are brought up to date and take this step; others later, when they are read
+            (`latent_gather`), written, or flushed. Same trajectory as dense. Call `latent_flush` before
+            every change of `lr`, `betas` or `eps`, and before reading or normalizing the table itself.
 
     lr          0-d tensor on the latents' device (a tensor, so that a captured graph sees its changes)
     mode        None, or the mode of `state`, repeated as a check
-    retraction  after the update, row mode only: "sphere" z/|z|, "ball" z/max(1,|z|), None
+    retraction  after the update, sparse mode only: "sphere" z/|z|, "ball" z/max(1,|z|), None
     skip        0-d bool tensor: where true nothing changes, counters included (a step with a non-finite loss)
 
     latents float32 or float64; grad any floating dtype, converted to the latents' one.
@@ -192,18 +184,18 @@ def latent_adam_step(
     check_shape("grad", grad, (index.shape[0], latents.shape[1]))
     check_same_device("latents", latents, "grad", grad)
     _check_lr(latents, lr)
-    if mode not in (None, state.mode):
+    if mode is not None and mode_name(mode) != state.mode:
         raise ValueError(f"mode: the state was made for {state.mode!r}, got {mode!r}")
     if retraction not in RETRACTIONS:
         raise ValueError(f"retraction: expected one of 'sphere', 'ball' or None, got {retraction!r}")
-    if retraction is not None and state.mode != "row":
-        raise ValueError(f"retraction: only in row mode, got {retraction!r} in {state.mode} mode")
+    if retraction is not None and state.mode != "sparse":
+        raise ValueError(f"retraction: only in sparse mode, got {retraction!r} in {state.mode} mode")
     if skip is not None:
         check_tensor("skip", skip, (torch.bool,))
         check_shape("skip", skip, ())
         check_same_device("latents", latents, "skip", skip)
     if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
-        torch.ops.vglann_kernels.latent_adam_step(
+        _step(
             latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step, state.arrived,
             index, grad, lr, betas, eps, state.mode, retraction, skip,
         )  # fmt: skip
@@ -223,16 +215,16 @@ def latent_flush(
     eps: float = 1e-8,
     impl: str | None = None,
 ) -> None:
-    """Bring every row of `latents` up to the current step, in place (catchup; nothing to do in other modes).
+    """Bring every row of `latents` up to the current step, in place (lazy; nothing to do in other modes).
 
-    `lr`, `betas`, `eps`: those of the steps taken since the last flush. Raises as `latent_gather`.
+    `lr`, `betas` and `eps` are the values of the steps since the last flush. Raises as `latent_gather`.
     """
     _check_table(latents, state, betas, eps)
     _check_lr(latents, lr)
-    if state.mode != "catchup":
+    if state.mode != "lazy":
         return
     if switch.chosen("latent_adam", impl, latents.device, _triton_refuses(latents)) == "triton":
         tables = (latents, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
-        torch.ops.vglann_kernels.latent_flush(*tables, lr, betas, eps)
+        _flush(*tables, lr, betas, eps)
     else:
         reference.flush(latents, state, lr, betas, eps)

@@ -1,4 +1,4 @@
-"""Adam over a table of latents of which a step touches a few rows, in plain PyTorch: which rows take `rule.py`."""
+"""Adam over a table of latents of which a step touches a few rows, in plain PyTorch: the choice of rows."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from .state import LatentAdamState
 def gather(
     latents: Tensor, state: LatentAdamState, index: Tensor, lr: Tensor | None, betas: Betas, eps: float
 ) -> Tensor:
-    """[B,d]: the rows, in catchup mode brought up to the current step. Writes nothing."""
+    """Return the rows [B,d], in lazy mode brought up to the current step. Writes nothing."""
     z = latents[index]
-    if state.mode != "catchup" or lr is None:
+    if state.mode != "lazy" or lr is None:
         return z
     m, v, start = state.exp_avg[index], state.exp_avg_sq[index], state.row_step[index]
     return without_gradient(z, m, v, start, state.step, lr, betas, eps)[0]
@@ -29,7 +29,7 @@ def step(
     retraction: str | None,
     skip: Tensor,
 ) -> None:
-    """One step in place; see `vglann_kernels.latent_adam_step`. `skip` is a bool []: true changes nothing."""
+    """Take one step in place; see `vglann_kernels.latent_adam_step`. `skip` is a bool []: true changes nothing."""
     grad = grad.to(latents.dtype)
     m, v = state.exp_avg, state.exp_avg_sq
     if state.mode == "dense":
@@ -40,14 +40,14 @@ def step(
         state.step += ~skip
         return
     if len(index) == 0:
-        state.step += ~skip if state.mode == "catchup" else 0
+        state.step += ~skip if state.mode == "lazy" else 0
         return
     # Duplicates are summed into the first of them; all of them then write the same row.
     first = (index[:, None] == index[None, :]).int().argmax(dim=1)  # [B]
     g = torch.zeros_like(grad).index_add_(0, first, grad)[first]
     old_rows = (latents[index], m[index], v[index])
     start = state.row_step[index]
-    if state.mode == "catchup":
+    if state.mode == "lazy":
         t = (state.step + 1).expand_as(start)
         rows = without_gradient(*old_rows, start, state.step, lr, betas, eps)
     else:
@@ -57,7 +57,7 @@ def step(
     for table, old, value in zip((latents, m, v), old_rows, new_rows, strict=True):
         table[index] = torch.where(skip, old, value)
     state.row_step[index] = torch.where(skip, start, t)
-    if state.mode == "catchup":
+    if state.mode == "lazy":
         state.step += ~skip
 
 

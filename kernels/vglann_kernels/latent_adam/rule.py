@@ -1,4 +1,4 @@
-"""Adam's rule (Kingma and Ba 2015) for rows of a table, with a gradient and for steps in which a row has none.
+"""Adam's rule (Kingma and Ba 2015) for rows of a table, with a gradient and for steps without one.
 
 All functions work on tensors of one dtype, float32 or float64; scalars that lose digits in float32 (1 -
 beta^t) are computed in float64.
@@ -13,9 +13,10 @@ Betas = tuple[float, float]
 
 
 def series_terms(betas: Betas, dtype: torch.dtype) -> int:
-    """How many skipped updates of a row matter: the s-th is about (beta1 / sqrt(beta2))^s of the first.
+    """Return the number of skipped updates of a row that matter.
 
-    The rest of the series is under 2^-30 of it (2^-60 in float64).
+    The s-th is about (beta1 / sqrt(beta2))^s of the first. The rest of the series is under 2^-30 of it (2^-60
+    in float64).
     """
     if betas[0] == 0:
         return 0
@@ -25,14 +26,14 @@ def series_terms(betas: Betas, dtype: torch.dtype) -> int:
 
 
 def bias_correction(beta: float, steps: Tensor) -> Tensor:
-    """1 - beta^t in float64."""
+    """Return 1 - beta^t in float64."""
     return -torch.expm1(steps.double() * math.log(beta)) if beta > 0 else torch.ones_like(steps).double()
 
 
 def without_gradient(
     z: Tensor, m: Tensor, v: Tensor, start: Tensor, end: Tensor, lr: Tensor, betas: Betas, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [R,d] after Adam's steps start+1 .. end ([R] or [], int64) with a gradient of zero.
+    """Return the rows [R,d] after Adam's steps start+1 .. end ([R] or [], int64) with a gradient of zero.
 
     Step start + s moves z by -lr * beta1^s m / (1 - beta1^t) / (sqrt(beta2^s v / (1 - beta2^t)) + eps).
     """
@@ -50,7 +51,7 @@ def without_gradient(
 def with_gradient(
     z: Tensor, m: Tensor, v: Tensor, g: Tensor, t: Tensor, lr: Tensor, betas: Betas, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One Adam step number t ([R,1] or []) of rows [R,d] with gradient g."""
+    """Take Adam's step number t ([R,1] or []) of rows [R,d] with gradient g; returns z, m and v."""
     m = betas[0] * m + (1 - betas[0]) * g
     v = betas[1] * v + (1 - betas[1]) * g * g
     scale = (lr.double() / bias_correction(betas[0], t)).to(z.dtype)
@@ -59,9 +60,10 @@ def with_gradient(
 
 
 def retracted(z: Tensor, retraction: str | None) -> Tensor:
-    """Rows divided by their norm ("sphere"), by their norm where it is above 1 ("ball"), or as they are."""
+    """Divide rows by their norm ("sphere"), or by their norm where it is above 1 ("ball"); None changes nothing."""
     if retraction is None:
         return z
     norm = z.norm(dim=1, keepdim=True)
-    smallest = 1.0 if retraction == "ball" else torch.finfo(z.dtype).tiny  # a zero row stays zero
+    # A zero row stays zero.
+    smallest = 1.0 if retraction == "ball" else torch.finfo(z.dtype).tiny
     return z / norm.clamp_min(smallest)

@@ -1,13 +1,14 @@
-"""What the implementations of `nearest_rows` share: the frame of their products, and the exact decision."""
+"""The common parts of the implementations of `nearest_rows`: the frame of their products, and the exact decision."""
 
 import torch
 from torch import Tensor
 
-TERMS = 1 << 21  # float64 differences in memory at once: 16 MB
+# float64 differences in memory at once: 16 MB.
+TERMS = 1 << 21
 
 
 def frame(queries: Tensor, database: Tensor) -> tuple[Tensor, float]:
-    """(offset float64 [d], scale): products are taken of (x - offset) * scale, where nothing overflows.
+    """Return (offset float64 [d], scale): products are taken of (x - offset) * scale, where nothing overflows.
 
     The offset is the database's mean, which takes out what all rows share; distances do not depend on it, so
     it need not be exact. The scale is the power of two that takes the largest value to between 1/2 and 1.
@@ -19,7 +20,7 @@ def frame(queries: Tensor, database: Tensor) -> tuple[Tensor, float]:
 
 
 def direct_distance(queries: Tensor, database: Tensor, query: Tensor, row: Tensor) -> Tensor:
-    """[P] float64: squared distance of queries[query] and database[row], by difference.
+    """Return [P] float64, the squared distance of queries[query] and database[row], by difference.
 
     The squares are added by halves (the second half onto the first, and so on): one order on every device, in
     every chunk and for every implementation, so equal rows have equal distances.
@@ -38,7 +39,7 @@ def direct_distance(queries: Tensor, database: Tensor, query: Tensor, row: Tenso
 
 
 def best_of_pairs(n: int, query: Tensor, row: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-    """Per query the smallest distance and the lowest row that has it: (row int64 [n], distance float64 [n]).
+    """Return per query the smallest distance and the lowest row that has it: (row int64 [n], distance float64 [n]).
 
     A query without pairs gets a row that does not exist, at distance infinity.
     """
@@ -50,7 +51,7 @@ def best_of_pairs(n: int, query: Tensor, row: Tensor, distance: Tensor) -> tuple
 
 
 def direct_search(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor]:
-    """(index int64 [N], squared distance float64 [N]) from the differences of every pair; slow, always right.
+    """Return (index int64 [N], squared distance float64 [N]) from the differences of every pair; slow, always right.
 
     Meant for the queries whose nearest rows are many and all but equal: equal rows are looked at once.
     """
@@ -63,8 +64,11 @@ def direct_search(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, TERMS // queries.shape[1] // len(queries))
     for part in rows.split(step):
         query = torch.arange(len(queries), device=queries.device).repeat_interleave(len(part))
-        row = part.repeat(len(queries))
-        found, near = best_of_pairs(len(queries), query, row, direct_distance(queries, database, query, row))
-        nearer = near < distance  # rows ascend from part to part, so on equality the earlier one stays
-        index, distance = torch.where(nearer, found, index), torch.where(nearer, near, distance)
+        candidate = part.repeat(len(queries))
+        row, near = best_of_pairs(
+            len(queries), query, candidate, direct_distance(queries, database, query, candidate)
+        )
+        # Rows ascend from part to part, so on equality the earlier one stays.
+        nearer = near < distance
+        index, distance = torch.where(nearer, row, index), torch.where(nearer, near, distance)
     return index, distance

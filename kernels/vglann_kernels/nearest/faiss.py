@@ -15,24 +15,26 @@ from torch import Tensor
 from . import reference
 from .exact import best_of_pairs, direct_distance, frame
 
-FIRST, WIDEST = 4, 1024  # rows asked of FAISS per query: first, and at most
-TEMPORARY = 256 << 20  # bytes of temporary memory that FAISS may hold on a GPU
+# Rows asked of FAISS per query: first, and at most.
+FIRST, WIDEST = 4, 1024
+# Bytes of temporary memory that FAISS may hold on a GPU.
+TEMPORARY = 256 << 20
 
 
 @cache
 def why_not(device: torch.device) -> str | None:
-    """None when `impl="faiss"` can run for tensors on `device`, else the reason."""
+    """Return None when `impl="faiss"` can run for tensors on `device`, else the reason."""
     try:
         import faiss
-    except (
-        Exception
-    ) as error:  # two distributions in one folder fail in any way: a missing name, a wrong library
+    # Two distributions in one folder fail in any way: a missing name, a wrong library.
+    except Exception as error:
         return f"FAISS does not import ({type(error).__name__}: {error}); pip install faiss-cpu{_both()}"
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"FAISS takes no {device.type} tensors"
-    if not hasattr(faiss, "StandardGpuResources"):  # faiss-cpu has knn_gpu, but not this
+    # faiss-cpu has knn_gpu, but not this name.
+    if not hasattr(faiss, "StandardGpuResources"):
         return f"the FAISS installed here is built without GPU support{_both()}"
     if faiss.get_num_gpus() == 0:
         return "FAISS sees no GPU"
@@ -40,15 +42,15 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _library() -> Any:
-    """The module `faiss`, whose CPU and GPU builds have different names in them."""
+    """Return the module `faiss`. Its CPU and GPU builds contain different names."""
     return import_module("faiss")
 
 
 def _both() -> str:
-    """What to add to a reason when a CPU and a GPU distribution of FAISS are installed over each other."""
+    """Return what to add to a reason when a CPU and a GPU distribution of FAISS are installed over each other."""
     names = sorted({str(d.metadata["Name"]) for d in distributions() if d.metadata["Name"]})
-    found = [name for name in names if name.lower().startswith("faiss-")]
-    cpu, gpu = ([n for n in found if n.startswith(f"faiss-{kind}")] for kind in ("cpu", "gpu"))
+    installed = [name for name in names if name.lower().startswith("faiss-")]
+    cpu, gpu = ([n for n in installed if n.startswith(f"faiss-{kind}")] for kind in ("cpu", "gpu"))
     if not (cpu and gpu):
         return ""
     return (
@@ -58,7 +60,7 @@ def _both() -> str:
 
 
 def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """As `reference.nearest_rows`; a query still open at WIDEST rows is left to the reference."""
+    """Search as `reference.nearest_rows` does; a query still open at WIDEST rows is left to the reference."""
     offset, scale = frame(queries, database)
     q, c = (_in_frame(x, offset, scale) for x in (queries, database))
     search = _cuda_search(c) if c.is_cuda else _cpu_search(c)
@@ -90,14 +92,14 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
 
 
 def _in_frame(x: Tensor, offset: Tensor, scale: float) -> Tensor:
-    out = torch.empty(x.shape, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for i in range(0, len(x), 1 << 16):
         out[i : i + (1 << 16)] = (x[i : i + (1 << 16)].double() - offset) * scale
     return out
 
 
 def _distance_error(q: Tensor, c: Tensor) -> Tensor:
-    """[N] float64: how far a distance that FAISS computes for a query can be from the true one.
+    """Return [N] float64, the largest error of a distance that FAISS computes for a query.
 
     Rounding q and c to float32 changes a distance by 4u (|q| + |c|)^2, the sums of d products for |q|^2,
     |c|^2 and 2 q.c and their own sum by (d + 3) u (|q| + |c|)^2 at most, u = 2^-24; all of it is doubled.
@@ -121,7 +123,7 @@ def _cpu_search(c: Tensor) -> Any:
 
 @cache
 def _resources(device: torch.device) -> Any:
-    """FAISS's memory and handles on a GPU, made once per process: that takes 0.1 s."""
+    """Return FAISS's memory and handles on a GPU, made once per process: that takes 0.1 s."""
     resources = _library().StandardGpuResources()
     resources.setTempMemory(TEMPORARY)
     return resources
@@ -132,7 +134,7 @@ def _cuda_search(c: Tensor) -> Any:
     faiss = _library()
 
     def search(q: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        near = torch.empty(len(q), k, device=q.device)
+        near = torch.empty(len(q), k, dtype=torch.float32, device=q.device)
         row = torch.empty(len(q), k, dtype=torch.int64, device=q.device)
         with torch.cuda.device(q.device):
             resources = _resources(q.device)

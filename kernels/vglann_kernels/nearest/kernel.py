@@ -16,35 +16,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP_ROWS = 128  # database rows of one number of the scan, and rows of one program of the packing
-KEPT_ROWS = 4  # rows of a query that `_decide_kernel` hands out
-RESIDENT = 144  # packed columns up to which the queries of a program of the scan stay on chip
-HALF_COLUMNS = 2  # float16 pieces of |c|^2 / 2, in columns behind the row
-PER_PROGRAM = 64  # groups that a program of the scan works through
+from ..launch import LAUNCH
+
+# Database rows that share one value of the scan, and rows of one program of the packing.
+GROUP_ROWS = 128
+# Rows of a query that `_decide_kernel` returns.
+KEPT_ROWS = 4
+# Packed columns up to which the queries of a program of the scan stay on chip.
+RESIDENT = 144
+# float16 pieces of |c|^2 / 2, in columns behind the row.
+HALF_COLUMNS = 2
+# Groups that a program of the scan works through.
+PER_PROGRAM = 64
 SELECT = {"GROUPS": 64, "QUERIES": 32}
 
 GROUP = tl.constexpr(GROUP_ROWS)
 KEPT = tl.constexpr(KEPT_ROWS)
-COLUMNS = tl.constexpr(16)  # read at once where rows are packed and distances decided
-STEP = tl.constexpr(32)  # columns of a step of the scan whose queries do not stay on chip
-LARGEST = tl.constexpr(60000.0)  # float16 ends at 65504
+# Columns read at once where rows are packed and distances decided.
+COLUMNS = tl.constexpr(16)
+# Columns of a step of the scan whose queries do not stay on chip.
+STEP = tl.constexpr(32)
+# float16 ends at 65504.
+LARGEST = tl.constexpr(60000.0)
 
 
 @triton.jit
 def _power_of_two(exponent):
-    """2^exponent, exactly, as float64; exponent int64 within -1000 .. 1000."""
+    """Return 2^exponent, exactly, as float64; exponent int64 within -1000 .. 1000."""
     return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["n", "d", "typical"])
 def _pack_kernel(
-    rows, offset, high, low, multiplier, by_length, by_lost, by_half, n, d, typical,
-    K: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
+    rows_ptr, offset_ptr, high_ptr, low_ptr, multiplier_ptr, by_length_ptr, by_lost_ptr, by_half_ptr,
+    n, d, typical, K: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Rows [n,d], less the offset, as float16 [.,K] and what the bound needs; see README.md, "The bound".
+    """Write rows [n,d], less the offset, as float16 [.,K] and what the bound needs; see README.md, "The bound".
 
-    Database rows share one scale a group, queries have their own. Behind the last row it is repeated.
+    Database rows share one scale a group, queries have their own. The last row is repeated behind itself.
     """
+    # rows [n,d] float32 or float64. float64: offset [d]. float16: high, low [count,K].
+    # float32: multiplier, by_length, by_lost, by_half, one value a query or a group.
     group = tl.program_id(0).to(tl.int64)
     slot = group * GROUP + tl.arange(0, GROUP)
     row = tl.minimum(slot, n - 1)
@@ -52,8 +64,8 @@ def _pack_kernel(
     for first in range(0, d, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = (column < d)[None, :]
-        x = tl.load(rows + row[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float64)
-        x -= tl.load(offset + column, mask=column < d, other=0.0)[None, :]
+        x = tl.load(rows_ptr + row[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float64)
+        x -= tl.load(offset_ptr + column, mask=column < d, other=0.0)[None, :]
         square += tl.sum(x * x, axis=1)
     # Lengths come to between 16 and 32 after scaling: far from float16's largest and smallest numbers.
     exponent = tl.floor(tl.log2(tl.maximum(square, 1e-280)) * 0.5).to(tl.int64) - 4
@@ -73,18 +85,18 @@ def _pack_kernel(
     for first in range(0, K, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = (column < d)[None, :]
-        x = tl.load(rows + row[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float64)
-        x -= tl.load(offset + column, mask=column < d, other=0.0)[None, :]
+        x = tl.load(rows_ptr + row[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float64)
+        x -= tl.load(offset_ptr + column, mask=column < d, other=0.0)[None, :]
         x *= scale[:, None]
         x_high = tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(tl.float16)
         rest = x - x_high.to(tl.float64)
         kept += tl.sum(x_high.to(tl.float64) * x_high.to(tl.float64), axis=1)
-        at = slot[:, None] * K + column[None, :]
+        packed_offset = slot[:, None] * K + column[None, :]
         if PARTS == 2:
             x_low = tl.minimum(tl.maximum(rest, -LARGEST), LARGEST).to(tl.float16)
             rest -= x_low.to(tl.float64)
             second += tl.sum(x_low.to(tl.float64) * x_low.to(tl.float64), axis=1)
-            tl.store(low + at, x_low, mask=(column < K)[None, :])
+            tl.store(low_ptr + packed_offset, x_low, mask=(column < K)[None, :])
         lost += tl.sum(rest * rest, axis=1)
         if QUERIES:
             behind = tl.broadcast_to(factor[:, None], [GROUP, COLUMNS]).to(tl.float16)
@@ -92,67 +104,71 @@ def _pack_kernel(
         else:
             behind = tl.where((column == d)[None, :], -half_1[:, None], 0.0)
             behind = tl.where((column == d + 1)[None, :], -half_2[:, None], behind)
-        tl.store(high + at, tl.where(inside, x_high, behind.to(tl.float16)), mask=(column < K)[None, :])
-    summing = (K + 24) * 1.1920929e-07  # 2^-23 for each product that is added
+        x_high = tl.where(inside, x_high, behind.to(tl.float16))
+        tl.store(high_ptr + packed_offset, x_high, mask=(column < K)[None, :])
+    # 2^-23 for each product that is added.
+    summing = (K + 24) * 1.1920929e-07
     if QUERIES:
         length = tl.sqrt(kept) + tl.sqrt(second)
-        tl.store(multiplier + slot, factor.to(tl.float32))
+        tl.store(multiplier_ptr + slot, factor.to(tl.float32))
         missing = tl.sqrt(lost) + tl.sqrt(second) * 0.0009765625 + summing * length
-        tl.store(by_length + slot, missing.to(tl.float32))
-        tl.store(by_lost + slot, length.to(tl.float32))
+        tl.store(by_length_ptr + slot, missing.to(tl.float32))
+        tl.store(by_lost_ptr + slot, length.to(tl.float32))
         # What float64 may round a distance by, (d + 8) 2^-52 |q|^2, in the unit of the selection.
-        tl.store(
-            by_half + slot, (square * scale * scale / factor * (d + 8) * 2.220446049250313e-16).to(tl.float32)
-        )
+        rounding = square * scale * scale / factor * (d + 8) * 2.220446049250313e-16
+        tl.store(by_half_ptr + slot, rounding.to(tl.float32))
     else:
         back = _power_of_two(tl.max(exponent, axis=0) - typical)
         lost = tl.sqrt(tl.max(lost, axis=0))
         length = tl.sqrt(tl.max(square * scale * scale, axis=0))
         rest = tl.abs(half - half_1.to(tl.float64) - half_2.to(tl.float64)) + summing * half
-        tl.store(multiplier + group, back.to(tl.float32))
-        tl.store(by_length + group, ((length + lost) * back).to(tl.float32))
-        tl.store(by_lost + group, (lost * back).to(tl.float32))
-        tl.store(by_half + group, (tl.max(rest, axis=0) * back).to(tl.float32))
+        tl.store(multiplier_ptr + group, back.to(tl.float32))
+        tl.store(by_length_ptr + group, ((length + lost) * back).to(tl.float32))
+        tl.store(by_lost_ptr + group, (lost * back).to(tl.float32))
+        tl.store(by_half_ptr + group, (tl.max(rest, axis=0) * back).to(tl.float32))
 
 
 @triton.jit
-def _tiles(base, rows, K: tl.constexpr, FIRST: tl.constexpr):
-    """The columns from FIRST to K of `rows` of a [.,K] matrix, in tiles 64, 32 or 16 wide."""
+def _tiles(matrix_ptr, rows, K: tl.constexpr, FIRST: tl.constexpr):
+    """Load the columns from FIRST to K of `rows` of a [.,K] matrix, in tiles 64, 32 or 16 wide."""
     WIDTH: tl.constexpr = 64 if K - FIRST >= 64 else (32 if K - FIRST >= 32 else 16)
-    tile = tl.load(base + rows[:, None] * K + (FIRST + tl.arange(0, WIDTH))[None, :])
+    tile = tl.load(matrix_ptr + rows[:, None] * K + (FIRST + tl.arange(0, WIDTH))[None, :])
     if FIRST + WIDTH == K:
         return (tile,)
     else:  # noqa: RET505, so that only one of the returns is compiled
-        return (tile,) + _tiles(base, rows, K, FIRST + WIDTH)  # noqa: RUF005, Triton has no stars
+        return (tile,) + _tiles(matrix_ptr, rows, K, FIRST + WIDTH)  # noqa: RUF005, Triton has no stars
 
 
 @triton.jit(do_not_specialize=["groups", "padded", "per_program"])
 def _scan_kernel(
-    q, c, maxima, groups, padded, per_program, K: tl.constexpr, QUERIES: tl.constexpr, COUNT: tl.constexpr
-):
-    """maxima[group, query] = the largest score of the group's rows; the queries' COUNT tiles stay on chip."""
+    q_ptr, c_ptr, maxima_ptr, groups, padded, per_program,
+    K: tl.constexpr, QUERIES: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Set maxima[group, query] to the largest score of the group's rows; the queries' COUNT tiles stay on chip."""
+    # float16: q [padded,K], c [groups * GROUP,K]. float32: maxima [groups,padded].
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     first = tl.program_id(1).to(tl.int64) * per_program
-    own = _tiles(q, query, K, 0)
+    query_tiles = _tiles(q_ptr, query, K, 0)
     for number in range(first, tl.minimum(first + per_program, groups)):
         group = tl.cast(number, tl.int64)
         rows = group * GROUP + tl.arange(0, GROUP)
-        tiles = _tiles(c, rows, K, 0)
+        tiles = _tiles(c_ptr, rows, K, 0)
         scores = tl.zeros([QUERIES, GROUP], tl.float32)
         for i in tl.static_range(COUNT):
-            scores = tl.dot(own[i], tl.trans(tiles[i]), scores)
-        tl.store(maxima + group * padded + query, tl.max(scores, axis=1))
+            scores = tl.dot(query_tiles[i], tl.trans(tiles[i]), scores)
+        tl.store(maxima_ptr + group * padded + query, tl.max(scores, axis=1))
 
 
 @triton.jit(do_not_specialize=["groups", "padded", "per_program"])
 def _stepped_scan_kernel(
-    q, q_low, c, c_low, maxima, groups, padded, per_program,
+    q_ptr, q_low_ptr, c_ptr, c_low_ptr, maxima_ptr, groups, padded, per_program,
     K: tl.constexpr, QUERIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """As `_scan_kernel` for rows of any length, and with PARTS == 2 for values in two float16 parts.
+    """Scan rows of any length as `_scan_kernel` does, and with PARTS == 2 values in two float16 parts.
 
     The products with a low part have a sum of their own, where the large sum does not round them.
     """
+    # float16: q, q_low [padded,K]; c, c_low [groups * GROUP,K]. float32: maxima [groups,padded].
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     first = tl.program_id(1).to(tl.int64) * per_program
     for number in range(first, tl.minimum(first + per_program, groups)):
@@ -162,110 +178,109 @@ def _stepped_scan_kernel(
         small = tl.zeros([QUERIES, GROUP], tl.float32)
         for start in range(0, K, STEP):
             column = start + tl.arange(0, STEP)
-            q_at = query[:, None] * K + column[None, :]
-            c_at = column[:, None] + row[None, :] * K
-            a, b = tl.load(q + q_at), tl.load(c + c_at)
+            q_offset = query[:, None] * K + column[None, :]
+            c_offset = column[:, None] + row[None, :] * K
+            a, b = tl.load(q_ptr + q_offset), tl.load(c_ptr + c_offset)
             scores = tl.dot(a, b, scores)
             if PARTS == 2:
-                small = tl.dot(a, tl.load(c_low + c_at), small)
-                small = tl.dot(tl.load(q_low + q_at), b, small)
+                small = tl.dot(a, tl.load(c_low_ptr + c_offset), small)
+                small = tl.dot(tl.load(q_low_ptr + q_offset), b, small)
         if PARTS == 2:
             scores += small
-        tl.store(maxima + group * padded + query, tl.max(scores, axis=1))
+        tl.store(maxima_ptr + group * padded + query, tl.max(scores, axis=1))
 
 
 @triton.jit
-def _values(maxima, c, q, group, groups, query, padded):
-    """(score, bound) [GROUPS,QUERIES] of groups for queries, in a unit that all groups share.
+def _values(maxima_ptr, c_ptr, q_ptr, group, groups, query, padded):
+    """Return (score, bound) [GROUPS,QUERIES] of groups for queries, in a unit that all groups share.
 
     c and q hold `Packed.numbers`, [4,groups] and [4,padded].
     """
-    at = group[:, None].to(tl.int64) * padded + query[None, :]
+    offset = group[:, None].to(tl.int64) * padded + query[None, :]
     inside = group < groups
-    score = tl.load(maxima + at, mask=inside[:, None], other=0.0)
-    score *= tl.load(c + group, mask=inside, other=0.0)[:, None]
-    bound = (
-        tl.load(c + groups + group, mask=inside, other=0.0)[:, None] * tl.load(q + padded + query)[None, :]
-    )
-    bound += (
-        tl.load(c + 2 * groups + group, mask=inside, other=0.0)[:, None]
-        * tl.load(q + 2 * padded + query)[None, :]
-    )
-    bound += tl.load(c + 3 * groups + group, mask=inside, other=0.0)[:, None] * tl.load(q + query)[None, :]
-    bound += tl.load(q + 3 * padded + query)[None, :]
-    return score, bound * 1.001 + tl.abs(score) * 2.4e-07  # the rounding of these lines
+    score = tl.load(maxima_ptr + offset, mask=inside[:, None], other=0.0)
+    score *= tl.load(c_ptr + group, mask=inside, other=0.0)[:, None]
+    by_length = tl.load(c_ptr + groups + group, mask=inside, other=0.0)[:, None]
+    by_lost = tl.load(c_ptr + 2 * groups + group, mask=inside, other=0.0)[:, None]
+    by_half = tl.load(c_ptr + 3 * groups + group, mask=inside, other=0.0)[:, None]
+    bound = by_length * tl.load(q_ptr + padded + query)[None, :]
+    bound += by_lost * tl.load(q_ptr + 2 * padded + query)[None, :]
+    bound += by_half * tl.load(q_ptr + query)[None, :]
+    bound += tl.load(q_ptr + 3 * padded + query)[None, :]
+    # The last terms cover the rounding of the lines above.
+    return score, bound * 1.001 + tl.abs(score) * 2.4e-07
 
 
 @triton.jit(do_not_specialize=["groups", "padded"])
 def _select_kernel(
-    maxima,
-    c,
-    q,
-    slots,
-    count,
-    groups,
-    padded,
-    MOST: tl.constexpr,
-    GROUPS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
-    """slots[query, :MOST] = the first groups that may hold the best row; count[query] = how many there are."""
+    maxima_ptr, c_ptr, q_ptr, slots_ptr, count_ptr, groups, padded,
+    MAX_GROUPS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Set slots[query, :MAX_GROUPS] to the first groups that may hold the best row, count[query] to their number."""
+    # float32: maxima [groups,padded], c [4,groups], q [4,padded]. int32: slots [padded,MAX_GROUPS], count [padded].
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        score, bound = _values(maxima, c, q, group, groups, query, padded)
+        score, bound = _values(maxima_ptr, c_ptr, q_ptr, group, groups, query, padded)
         at_least = score - bound
-        known = (group < groups)[:, None] & (at_least == at_least)  # a bound of inf * 0 is unknown
+        # A bound of inf * 0 is unknown.
+        known = (group < groups)[:, None] & (at_least == at_least)
         best = tl.maximum(best, tl.max(tl.where(known, at_least, float("-inf")), axis=0))
-    found = tl.zeros([QUERIES], tl.int32)
+    selected = tl.zeros([QUERIES], tl.int32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        score, bound = _values(maxima, c, q, group, groups, query, padded)
-        beaten = score + bound < best[None, :]  # false where it is unknown
+        score, bound = _values(maxima_ptr, c_ptr, q_ptr, group, groups, query, padded)
+        # False where the bound is unknown.
+        beaten = score + bound < best[None, :]
         stays = ((group < groups)[:, None] & (beaten == 0)).to(tl.int32)
-        place = found[None, :] + tl.cumsum(stays, axis=0) - 1
+        place = selected[None, :] + tl.cumsum(stays, axis=0) - 1
         group = tl.broadcast_to(group[:, None], [GROUPS, QUERIES])
-        tl.store(slots + query[None, :] * MOST + place, group, mask=(stays == 1) & (place < MOST))
-        found += tl.sum(stays, axis=0)
-    tl.store(count + query, found)
+        tl.store(
+            slots_ptr + query[None, :] * MAX_GROUPS + place, group, mask=(stays == 1) & (place < MAX_GROUPS)
+        )
+        selected += tl.sum(stays, axis=0)
+    tl.store(count_ptr + query, selected)
 
 
 @triton.jit
-def _distances(queries, database, query, row, m, d):
-    """[GROUP] float64: squared distances of one query to rows of the database, infinite past its end."""
+def _distances(queries_ptr, database_ptr, query, row, m, d):
+    """Return [GROUP] float64, the squared distances of one query to rows of the database, infinite past its end."""
     total = tl.zeros([GROUP, COLUMNS], tl.float64)
     for first in range(0, d, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = (row < m)[:, None] & (column < d)[None, :]
-        x = tl.load(queries + query * d + column, mask=column < d, other=0.0).to(tl.float64)
-        y = tl.load(database + row[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float64)
+        x = tl.load(queries_ptr + query * d + column, mask=column < d, other=0.0).to(tl.float64)
+        y = tl.load(database_ptr + row[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float64)
         x = tl.where(inside, x[None, :] - y, 0.0)
         total += x * x
     return tl.where(row < m, tl.sum(total, axis=1), float("inf"))
 
 
 @triton.jit(do_not_specialize=["m", "d"])
-def _decide_kernel(queries, database, slots, count, rows, found, m, d, MOST: tl.constexpr):
-    """rows[query, :KEPT] = the rows whose distance is the smallest up to rounding; found = how many there
-    are."""
+def _decide_kernel(
+    queries_ptr, database_ptr, slots_ptr, count_ptr, rows_ptr, equal_ptr, m, d, MAX_GROUPS: tl.constexpr
+):
+    """Set rows[query, :KEPT] to the rows with the smallest distance up to rounding, equal[query] to their number."""
+    # queries [n,d], database [m,d]: float32 or float64. int32: slots [padded,MAX_GROUPS], count [padded], equal [n].
+    # int64: rows [n,KEPT].
     query = tl.program_id(0).to(tl.int64)
-    groups = tl.load(count + query)
-    if groups <= MOST:
+    groups = tl.load(count_ptr + query)
+    if groups <= MAX_GROUPS:
         smallest = tl.full([GROUP], float("inf"), tl.float64)
         for i in range(groups):
-            row = tl.load(slots + query * MOST + i).to(tl.int64) * GROUP + tl.arange(0, GROUP)
-            smallest = tl.minimum(smallest, _distances(queries, database, query, row, m, d))
+            row = tl.load(slots_ptr + query * MAX_GROUPS + i).to(tl.int64) * GROUP + tl.arange(0, GROUP)
+            smallest = tl.minimum(smallest, _distances(queries_ptr, database_ptr, query, row, m, d))
         # Sums of up to 512 squares in two orders differ by less than 1e-12 of their size.
         limit = tl.min(smallest, axis=0) * (1 + 1e-12)
         total = 0
         for i in range(groups):
-            row = tl.load(slots + query * MOST + i).to(tl.int64) * GROUP + tl.arange(0, GROUP)
-            near = (_distances(queries, database, query, row, m, d) <= limit) & (row < m)
+            row = tl.load(slots_ptr + query * MAX_GROUPS + i).to(tl.int64) * GROUP + tl.arange(0, GROUP)
+            near = (_distances(queries_ptr, database_ptr, query, row, m, d) <= limit) & (row < m)
             place = total + tl.cumsum(near.to(tl.int32), axis=0) - 1
-            tl.store(rows + query * KEPT + place, row, mask=near & (place < KEPT))
+            tl.store(rows_ptr + query * KEPT + place, row, mask=near & (place < KEPT))
             total += tl.sum(near.to(tl.int32), axis=0)
-        tl.store(found + query, total)
+        tl.store(equal_ptr + query, total)
 
 
 class Packed:
@@ -280,22 +295,25 @@ class Packed:
         k, groups = packed_columns(rows.shape[1], parts), count // GROUP_ROWS
         self.high = torch.empty(count, k, dtype=torch.float16, device=rows.device)
         self.low = torch.empty_like(self.high) if parts == 2 else self.high
-        self.numbers = torch.empty(4, count if queries else groups, device=rows.device)
+        columns = count if queries else groups
+        self.numbers = torch.empty(4, columns, dtype=torch.float32, device=rows.device)
         _pack_kernel[(groups,)](
             rows, offset, self.high, self.low, *self.numbers, len(rows), rows.shape[1], typical,
-            K=k, PARTS=parts, QUERIES=queries, num_warps=4,
+            K=k, PARTS=parts, QUERIES=queries, num_warps=4, **LAUNCH,
         )  # fmt: skip
 
 
 def packed_columns(d: int, parts: int) -> int:
-    """Columns of a packed row: the row, the pieces of |c|^2 / 2, and zeros up to a multiple of a step."""
+    """Return the columns of a packed row: the row, the pieces of |c|^2 / 2, and zeros up to a multiple of a step."""
     k = -(-(d + HALF_COLUMNS) // 16) * 16
     return k if parts == 1 and k <= RESIDENT else -(-k // STEP.value) * STEP.value
 
 
 def scan_options(capability: tuple[int, int], k: int, parts: int) -> dict[str, int]:
-    """Queries of a program, warps and stages of the scan: as much as 227 KB, or 99 KB, of shared memory and the
-    registers hold without spilling."""
+    """Return queries of a program, warps and stages of the scan.
+
+    They are as many as 227 KB, or 99 KB, of shared memory and the registers hold without spilling.
+    """
     large = capability[0] in (9, 10)
     if parts == 2:
         queries, warps, stages = (128, 8, 3) if large else (64, 4, 3)
@@ -307,48 +325,51 @@ def scan_options(capability: tuple[int, int], k: int, parts: int) -> dict[str, i
 
 
 def tiles_of(k: int) -> int:
-    """How many tiles `_tiles` makes of k columns."""
+    """Return the number of tiles that `_tiles` makes of k columns."""
     return k // 64 + k % 64 // 32 + k % 32 // 16
 
 
 def scan(q: Packed, c: Packed, parts: int, options: dict[str, int]) -> Tensor:
-    """[groups,queries] float32: the largest packed score of each group of database rows for each query."""
+    """Return [groups,queries] float32, the largest packed score of each group of database rows for each query."""
     (padded, k), groups = q.high.shape, c.numbers.shape[1]
-    maxima = torch.empty(groups, padded, device=q.high.device)
+    maxima = torch.empty(groups, padded, dtype=torch.float32, device=q.high.device)
     per_program = max(PER_PROGRAM, -(-groups // (1 << 15)))
     grid = (padded // options["QUERIES"], -(-groups // per_program))
     if parts == 1 and k <= RESIDENT:
         _scan_kernel[grid](
-            q.high, c.high, maxima, groups, padded, per_program, K=k, COUNT=tiles_of(k), **options
+            q.high, c.high, maxima, groups, padded, per_program, K=k, COUNT=tiles_of(k), **options, **LAUNCH
         )
     else:
         _stepped_scan_kernel[grid](
-            q.high, q.low, c.high, c.low, maxima, groups, padded, per_program, K=k, PARTS=parts, **options
-        )
+            q.high, q.low, c.high, c.low, maxima, groups, padded, per_program, K=k, PARTS=parts, **options,
+            **LAUNCH,
+        )  # fmt: skip
     return maxima
 
 
-def select(maxima: Tensor, q: Packed, c: Packed, most: int) -> tuple[Tensor, Tensor]:
-    """(slots int32 [queries,most], count int32 [queries]) of the groups that may hold the best row."""
+def select(maxima: Tensor, q: Packed, c: Packed, max_groups: int) -> tuple[Tensor, Tensor]:
+    """Return (slots int32 [queries,max_groups], count int32 [queries]) of the groups that may hold the best row."""
     groups, padded = maxima.shape
-    slots = torch.empty(padded, most, dtype=torch.int32, device=maxima.device)
+    slots = torch.empty(padded, max_groups, dtype=torch.int32, device=maxima.device)
     count = torch.empty(padded, dtype=torch.int32, device=maxima.device)
     _select_kernel[(padded // SELECT["QUERIES"],)](
-        maxima, c.numbers, q.numbers, slots, count, groups, padded, MOST=most, num_warps=4, **SELECT
-    )
+        maxima, c.numbers, q.numbers, slots, count, groups, padded, MAX_GROUPS=max_groups, num_warps=4,
+        **SELECT, **LAUNCH,
+    )  # fmt: skip
     return slots, count
 
 
 def decide(queries: Tensor, database: Tensor, slots: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows int64 [n,KEPT_ROWS], found int32 [n]): the nearest rows in float64 and how many there are.
+    """Return (rows int64 [n,KEPT_ROWS], equal int32 [n]): the nearest rows in float64 and their number.
 
-    -1 where there are fewer rows; found is more than KEPT_ROWS where not all are handed out or none was looked
-    for. Both inputs are contiguous.
+    rows is -1 where there are fewer rows; equal is more than KEPT_ROWS where not all are returned or none was
+    looked for. Both inputs are contiguous.
     """
     n, d = queries.shape
     rows = torch.full((n, KEPT_ROWS), -1, dtype=torch.int64, device=queries.device)
-    found = torch.full((n,), KEPT_ROWS + 1, dtype=torch.int32, device=queries.device)
+    equal = torch.full((n,), KEPT_ROWS + 1, dtype=torch.int32, device=queries.device)
     _decide_kernel[(n,)](
-        queries, database, slots, count, rows, found, len(database), d, MOST=slots.shape[1], num_warps=4
-    )
-    return rows, found
+        queries, database, slots, count, rows, equal, len(database), d, MAX_GROUPS=slots.shape[1],
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return rows, equal

@@ -43,8 +43,8 @@ def nearest_rows(
 def nearest_rows(
     queries: Tensor, database: Tensor, *, return_stats: bool = False, impl: str | None = None
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Any]]:
-    """(index int64 [N], squared distance float32 [N]) of the nearest row of `database` [M,d] to each of
-    `queries` [N,d].
+    """Return (index int64 [N], squared distance float32 [N]) of the nearest row of `database` [M,d] to each
+    of `queries` [N,d].
 
     The answer is the argmin of the float64 distance of the inputs as given, the lowest index on equality,
     with every implementation: they propose candidates by fast arithmetic with an error bound and decide by

@@ -12,11 +12,12 @@ from torch import Tensor
 from .exact import best_of_pairs, direct_distance, direct_search, frame
 from .scan import Scan
 
-PROBED = 64  # queries that show whether a dtype decides most of them
+# Queries that show whether a dtype decides most of them.
+PROBED = 64
 
 
 def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """(index int64 [N], squared distance float64 [N], stats as in `op.nearest_rows`), N >= 1."""
+    """Return (index int64 [N], squared distance float64 [N], stats as in `op.nearest_rows`), N >= 1."""
     offset, scale = frame(queries, database)
     index = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     distance = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
@@ -25,7 +26,8 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
         if dtype != torch.float64 and len(waiting) >= 64 * PROBED:
             sample = waiting[:: len(waiting) // PROBED]
             if scanned(queries[sample], database, offset, scale, dtype).many.float().mean() > 0.5:
-                continue  # a pass that decides so little costs more than it saves
+                # A pass that decides so little costs more than it saves.
+                continue
         rows = queries[waiting]
         scan = scanned(rows, database, offset, scale, dtype)
         query, row = scan.candidates()
@@ -48,7 +50,7 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
 
 
 def scanned(queries: Tensor, database: Tensor, offset: Tensor, scale: float, dtype: torch.dtype) -> Scan:
-    """A finished scan of the queries over the whole database."""
+    """Return a finished scan of the queries over the whole database."""
     scan = Scan(queries, offset, scale, dtype)
     for first in range(0, len(database), scan.rows):
         scan.look_at(database[first : first + scan.rows], first)
@@ -56,8 +58,10 @@ def scanned(queries: Tensor, database: Tensor, offset: Tensor, scale: float, dty
 
 
 def score_dtypes(device: torch.device) -> list[torch.dtype]:
-    """What scores are computed in, one after the other: bfloat16 where the CPU multiplies it, float32 unless
-    the process lets its products be rounded further, float64."""
+    """Return the dtypes that scores are computed in, one after the other.
+
+    bfloat16 where the CPU multiplies it, float32 unless the process lets its products be rounded further, float64.
+    """
     on_cpu = device.type == "cpu"
     backend = torch.backends.mkldnn if on_cpu else torch.backends.cuda
     modes = (backend.matmul.fp32_precision, torch.backends.fp32_precision)  # type: ignore[attr-defined]

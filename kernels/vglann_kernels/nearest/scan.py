@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
-QUERIES, ROWS = 1024, 2048  # a block of scores on the CPU: 8 MB in float32, so it stays in a core's cache
-CUDA_ROWS = 1 << 16  # on a GPU, where 256 MB are little and each of many small launches costs
-GROUPS = 32  # a block's rows are first looked at in groups of so many
-MANY = 64  # candidates of one query, above which it waits for the next dtype
+# A block of scores on the CPU: 8 MB in float32, so that it stays in a core's cache.
+QUERIES, ROWS = 1024, 2048
+# Rows of a block on a GPU, where 256 MB are little and each of many small launches costs.
+CUDA_ROWS = 1 << 16
+# Groups of rows that a block is first reduced to.
+GROUPS = 32
+# Candidates of one query above which it waits for the next dtype.
+MANY = 64
 PAIRS = 1 << 22  # candidates in memory at most, before they are pruned
 
 
@@ -37,7 +41,7 @@ class Scan:
         self.scratch_bytes = self.q.nbytes + self.block.nbytes
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x in the frame float64, rounded to the dtype, its length [n], length of what was cut off [n])."""
+        """Return (x in the frame float64, rounded to the dtype, its length [n], length of what was cut off [n])."""
         exact = (x.double() - self.offset) * self.scale
         rounded = exact.to(self.dtype)
         return exact, rounded, rounded.double().norm(dim=1), (exact - rounded.double()).norm(dim=1)
@@ -99,6 +103,6 @@ class Scan:
         self.limit = max(self.limit, 2 * len(self.kept[0][0]))
 
     def candidates(self) -> tuple[Tensor, Tensor]:
-        """(query, row) pairs with the nearest row, and all that equal it, of every query but the `many`."""
+        """Return (query, row) pairs with the nearest row, and all that equal it, of every query except the `many`."""
         self._prune()
         return self.kept[0][0], self.kept[0][1]

@@ -11,13 +11,17 @@ from ..launch import device_guard
 from . import kernel, reference
 from .exact import best_of_pairs, direct_distance
 
-MOST_GROUPS = (16, 64)  # that may hold the nearest row of a query, in the first and in the wider scan
-MAXIMA_BYTES = 256 << 20  # for the numbers that a scan writes; queries are searched in portions that fit
+# Groups that may hold the nearest row of a query, in the first and in the wider scan.
+MAX_GROUPS = (16, 64)
+# For the values that a scan writes; queries are searched in portions that fit.
+MAXIMA_BYTES = 256 << 20
 
 
 def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """As `reference.nearest_rows`, for rows of up to 512 values. Raises MemoryError when not even the smallest
-    portion of queries fits into the free memory."""
+    """Search as `reference.nearest_rows` does, for rows of up to 512 values.
+
+    Raises MemoryError when not even the smallest portion of queries fits into the free memory.
+    """
     queries, database = queries.contiguous(), database.contiguous()
     offset = database.mean(dim=0, dtype=torch.float64)
     index = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
@@ -25,8 +29,8 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
     waiting = torch.arange(len(queries), device=queries.device)
     decided, scratch, certified = 0, 0, []
     with device_guard(queries):
-        for parts, most in enumerate(MOST_GROUPS, 1):
-            scan = _Scan(database, offset, parts, most, len(waiting))
+        for parts, max_groups in enumerate(MAX_GROUPS, 1):
+            scan = _Scan(database, offset, parts, max_groups, len(waiting))
             left = []
             for part in waiting.split(scan.portion):
                 query, row, settled, pairs = scan(queries[part])
@@ -36,7 +40,8 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
                 left.append(part[~settled])
                 decided += pairs
             scratch = max(scratch, scan.scratch_bytes)
-            del scan  # its packed database is not needed beside the wider one
+            # The packed database is not needed beside the wider one.
+            del scan
             waiting = torch.cat(left)
             certified.append(1 - len(waiting) / len(queries))
             if len(waiting) == 0:
@@ -56,15 +61,15 @@ def nearest_rows(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor, dic
 class _Scan:
     """One pass over a database packed in `parts` float16 parts, for up to `portion` queries at a time."""
 
-    def __init__(self, database: Tensor, offset: Tensor, parts: int, most: int, n: int) -> None:
-        self.database, self.offset, self.parts, self.most = database, offset, parts, most
+    def __init__(self, database: Tensor, offset: Tensor, parts: int, max_groups: int, n: int) -> None:
+        self.database, self.offset, self.parts, self.max_groups = database, offset, parts, max_groups
         m, d = database.shape
         k, groups = kernel.packed_columns(d, parts), -(-m // kernel.GROUP_ROWS)
         capability = torch.cuda.get_device_capability(database.device) if database.is_cuda else (9, 0)
         self.options = kernel.scan_options(capability, k, parts)
         self.tile = self.options["QUERIES"]
         for_database = groups * (kernel.GROUP_ROWS * 2 * k * parts + 16)
-        for_query = 2 * k * parts + 4 * groups + 4 * most + 8 * kernel.KEPT_ROWS + 24
+        for_query = 2 * k * parts + 4 * groups + 4 * max_groups + 8 * kernel.KEPT_ROWS + 24
         free = _free_bytes(database)
         room = (free - for_database) // for_query // self.tile * self.tile
         if room < self.tile:
@@ -84,19 +89,21 @@ class _Scan:
         return kernel.Packed(rows, self.offset, self.typical, self.parts, count, queries)
 
     def __call__(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """(query, row, settled [n], pairs): pairs that hold the nearest row of every settled query, and how
-        many pairs were looked at for that."""
+        """Return (query, row, settled [n], pairs): pairs that hold the nearest row of every settled query, and the
+        number of pairs that were compared for that."""
         q = self._packed(queries, -(-len(queries) // self.tile) * self.tile, queries=True)
-        slots, count = kernel.select(kernel.scan(q, self.c, self.parts, self.options), q, self.c, self.most)
-        rows, found = kernel.decide(queries, self.database, slots, count)
-        settled = found <= kernel.KEPT_ROWS
+        slots, count = kernel.select(
+            kernel.scan(q, self.c, self.parts, self.options), q, self.c, self.max_groups
+        )
+        rows, equal = kernel.decide(queries, self.database, slots, count)
+        settled = equal <= kernel.KEPT_ROWS
         query, slot = ((rows >= 0) & settled[:, None]).nonzero(as_tuple=True)
         looked_at = int((count[: len(queries)] * settled).sum()) * kernel.GROUP_ROWS
         return query, rows[query, slot], settled, looked_at
 
 
 def _free_bytes(x: Tensor) -> int:
-    """What can still be allocated on the tensor's GPU; plenty for the interpreter."""
+    """Return the bytes that can still be allocated on the tensor's GPU; plenty for the interpreter."""
     if not x.is_cuda:
         return 1 << 40
     unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)

@@ -12,10 +12,10 @@ from .op import nearest_rows
 def nearest_rows_sharded(
     queries: Tensor, shard: Tensor, first: int, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(index int64 [N], squared distance float32 [N]) over the rows of all processes, the same in each of them.
+    """Return (index int64 [N], squared distance float32 [N]) over the rows of all processes, equal in each.
 
     Every process of the default group calls it with the same `queries` [N,d], its own rows `shard` [m,d], m >= 0,
-    and the number of the first of them in the whole database. The answer is that of one process with all rows:
+    and the number of the first of them in the whole database. The answer is the same as in one process with all rows:
     the float64 distances are reduced, then the lowest index that has the smallest.
     """
     distance = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=queries.device)

@@ -53,7 +53,7 @@ def test_frames_left_out_get_the_prior_only():
 
 
 def test_the_papers_options_in_half_precision():
-    options = {"blur": "seed", "target_range": (0.0, 1.0)}
+    options = {"blur": "paper", "target_range": (0.0, 1.0)}
     check(*inputs(1, 1, 64, torch.float16, last=True), tolerance=2e-3, **options)
 
 
@@ -73,7 +73,22 @@ def test_a_bad_index_that_nobody_checked_costs_nan_and_no_wild_read():
     bad = torch.tensor([1, 2**40])
     weights, span = [1.0] * 4, [-1.0, 1.0]
     losses = OP(
-        head, background, clips, bad, 1, 0.0, 3, "binomial", 2.0, weights, span, "none", False, False
+        head,
+        background,
+        clips,
+        bad,
+        1,
+        0.0,
+        3,
+        "binomial",
+        2.0,
+        weights,
+        span,
+        "none",
+        0.0,
+        0.0,
+        False,
+        False,
     )[0]
     assert losses.isnan().any(dim=2).any(dim=1).tolist() == [False, True]
 
@@ -100,7 +115,9 @@ def test_the_video_never_reaches_memory():
 def test_opcheck_and_one_graph():
     head, background, clips, index = inputs(1, 2)
     rest = (1, 0.1, 2, "binomial", 2.0, [1.0] * 3, [-1.0, 1.0])
-    torch.library.opcheck(OP, (head, background, clips, index, *rest, "mean", True, True))
+    torch.library.opcheck(
+        OP, (head.detach(), background.detach(), clips, index, *rest, "mean", 0.5, 2.0, True, True)
+    )
     function = lambda h, b: 2 * composite_laplacian_loss(h, b, clips, index, impl="triton")  # noqa: E731
     torch.compile(function, fullgraph=True, backend="aot_eager")(head, background).backward()
     traced, head.grad = head.grad, None

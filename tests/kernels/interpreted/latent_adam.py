@@ -11,6 +11,7 @@ from vglann_kernels import (
     latent_gather,
     verify,
 )
+from vglann_kernels.latent_adam import kernel
 
 
 def test_against_float64():
@@ -18,29 +19,29 @@ def test_against_float64():
         assert line.ok, str(line)
 
 
-def test_catchup_follows_torch_adam():
+def test_lazy_follows_torch_adam():
     torch.manual_seed(0)
     table, lr = torch.randn(12, 5) / 10, torch.tensor(0.01)
     theirs = torch.nn.Parameter(table.clone())
-    optimiser = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
-    state = latent_adam_state(table, "catchup")
+    optimizer = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
+    state = latent_adam_state(table, "lazy")
     for step in range(120):
         index, grad = torch.randint(0, 12, (3,)), torch.randn(3, 5)
         z = latent_gather(table, state, index, lr=lr, impl="triton")
         torch.testing.assert_close(z, theirs.detach()[index], rtol=0, atol=5e-7)
         theirs.grad = torch.zeros_like(theirs).index_add_(0, index, grad)
-        optimiser.step()
+        optimizer.step()
         latent_adam_step(table, state, index, grad, lr=lr, impl="triton")
         if step == 60:
             latent_flush(table, state, lr=lr, impl="triton")
-            lr, optimiser.param_groups[0]["lr"] = lr / 2, 0.005
+            lr, optimizer.param_groups[0]["lr"] = lr / 2, 0.005
     latent_flush(table, state, lr=lr, impl="triton")
     torch.testing.assert_close(table, theirs.detach(), rtol=0, atol=5e-7)
     assert state.arrived == 0
     assert state.step == 120
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy", "dense"])
 def test_skip_and_duplicates_and_untouched_rows(mode):
     torch.manual_seed(0)
     table, index = torch.randn(9, 3), torch.tensor([4, 4, 2, 4])
@@ -57,9 +58,30 @@ def test_skip_and_duplicates_and_untouched_rows(mode):
     assert torch.equal(state.row_step, theirs.row_step)
 
 
+@pytest.mark.parametrize("compared", [2, 4, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_duplicates_wherever_they_lie_in_a_batch(compared, dtype, monkeypatch):
+    """Many times the same row, in one block of compared places and across several; the rest of the table is NaN."""
+    monkeypatch.setattr(kernel, "MAX_COMPARED", compared)
+    torch.manual_seed(0)
+    index = torch.tensor([7, 1, 7, 3, 3, 7, 1, 5, 7, 0, 7])
+    grad = torch.randn(len(index), 5).to(dtype)
+    table = torch.full((9, 5), float("nan"))
+    table[index] = torch.randn(9, 5)[index]
+    exact, state = table.double(), latent_adam_state(table)
+    reference = latent_adam_state(exact)
+    lr = torch.tensor(0.1)
+    for _ in range(2):
+        latent_adam_step(table, state, index, grad, lr=lr, retraction="sphere", impl="triton")
+        latent_adam_step(exact, reference, index, grad, lr=lr, retraction="sphere", impl="reference")
+    torch.testing.assert_close(table.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(state.exp_avg.double(), reference.exp_avg, rtol=1e-5, atol=1e-7)
+    assert torch.equal(state.row_step, reference.row_step)
+
+
 def test_a_bad_index_that_nobody_checked_is_masked():
     table = torch.randn(4, 3)
-    state, before, bad = latent_adam_state(table, "row"), table.clone(), torch.tensor([1, 2**40, -3])
+    state, before, bad = latent_adam_state(table, "sparse"), table.clone(), torch.tensor([1, 2**40, -3])
     op = torch.ops.vglann_kernels
     tables = (table, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
     read = op.latent_gather(*tables, bad, None, (0.5, 0.999), 1e-8, False)
@@ -72,7 +94,7 @@ def test_a_bad_index_that_nobody_checked_is_masked():
         torch.tensor(0.1),
         (0.5, 0.999),
         1e-8,
-        "row",
+        "sparse",
         None,
         None,
     )
@@ -81,7 +103,7 @@ def test_a_bad_index_that_nobody_checked_is_masked():
 
 def test_a_step_touches_the_batch_and_no_more():
     table = torch.randn(1000, 100)
-    state, index = latent_adam_state(table, "row"), torch.arange(8) * 100
+    state, index = latent_adam_state(table, "sparse"), torch.arange(8) * 100
     with poisoned(), Traffic() as moved:
         latent_adam_step(table, state, index, torch.randn(8, 100), lr=torch.tensor(0.1), impl="triton")
     assert moved.unique <= 1.05 * 8 * (100 * 4 * 7 + 8 * 3)
@@ -89,17 +111,17 @@ def test_a_step_touches_the_batch_and_no_more():
 
 def test_opcheck():
     table = torch.randn(6, 3)
-    state, index = latent_adam_state(table, "catchup"), torch.tensor([1, 4])
+    state, index = latent_adam_state(table, "lazy"), torch.tensor([1, 4])
     tables = (table, state.exp_avg, state.exp_avg_sq, state.row_step, state.step)
     rates, op = ((0.5, 0.999), 1e-8), torch.ops.vglann_kernels
     lr = torch.tensor(0.1)
     torch.library.opcheck(op.latent_gather.default, (*tables, index, lr, *rates, True))
-    step = (*tables, state.arrived, index, torch.ones(2, 3), lr, *rates, "catchup", None, None)
+    step = (*tables, state.arrived, index, torch.ones(2, 3), lr, *rates, "lazy", None, None)
     torch.library.opcheck(op.latent_adam_step.default, step)
     torch.library.opcheck(op.latent_flush.default, (*tables, lr, *rates))
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup", "dense"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy", "dense"])
 def test_traces_into_one_graph(mode):
     torch.manual_seed(0)
     index, lr = torch.tensor([1, 4, 1]), torch.tensor(0.1)
@@ -128,7 +150,7 @@ def test_twin_training():
     runs = {}
     for impl in ("triton", "reference"):
         table, w = start.clone(), weights.clone().requires_grad_()
-        state, losses = latent_adam_state(table, "row"), []
+        state, losses = latent_adam_state(table, "sparse"), []
         for index in batches:
             z = latent_gather(table, state, index, impl=impl).requires_grad_()
             small = (z @ w).view(2, 7, 1, 8, 8)

@@ -65,7 +65,7 @@ def test_all_implementations_return_the_same_bits(dtype):
 
 @pytest.mark.parametrize(("narrow", "wide"), [(0, 64), (0, 0)])
 def test_the_wider_scan_and_the_reference_take_what_is_left(narrow, wide, monkeypatch):
-    monkeypatch.setattr(search, "MOST_GROUPS", (narrow or 1, wide or 1))
+    monkeypatch.setattr(search, "MAX_GROUPS", (narrow or 1, wide or 1))
     queries, database = hard_case("tight clusters", n=8)
     asked = []
     plain = reference.nearest_rows

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from vglann_kernels import latent_adam_state, latent_adam_step, latent_gather
 from vglann_kernels.composite import kernel as composite
 from vglann_kernels.composite_laplacian import kernel as composite_laplacian
+from vglann_kernels.laplacian.pyramid import Pyramid
 from vglann_kernels.latent_adam.state import LatentAdamState
 from vglann_kernels.nearest import kernel as nearest
 
@@ -57,7 +58,7 @@ def test_composite():
     with only(composite, "_composite_fwd_kernel", (2, 1, 1), (0, 0, batch - 1)):
         video, _ = composite.composite_fwd(far_head, far_background)
     assert torch.equal(video[-1:], composite.composite_fwd(head, background)[0])
-    with only(composite, "_composite_bwd_kernel", (2, 1), (0, batch - 1)):
+    with only(composite, "_composite_bwd_kernel", (2, 1, 1), (0, 0, batch - 1)):
         far = composite.composite_bwd(
             far_head, far_background, ending_with(upstream, batch), ending_with(mean, batch)
         )
@@ -65,14 +66,26 @@ def test_composite():
         assert torch.equal(ours[-1:], near)
 
 
-def test_composite_laplacian():
+def test_sums_of_parts():
+    torch.manual_seed(0)
+    batch = FAR // (3 * 32 * 32) + 2
+    partials, background = torch.randn(1, 1, 3, 32, 32), torch.empty(1, 3, 32, 32)
+    far_partials, far_background = ending_with(partials, batch), torch.empty(batch, 3, 32, 32)
+    with only(composite, "_sum_parts_kernel", (1, 3, 1), (0, 0, batch - 1)):
+        far = composite.sum_parts(far_partials, far_background)
+    assert torch.equal(far[-1:], composite.sum_parts(partials, background))
+
+
+def test_composite_laplacian(monkeypatch):
     """The last group of frames of the last video, and the last clip of the table."""
+    monkeypatch.setattr(composite_laplacian, "sum_parts", lambda partials, background: partials)
     torch.manual_seed(0)
     frames, batch = 64, FAR // (4 * 64 * 32 * 32) + 2
     count = FAR // (3 * 64 * 32 * 32) + 2
     head, background = torch.randn(1, 4, frames, 32, 32).half(), torch.randn(1, 3, 32, 32).half()
     clip = torch.randint(0, 256, (1, 3, frames, 32, 32), dtype=torch.uint8)
-    rest = (frames, 0.1, 3, "binomial", 2.0, (1.0,) * 4, (-1.0, 1.0), 1.0, True, False)
+    options = Pyramid(3, "binomial", 2.0, (1.0,) * 4, (-1.0, 1.0), "sum")
+    rest = (frames, 0.1, options, 1.0, True, False)
     name, last = "_composite_laplacian_kernel", 3 * frames - 12
     with only(composite_laplacian, name, (12, 1), (last, 0)):
         near = composite_laplacian.composite_laplacian_fwd(head, background, clip, torch.tensor([0]), *rest)
@@ -86,7 +99,7 @@ def test_composite_laplacian():
     assert near[2][0, :, -4:].any()
 
 
-@pytest.mark.parametrize("mode", ["row", "catchup"])
+@pytest.mark.parametrize("mode", ["sparse", "lazy"])
 def test_latent_adam(mode):
     torch.manual_seed(0)
     rows, count = torch.randn(2, 128), FAR // 128 + 2

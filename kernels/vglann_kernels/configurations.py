@@ -1,0 +1,195 @@
+"""The launches whose resources are tabled: per op the defaults of the presets, at B = 256."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+# Below the minimum, and another vendor: nothing is promised for them.
+INFORMATIONAL = (75, "gfx942")
+# Compiles for minutes, into spills: tabled for one target only.
+LARGE, LARGE_TARGET = "128x128", 90
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel and the arguments of one launch of it; a pointer is given as "*fp32" and so on."""
+
+    op: str
+    name: str
+    kernel: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+def configurations(target: int | str) -> list[Configuration]:
+    """Return what is compiled for a target: per op the defaults of the presets `modern` and `paper`, B = 256.
+
+    The search is tuned for each target, and left out on the informational targets.
+    """
+    compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+    if target != LARGE_TARGET:
+        compiled = [c for c in compiled if LARGE not in c.name]
+    if target in INFORMATIONAL:
+        return compiled
+    return [*compiled, *_nearest(divmod(int(target), 10))]
+
+
+def _composite() -> Iterator[Configuration]:
+    from .composite import kernel
+
+    area, frames = 64 * 64, 32
+    for layout, last in (("contiguous", False), ("channels-last", True)):
+        pixels, warps = kernel.TILES[last]
+        constants = {"PIXELS": pixels, "CHANNELS_LAST": last}
+        head = 1 if last else frames * area
+        back = (1, 3) if last else (area, 1)
+        forward = (*["*bf16"] * 3, "*fp32", frames, frames, area, head, *back)
+        grad = (3 * frames * area, frames * area, area, 1)
+        backward = (
+            *["*bf16"] * 3,
+            "*fp32",
+            "*bf16",
+            "*bf16",
+            frames,
+            frames,
+            area,
+            head,
+            *back,
+            *back,
+            *grad,
+        )
+        for name, function, arguments in (
+            ("forward", kernel._composite_fwd_kernel, forward),
+            ("backward", kernel._composite_bwd_kernel, backward),
+        ):
+            yield Configuration("composite", f"{name} bf16 {layout}", function, arguments, constants, warps)
+
+
+def _pyramid(blur: str, pixels: float = 0.0) -> Any:
+    from .laplacian.pyramid import Pyramid
+
+    return Pyramid(3, blur, 2.0, (1.0,) * 4, (-1.0, 1.0), "mean", pixels, pixels)
+
+
+def _laplacian() -> Iterator[Configuration]:
+    import torch
+
+    from .laplacian import kernel
+
+    for size, blur, dtype, pixels in (
+        *((size, blur, "bf16", 0.0) for blur in ("binomial", "paper") for size in (32, 64, 128)),
+        (64, "binomial", "fp32", 0.0),
+        (64, "paper", "fp32", 0.0),
+        (64, "binomial", "bf16", 0.5),
+    ):
+        strides = (96 * size * size, 32 * size * size, size * size, size, 1)
+        pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32", "*fp16")
+        options = kernel.kernel_options(
+            _pyramid(blur, pixels), torch.float32 if dtype == "fp32" else torch.bfloat16
+        )
+        yield Configuration(
+            "laplacian",
+            f"{blur} {dtype} {size}x{size}" + (" l1 l2" if pixels else ""),
+            kernel._laplacian_fwd_kernel,
+            (*pointers, (0.5,) * 6, 3, 32, *strides * 3, -1.0, 2 / 255, 0.5, 0.5, 0),
+            {"N": size, "WITH_GRAD": True, **options},
+            kernel.warps(size, blur),
+        )
+    yield Configuration(
+        "laplacian",
+        "scaling bf16",
+        kernel._scale_kernel,
+        ("*bf16", "*bf16", "*fp32", 0.5, 1 << 20, 1 << 16),
+        {"BLOCK": kernel.SCALE_BLOCK},
+    )
+
+
+def _composite_laplacian() -> Iterator[Configuration]:
+    import torch
+
+    from .composite_laplacian import kernel
+    from .laplacian.kernel import kernel_options, warps
+
+    for blur in ("binomial", "paper"):
+        for size in (32, 64, 128):
+            pointers = (
+                "*bf16",
+                "*bf16",
+                "*u8",
+                "*i64",
+                "*bf16",
+                "*bf16",
+                *["*fp32"] * 3,
+                "*i32",
+                "*fp16",
+            )
+            constants = {
+                "GROUP": kernel.GROUP, "N": size, "WITH_GRAD": True, "WITH_VIDEO": False,
+                "HEAD_LAST": True, "BACK_LAST": True, "PIXELS": kernel.PIXELS,
+                **kernel_options(_pyramid(blur), torch.bfloat16),
+            }  # fmt: skip
+            yield Configuration(
+                "composite_laplacian",
+                f"{blur} bf16 channels-last {size}x{size}",
+                kernel._composite_laplacian_kernel,
+                (*pointers, (0.5,) * 6, 50000, 32, 32, 1, 1, -1.0, 2 / 255, 0.5, 0.5, 0.5, 0),
+                constants,
+                warps(size, blur),
+            )
+
+
+def _latent_adam() -> Iterator[Configuration]:
+    from .latent_adam import kernel
+
+    tables, moments = ("*fp32",) * 3, (0.5, 0.99, 0.5, 0.01, -0.7, -0.001, 1e-8)
+    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 256, "TERMS": 8, "D": 128}
+    counters = ("*i64", "*i64", "*i32")
+    lookup = ("*fp32", *tables, "*i64", "*i64", "*i64", "*fp32", 50000, 100, *logs)
+    gather = {"LAZY": True, "TERMS": 8, **d}
+    yield Configuration("latent_adam", "gather lazy", kernel._gather_kernel, lookup, gather)
+    rows = (*tables, *counters, "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments, 30)
+    for name, lazy, sphere in (("sparse sphere", False, True), ("lazy", True, False)):
+        flags = {"LAZY": lazy, "SPHERE": sphere, "BALL": False, "SKIP": True}
+        yield Configuration("latent_adam", f"step {name}", kernel._rows_step_kernel, rows, {**flags, **batch})
+    dense = (*tables, *counters[1:], "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments)
+    constants = {"SKIP": True, "ROWS": kernel.DENSE_ROWS, **d}
+    yield Configuration("latent_adam", "step dense", kernel._dense_step_kernel, dense, constants)
+    flush = (*tables, *counters[:2], "*fp32", 100, *logs)
+    yield Configuration("latent_adam", "flush", kernel._flush_kernel, flush, {"TERMS": 8, **d})
+
+
+def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
+    """Yield the launches of a search at d = 100, 128 and 512."""
+    from .nearest import kernel
+
+    sizes = (77, 77, 77)  # neither 1 nor a multiple of 16: no launch makes these arguments special
+    for name, d, parts in (
+        ("scan d=100", 100, 1),
+        ("scan d=128", 128, 1),
+        ("scan d=512", 512, 1),
+        ("wider scan d=100", 100, 2),
+        ("wider scan d=512", 512, 2),
+    ):
+        k = kernel.packed_columns(d, parts)
+        options = kernel.scan_options(capability, k, parts)
+        tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
+        constants = {"K": k, "QUERIES": options["QUERIES"]}
+        if parts == 1 and k <= kernel.RESIDENT:
+            scan, values, constants["COUNT"] = kernel._scan_kernel, 2, kernel.tiles_of(k)
+        else:
+            scan, values, constants["PARTS"] = kernel._stepped_scan_kernel, 4, parts
+        pointers = (*["*fp16"] * values, "*fp32")
+        yield Configuration("nearest", name, scan, (*pointers, *sizes), constants, **tuned)
+    packed = ("*fp32", "*fp64", "*fp16", "*fp16", *["*fp32"] * 4, *sizes)
+    for name, parts, queries in (("rows", 1, False), ("queries", 1, True), ("rows, two parts", 2, False)):
+        constants = {"K": 112, "PARTS": parts, "QUERIES": queries}
+        yield Configuration("nearest", f"pack {name}", kernel._pack_kernel, packed, constants)
+    select = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
+    yield Configuration(
+        "nearest", "select", kernel._select_kernel, select, {"MAX_GROUPS": 16, **kernel.SELECT}
+    )
+    tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
+    yield Configuration("nearest", "decide", kernel._decide_kernel, tables, {"MAX_GROUPS": 16})

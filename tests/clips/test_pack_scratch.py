@@ -1,0 +1,141 @@
+"""Temporary files go though FUSE and NFS rename, and do not remove, what is still mapped."""
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av")
+pytest.importorskip("cv2")
+
+from decoding import pictures  # noqa: E402
+from video_files import write_video  # noqa: E402
+
+from vglann_fast.clips import pack as pack_module  # noqa: E402
+from vglann_fast.clips.dataset import ClipSet  # noqa: E402
+from vglann_fast.clips.decode import DecodeJob, DecodeLimits, decode_all  # noqa: E402
+from vglann_fast.clips.pack import pack  # noqa: E402
+
+MAPS = Path("/proc/self/maps")
+OPTIONS = {"frames": 4, "size": 32, "workers": 1}
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """What was still mapped when it was removed, and was renamed as NFS and FUSE do."""
+    if not MAPS.exists():
+        pytest.skip("needs /proc to see what is mapped")
+    hidden = []
+    remove = os.unlink
+
+    def unlink(path, *args, dir_fd=None, **kwargs):
+        name = os.fspath(path) if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}") + f"/{path}"
+        if not os.path.lexists(name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        name = os.path.realpath(os.path.dirname(name)) + f"/{os.path.basename(name)}"
+        if f" {name}\n" in MAPS.read_text():
+            hidden.append(name)
+            os.rename(name, f"{os.path.dirname(name)}/.nfs{len(hidden):08d}")
+        else:
+            remove(name)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: _unlink(unlink, self, missing_ok))
+    return hidden
+
+
+def _unlink(unlink, path, missing_ok):
+    try:
+        unlink(path)
+    except FileNotFoundError:
+        if not missing_ok:
+            raise
+
+
+def videos(folder, count=3):
+    folder.mkdir()
+    for number in range(count):
+        write_video(folder / f"{number}.mkv", pictures(12 + number))
+    return folder
+
+
+def test_the_stand_in_renames_what_is_mapped(tmp_path, renamed):
+    (tmp_path / "a").write_bytes(bytes(100))
+    mapped = np.memmap(tmp_path / "a", np.uint8, "r")
+    (tmp_path / "a").unlink()
+    assert [Path(name).name for name in renamed] == ["a"]
+    assert [file.name for file in tmp_path.iterdir()] == [".nfs00000001"]
+    assert mapped.sum() == 0
+
+
+def test_nothing_is_mapped_when_files_are_removed(tmp_path, renamed):
+    pack(videos(tmp_path / "videos"), tmp_path / "clips", **OPTIONS)
+    assert renamed == []
+    assert not (tmp_path / "clips" / "scratch").exists()
+
+
+def test_a_pack_that_fails_removes_its_files_too(tmp_path, renamed, monkeypatch):
+    def full(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    folder = videos(tmp_path / "videos")
+    monkeypatch.setattr(pack_module._Shards, "write", full)
+    with pytest.raises(Exception, match="disk"):
+        pack(folder, tmp_path / "clips", **OPTIONS)
+    assert renamed == []
+    assert [file.name for file in tmp_path.iterdir()] == ["videos"]
+
+
+def test_results_that_nobody_took_are_removed(tmp_path, renamed):
+    files = [DecodeJob(file) for file in sorted(videos(tmp_path / "videos", 4).iterdir())]
+    (tmp_path / "scratch").mkdir()
+    results = decode_all(files, tmp_path / "scratch", DecodeLimits(), 2)
+    next(results).discard()
+    results.close()
+    assert renamed == []
+    assert not list((tmp_path / "scratch").glob("*.tiles"))
+
+
+def test_a_scratch_folder_that_stays_does_not_lose_the_clips(tmp_path, monkeypatch):
+    """Another process, a virus scanner say, has a file of it open."""
+    real = shutil.rmtree
+
+    def busy(path, ignore_errors=False, **kwargs):
+        if Path(path).name != "scratch":
+            real(path, ignore_errors=ignore_errors, **kwargs)
+        elif not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    def not_empty(path, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    monkeypatch.setattr(os, "rmdir", not_empty)
+    pack(videos(tmp_path / "videos", 1), tmp_path / "clips", **OPTIONS)
+    assert len(ClipSet.open(tmp_path / "clips")) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+@pytest.mark.skipif(
+    not (shutil.which("ntfs-3g") and shutil.which("mkfs.ntfs") and Path("/dev/fuse").exists()),
+    reason="needs ntfs-3g, a file system in FUSE",
+)
+def test_packing_on_fuse(tmp_path):
+    image, mount = tmp_path / "image", tmp_path / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(2**26)
+    subprocess.run(["mkfs.ntfs", "-F", "-Q", image], check=True, capture_output=True)
+    if subprocess.run(["ntfs-3g", image, mount], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        pack(videos(tmp_path / "videos"), mount / "clips", **OPTIONS)
+        assert len(ClipSet.open(mount / "clips")) == 9
+        assert [entry.name for entry in mount.iterdir()] == ["clips"]
+    finally:
+        # Lazily, so that a file which is still open does not keep the mount.
+        subprocess.run(["umount", "-l", mount], check=True)

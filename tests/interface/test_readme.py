@@ -1,0 +1,47 @@
+"""The script of the README, as it stands there."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+import vglann_fast as vf
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def script():
+    section = README.read_text().split("## In Python", 1)[1].split("\n## ", 1)[0]
+    return re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+
+
+def write_videos(folder):
+    """Six videos of a square that moves over a gradient; each gives three clips of 16 frames."""
+    from video_files import write_video
+
+    from vglann_fast.experiments.moving_squares import moving_squares
+
+    folder.mkdir()
+    for number in range(6):
+        frames = moving_squares(1, frames=50, size=64, seed=number)[0].transpose(1, 2, 3, 0)
+        write_video(folder / f"{number}.mkv", np.ascontiguousarray(frames))
+
+
+def test_the_script_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_videos(tmp_path / "videos")
+    *lines, last = ast.parse(script()).body
+    assert len(script().splitlines()) <= 12
+    names: dict = {}
+    exec(compile(ast.Module(lines, []), "README.md", "exec"), names)
+    shown = eval(compile(ast.Expression(last.value), "README.md", "eval"), names)
+    assert isinstance(shown, vf.Videos)
+    assert shown.shape == (16, 3, 16, 32, 32)
+    assert "data:image/gif" in shown._repr_html_()
+    assert (tmp_path / "samples.gif").stat().st_size > 1000
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert names["run"].step == max(steps) == 20

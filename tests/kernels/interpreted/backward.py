@@ -1,0 +1,193 @@
+"""The backward pass of the losses in the interpreter: data it must not move; run by test_kernels_interpreted.py."""
+
+import pytest
+import torch
+from counted import Traffic
+from tiny import tiny_options
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
+from vglann_kernels import impl as switch
+from vglann_kernels.laplacian import kernel
+from vglann_kernels.laplacian.pyramid import Pyramid
+
+from vglann_fast.glo.loader import Batch
+from vglann_fast.glo.losses import glo_loss
+
+
+class NoTensorWork(TorchDispatchMode):
+    """Raises for every operation of PyTorch's own on more than one value; `detach` moves none."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        own = operation.namespace == "vglann_kernels" or operation is torch.ops.aten.detach.default
+        sizes = [leaf.numel() for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+        assert own or max(sizes, default=0) <= 1, operation
+        return result
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    head, background = torch.randn(2, 4, 2, 32, 32), torch.randn(2, 3, 32, 32)
+    clips = torch.randint(0, 256, (3, 3, 2, 32, 32), dtype=torch.uint8)
+    leaves = [x.to(dtype).requires_grad_() for x in (head, background)]
+    return *leaves, clips, torch.tensor([2, 0])
+
+
+def losses():
+    """Pairs (scalar, leaves) of every loss."""
+    head, background, clips, index = inputs()
+    yield laplacian_pyramid_loss(head[:, :3], clips[index], impl="triton"), [head]
+    for with_video in (False, True):
+        options = {"mask_weight": 0.1, "return_video": with_video, "impl": "triton"}
+        result = composite_laplacian_loss(head, background, clips, index, **options)
+        yield result[0] if with_video else result, [head, background]
+
+
+def test_a_backward_pass_makes_no_tensor_beside_its_gradients():
+    torch.manual_seed(0)
+    video = torch.randn(2, 32, 32, requires_grad=True)
+    target = torch.randint(0, 256, video.shape, dtype=torch.uint8)
+    loss = laplacian_pyramid_loss(video, target, impl="triton")
+    with NoTensorWork():
+        torch.autograd.grad(loss, video)
+    for loss, leaves in list(losses())[1:]:
+        with NoTensorWork():
+            torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_an_unused_output_of_the_composite_costs_nothing(output):
+    head, background, *_ = inputs()
+    gradients = []
+    for impl in ("triton", "reference"):
+        outputs = mask_composite(head, background, impl=impl)
+        scalar = outputs[output].sum()
+        if impl == "reference":
+            gradients.append(torch.autograd.grad(scalar, (head, background), allow_unused=True))
+            continue
+        upstream = torch.ones_like(outputs[output])
+        with NoTensorWork():
+            gradients.append(torch.autograd.grad(outputs[output], (head, background), upstream))
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if exact is None else exact)
+
+
+def test_an_unused_video_spreads_no_nan():
+    head, background, *_ = inputs()
+    with torch.no_grad():
+        head[0, 0, 0, 0, 0] = background[1, 0, 0, 0] = float("nan")
+    mask_composite(head, background, impl="triton")[1].sum().backward()
+    assert head.grad.isfinite().all()
+    assert not background.grad.any()
+
+
+def test_float16_under_compile_as_the_first_use_of_its_weights():
+    head, background, clips, index = inputs(torch.float16)
+    weights = (0.123, 0.456, 0.789, 0.321)
+
+    def function(h):
+        return laplacian_pyramid_loss(h[:, :3], clips[index], level_weights=weights, impl="triton")
+
+    torch.compile(function, fullgraph=True, backend="aot_eager")(head).backward()
+    traced, head.grad = head.grad, None
+    function(head).backward()
+    torch.testing.assert_close(traced, head.grad, rtol=2e-3, atol=0)
+    options = {"level_weights": weights, "impl": "triton"}
+    joint = lambda h, b: composite_laplacian_loss(h, b, clips, index, **options)  # noqa: E731
+    torch.compile(joint, fullgraph=True, backend="aot_eager")(head, background).backward()
+
+
+def test_annealed_weights_are_arguments_and_tables_stay_few():
+    """A captured graph keeps pointers: nothing it was given may be freed when other weights or blurs come."""
+    video = torch.randn(1, 32, 32)
+    plain = Pyramid.checked((32, 32), 2, "gaussian", 0.5, None, (-1, 1), "mean")
+    table = kernel.band_tables(32, plain, video.device)
+    for step in range(70):
+        weights = (1.0, 1.0 + step / 70, 1.0)
+        laplacian_pyramid_loss(
+            video, video, levels=2, level_weights=weights, blur="gaussian", sigma=0.5, impl="triton"
+        )
+    assert kernel.band_tables(32, plain, video.device) is table
+
+
+def test_tables_that_a_graph_captured_are_kept(monkeypatch):
+    """Stands in for a capture: the device says that one is going on."""
+
+    class Device:
+        type = "cuda"
+
+    device = Device()
+    capturing = {"now": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["now"])
+    monkeypatch.setattr(kernel, "_new_band_tables", lambda *key: torch.zeros(1))
+
+    def table(sigma):
+        options = Pyramid.checked((32, 32), 2, "gaussian", sigma, None, (-1, 1), "mean")
+        return kernel.band_tables(32, options, device)
+
+    known = table(1.0)
+    capturing["now"] = True
+    assert table(1.0) is known
+    # Filled when the graph runs, so no eager call may see it.
+    assert table(2.0) is not table(2.0)
+    capturing["now"] = False
+    for step in range(3 * kernel.MAX_TABLES):
+        table(3.0 + step)
+    assert table(1.0) is known
+
+
+def test_a_factor_of_one_touches_no_gradient_and_others_take_few_programs():
+    for loss, leaves in losses():
+        with Traffic() as moved:
+            torch.autograd.grad(loss, leaves)
+        # Each program reads the upstream gradient.
+        assert moved.bytes <= 4 * 8
+    for loss, leaves in losses():
+        with Traffic() as moved:
+            torch.autograd.grad(3 * loss, leaves)
+        assert moved.unique >= 4 * leaves[0].numel()
+
+
+@pytest.mark.parametrize("count", [1, 4096, 4097, 100_000])
+def test_scaling_covers_every_value_once(count):
+    torch.manual_seed(0)
+    gradients = [torch.randn(count, 1), torch.randn(2 * count, 1)]
+    expected = [gradient * 0.75 for gradient in gradients]
+    kernel.scale_gradients(gradients, torch.tensor(0.5), 1.5)
+    for ours, exact in zip(gradients, expected, strict=True):
+        assert torch.equal(ours, exact)
+
+
+def test_a_gradient_is_not_derived_again():
+    head, background, clips, index = inputs()
+    loss = composite_laplacian_loss(head, background, clips, index, impl="triton")
+    grad, _ = torch.autograd.grad(loss, (head, background), create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+def test_a_saved_table_of_latents_that_is_written_fails_in_backward():
+    from vglann_kernels import latent_adam_state, latent_adam_step
+
+    table = torch.randn(4, 3)
+    weight = torch.ones(3, requires_grad=True)
+    product = (table * weight).sum()
+    rows, grad = torch.tensor([1]), torch.ones(1, 3)
+    latent_adam_step(table, latent_adam_state(table), rows, grad, lr=torch.tensor(0.1), impl="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("preset", ["paper", "modern"])
+def test_the_loss_of_a_training_step_needs_no_scaling(preset):
+    """Preset `paper` sums over frames: the factor is in the weights of the levels."""
+    head = torch.randn(2, 4, 3, 32, 32, requires_grad=True)
+    background = torch.randn(2, 3, 32, 32, requires_grad=True)
+    clips, index = torch.randint(0, 256, (3, 3, 3, 32, 32), dtype=torch.uint8), torch.tensor([2, 0])
+    with switch.using_impl("triton"):
+        options = tiny_options(preset, levels=2)
+        loss, _ = glo_loss(head, background, Batch(clips, index, index), options, with_video=False)
+        with Traffic() as moved:
+            loss.backward()
+    assert moved.bytes <= 4 * 8
