@@ -10,6 +10,7 @@ How long the phase is: `TrainOptions.background_passes`.
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.options.training import PERCEPTUAL, TrainOptions
@@ -23,6 +24,17 @@ def background_options(options: TrainOptions) -> TrainOptions:
 
 
 @torch.no_grad()
+def copy_stem_rows(generator: TwoStreamGenerator, stem: Tensor) -> None:
+    """In a tensor like the weight of the stem, copy the background's rows to the video's, at each position in time.
+
+    Also for the stem's moments: its rows share one step counter, so with moments of zero the first updates of the
+    video's rows would be about ten times too large.
+    """
+    split = generator.video_positions * generator.channels
+    stem[:split] = stem[split:].repeat(generator.grid[0], 1)
+
+
+@torch.no_grad()
 def inflate(generator: TwoStreamGenerator) -> None:
     """Copy the background stream into the foreground stream, which then shows the background in every frame.
 
@@ -32,9 +44,7 @@ def inflate(generator: TwoStreamGenerator) -> None:
     "original" only: the background stream of "expanded" is wider than the foreground stream.
     """
     video, background = generator.video, generator.background
-    split = generator.video_positions * generator.channels
-    rows = generator.stem.weight[split:]
-    generator.stem.weight[:split] = rows.repeat(generator.grid[0], 1)
+    copy_stem_rows(generator, generator.stem.weight)
     for layer in (1, 2, 3, 4):
         norm = getattr(video, f"norm{layer}")
         for name, tensor in getattr(background, f"norm{layer}").state_dict().items():

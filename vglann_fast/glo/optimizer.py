@@ -108,6 +108,11 @@ class GeneratorOptimizer:
             elif not name.startswith("loss_scale."):
                 raise ValueError(f"optimizer: {name} is missing")
 
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Adam's two moments of a parameter, each of its shape."""
+        state = self._state(name)
+        return state["exp_avg"], state["exp_avg_sq"]
+
     def _state(self, name: str) -> dict[str, Tensor]:
         state = self.adam.state[self.parameters[name]]
         return {key: state[key] for key in MOMENTS}

@@ -21,7 +21,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
 from vglann_fast.glo.average import GeneratorAverage
-from vglann_fast.glo.background import background_options, inflate
+from vglann_fast.glo.background import background_options, copy_stem_rows, inflate
 from vglann_fast.glo.batchnorm import RunningStatistics, latent_batches, recompute_batchnorm
 from vglann_fast.glo.checkpoint import Checkpoints, LearnedState, Place
 from vglann_fast.glo.cuda_graph import GraphedStep
@@ -200,6 +200,8 @@ class Training:
         """End the background phase: the foreground begins as the background."""
         for generator in self._generators():
             inflate(generator)
+        for moment in self.optimizer.moments("stem.weight"):
+            copy_stem_rows(self.generator, moment)
         self.statistics.keep()
         if self.graphed is not None:
             self.graphed.forget()
