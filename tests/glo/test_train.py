@@ -77,6 +77,8 @@ VARIANTS = {
     "bf16": {"precision": "bf16", "data": "resident"},
     "checkpointed": {"checkpoint_activations": True, "variant": "expanded"},
     "deterministic": {"deterministic": True, "sync_bn": True},
+    "muon": {"optimizer": "muon", "ema": 0.99, "accumulate": 2, "epochs": 10, "checkpoint_activations": True},
+    "muon per epoch": {"optimizer": "muon", "adam_state": "per-epoch", "variant": "expanded"},
     "sums": {"loss": "laplacian:1,l1:0.1,l2", "adam_state": "per-epoch", "latent_init": "normal"},
 }
 

@@ -149,7 +149,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
         with training_numerics(options, device):
             training = new_training(clips, options, second, seed=run.options["seed"], device=device)
             training.resume()
-            training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)
+            training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.passes)
         training.source.close()
     return second
 

@@ -29,7 +29,7 @@ from vglann_fast.metrics.compare import Measurement, compare, measure
 from vglann_fast.metrics.features import Extractor, load_extractors
 from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.metrics.prdc import nearest_distances
-from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality
+from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality, training_pca
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
 from vglann_fast.run.folder import RunDir
@@ -213,9 +213,14 @@ def _protocol(name: str, found: Extractor, sides: Sides) -> Protocol:
 def _reconstruction(run: RunDir, sides: Sides, invert: int, device: torch.device | str) -> dict[str, Any]:
     """Quality of training clips and, found by inversion, of up to `invert` held-out clips."""
     trained = load_trained(run, device)
-    found: dict[str, Any] = {"step": trained.step, "train": reconstruction_quality(trained, sides.training)}
+    pca = training_pca(trained, sides.training)
+    found: dict[str, Any] = {
+        "step": trained.step,
+        "train": reconstruction_quality(trained, sides.training, pca),
+    }
     if invert and sides.split == "test":
-        found["held_out"] = inversion_quality(trained, sides.real.read(sides.real_rows[:invert]))
+        clips = sides.real.read(sides.real_rows[:invert])
+        found["held_out"] = inversion_quality(trained, clips, sides.training, pca)
     return found
 
 

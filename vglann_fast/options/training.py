@@ -23,6 +23,10 @@ PERCEPTUAL = (
 )  # losses by features of a network
 # Upper bounds: larger values are typos or damaged files and would only fail later, out of memory.
 MAXIMA = {"width": 4096, "latent_dim": 65_536, "epochs": 10**9, "batch_size": 65_536, "accumulate": 65_536}
+# Cost of a background step as a share of a full one, measured at width 16 and 32: 0.04 with Adam, 0.05 with Muon.
+BACKGROUND_COST = 0.05
+# Beyond this many passes the background gains little, however long the run.
+MAX_BACKGROUND_PASSES = 100
 LOSSES = ("laplacian", "l1", "l2", *PERCEPTUAL)
 
 # The headings of --help.
@@ -78,6 +82,14 @@ class TrainOptions:
     lr_generator: float = option(
         0.002, "of the generator at the start", group=OPTIMIZATION, metavar="RATE", rate=True
     )
+    optimizer: Literal["adam", "muon"] = option("adam", "of the transposed convolutions", group=OPTIMIZATION)
+    lr_muon: float = option(0.005, "of Muon at the start", group=OPTIMIZATION, metavar="RATE", rate=True)
+    background_share: float = option(
+        0.0, "of the cost: first learn the clips' mean frames", group=OPTIMIZATION, metavar="PART"
+    )
+    ema: float = option(
+        0.0, "of a generator averaged over steps; 0: none", group=OPTIMIZATION, metavar="DECAY"
+    )
     latent_init: Literal["sphere", "normal", "pca"] = option(
         "pca",
         "first latents, random or along the clips' principal components",
@@ -96,7 +108,7 @@ class TrainOptions:
     )
     cuda_graph: Literal["auto", "on", "off"] = option(
         "auto",
-        "one CUDA graph for a step; auto: where it was verified, so far nowhere",
+        "a step as one CUDA graph",
         group=MACHINE,
         machine=True,
     )
@@ -115,12 +127,8 @@ class TrainOptions:
         "projected", "gradient through z/|z|: along the sphere, or with |z| as a constant", group=PAPER
     )
     reuse_norms: bool = option(False, "expanded: two BatchNorms twice", group=PAPER)
-    perceptual: Literal["fixed", "paper"] = option(
-        "fixed", "input and levels of vgg16 and the 3-D networks in the loss", group=PAPER
-    )
-    blur: Literal["binomial", "gaussian", "paper"] = option(
-        "binomial", "blur of the Laplacian pyramid", group=PAPER
-    )
+    perceptual: Literal["fixed", "paper"] = option("fixed", "of networks in the loss", group=PAPER)
+    blur: Literal["binomial", "gaussian", "paper"] = option("binomial", "of the pyramid", group=PAPER)
     target_range: Literal["symmetric", "unit"] = option(
         "symmetric", "of clips: [-1, 1] or [0, 1]", group=PAPER
     )
@@ -146,8 +154,50 @@ class TrainOptions:
         require(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs it)", self.batch_size)
         require(1 <= self.levels <= 5, "levels", "1 to 5", self.levels)
         require(0 <= self.mask_weight < float("inf"), "mask_weight", "0 or more", self.mask_weight)
-        for name in ("lr_latents", "lr_generator"):
+        for name in ("lr_latents", "lr_generator", "lr_muon"):
             require(0 < getattr(self, name) < float("inf"), name, "a positive number", getattr(self, name))
+        require(
+            self.optimizer == "muon" or self.lr_muon == 0.005, "lr_muon", "--optimizer muon with it", "adam"
+        )
+        require(0 <= self.ema < 1, "ema", "0 or more and less than 1", self.ema)
+        self._check_background()
+
+    def _check_background(self) -> None:
+        share = self.background_share
+        require(0 <= share < 1, "background_share", "0 or more and less than 1", share)
+        require(
+            share == 0 or self.background_passes > 0,
+            "background_share",
+            f"0 or at least {BACKGROUND_COST / self.epochs:.2g}, one pass of {self.epochs} epochs",
+            share,
+        )
+        require(
+            share == 0 or self.variant == "original",
+            "background_share",
+            "0 with --variant expanded, whose wider background stream cannot be copied to the foreground",
+            share,
+        )
+
+    @property
+    def background_passes(self) -> int:
+        """Passes over the clips in which the background alone learns.
+
+        They take `background_share` of the cost of `epochs` full passes, and never more than 100 passes: each latent
+        is visited once in a pass, whatever the number of clips, and 40 passes were enough for 218 clips. With a share
+        of 0.25, 20 epochs on 218 clips have 100 background passes for 5 of those epochs; 150 epochs on 20 clips, or
+        200 on 2,000 or 50,000, have 100 for 5, which is then less than the share.
+        """
+        return min(MAX_BACKGROUND_PASSES, round(self.background_share * self.epochs / BACKGROUND_COST))
+
+    @property
+    def full_passes(self) -> int:
+        """Passes in which everything learns: what the background leaves of `epochs`, at least one."""
+        return max(1, round(self.epochs - BACKGROUND_COST * self.background_passes))
+
+    @property
+    def passes(self) -> int:
+        """Passes over the clips in all."""
+        return self.background_passes + self.full_passes
 
     @property
     def loss_terms(self) -> dict[str, float]:

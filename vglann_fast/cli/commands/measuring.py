@@ -48,15 +48,10 @@ def add_reconstruct(parser: Parser) -> None:
 
 
 def _reconstruct(a: Namespace) -> None:
-    from vglann_fast.metrics.reconstruction import reconstruct
+    from vglann_fast.metrics.reconstruction import describe, reconstruct
 
     folder, record = reconstruct(a.run, device=device_and_kernels(a))
-    flat = record["psnr_mean_color"]
-    verdict = "" if record["psnr"] > flat else "; the model is below the baseline, train longer"
-    print(
-        f"{folder}: reconstruction PSNR {record['psnr']:.2f} dB over {record['clips']} clips "
-        f"(baseline, each clip's mean color: {flat:.2f} dB{verdict})"
-    )
+    print(f"{folder}: {describe(record)}")
 
 
 def _add_features(parser: Parser) -> None:

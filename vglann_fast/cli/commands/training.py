@@ -51,13 +51,13 @@ def add_train(parser: Parser) -> None:
     data.add_argument(
         "--resume",
         metavar="RUN",
-        help="continue a run; may be given CLIPS (where they are now), learning rates, options of the machine",
+        help="run to continue; CLIPS: where its clips are now",
     )
     add_choice(
         data,
         "--latents-on-mismatch",
         get_args(OnMismatch),
-        "--resume on other clips: stop, keep latents of clips still there, or initialize all [%(default)s]",
+        "if clips changed [%(default)s]",
         default="error",
     )
     data.add_argument(
