@@ -13,6 +13,7 @@ from vglann_fast.options.fields import flag_of
 from vglann_fast.options.mapping import MAP_KINDS
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.options.training import MACHINE, PAPER, PresetName, TrainOptions
+from vglann_fast.run.environment import launched
 
 FEATURES = "transnetv2,lite0,lite0-step"
 SEED = whole(0, 2**63 - 1)
@@ -79,7 +80,9 @@ def print_config(a: Namespace, options: Mapping[str, Any]) -> None:
     """Print the arguments of a command, with `options` in place of those that were given, as --config reads them."""
     given = {name: value for name, value in vars(a).items() if name not in INTERNAL}
     values = {name: value for name, value in (given | dict(options)).items() if value is not None}
-    print(json.dumps(values, indent=1))
+    # Of several processes one prints: the output is to be a file for --config.
+    if launched().rank == 0:
+        print(json.dumps(values, indent=1))
 
 
 def require_given(a: Namespace, **needed: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vglann_fast.cli.old_names import OldNames
 from vglann_fast.cli.parser import Parser
+from vglann_fast.cli.paths import expand_user
 from vglann_fast.errors import VglannError
 from vglann_fast.run.files import open_regular
 
@@ -79,7 +80,7 @@ def _value(node: Any) -> Any:
     import yaml
 
     if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else _joined(node.value)
+        return None if node.tag == "tag:yaml.org,2002:null" else expand_user(_joined(node.value))
     if isinstance(node, yaml.SequenceNode):
         return [item.value if isinstance(item, yaml.ScalarNode) else None for item in node.value]
     return {}

@@ -1,12 +1,12 @@
 """Old names on the command line and in config files: each is read as the present one, with one warning."""
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from vglann_fast.options.aliases import Alias, alias, option_alias, value_alias
 from vglann_fast.options.fields import flag_of
+from vglann_fast.progress import say
+from vglann_fast.run.environment import launched
 
 
 class OldNames:
@@ -54,6 +54,6 @@ class OldNames:
 
     def _warn(self, entry: Alias, old: str, new: str) -> None:
         # torchrun starts every process with the same words.
-        if entry not in self._warned and os.environ.get("RANK", "0") == "0":
-            print(f"vglann: warning: {old} was renamed; use {new}", file=sys.stderr)
+        if entry not in self._warned and launched().rank == 0:
+            say(f"vglann: warning: {old} was renamed; use {new}")
         self._warned.add(entry)

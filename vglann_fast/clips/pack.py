@@ -45,6 +45,7 @@ from vglann_fast.clips.shots import find_shots
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.options.aliases import read_options
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir, content_of
 
@@ -103,7 +104,7 @@ def pack(
     start_every: int | None = None,
     tiles: int = 1,
     min_motion: float = 0.3,
-    test_share: float = 0.1,
+    test_fraction: float = 0.1,
     seed: int = 0,
     stabilize: bool = False,
     shots: ShotMethod = "histogram",
@@ -119,7 +120,7 @@ def pack(
     size: side of a clip in pixels, 32, 64 or 128.
     tiles: 1 takes the centre square of the frame, 2 the squares of half its height, and so on.
     min_motion: clips whose mean |frame - frame before| is smaller, in 1/255, are dropped as static.
-    test_share: expected share of shots whose clips are test clips. A shot is test or train by a hash of its
+    test_fraction: expected share of shots whose clips are test clips. A shot is test or train by a hash of its
         source, its number and `seed`, so it stays what it is when other sources come or go.
     stabilize: take the camera's motion out of each clip, see `stabilize.py`. Static clips are those in which
         nothing moves then. A clip for which that fails is dropped, and listed in rejected.jsonl.
@@ -141,7 +142,7 @@ def pack(
         start_every,
         tiles,
         min_motion,
-        test_share,
+        test_fraction,
         seed,
         stabilize,
         limits.max_frames,
@@ -349,7 +350,7 @@ def _check_enough(
 def _check_same(out: Path, index: dict[str, Any], options: PackOptions, sources: list[Source]) -> None:
     """Raise `VglannError` unless the clip folder was made with these options and sources."""
     remedy = "choose another --out or set --overwrite"
-    old, new = asdict(PackOptions()) | index["options"], asdict(options)
+    old, new = asdict(PackOptions()) | read_options("clips pack", index["options"]), asdict(options)
     differing = sorted(name for name in new if old.get(name) != new[name])
     if differing:
         raise VglannError(f"{out}: was packed with other options ({', '.join(differing)}); {remedy}")

@@ -73,7 +73,7 @@ def pack(
             start_every=start_every,
             tiles=tiles,
             min_motion=min_motion,
-            test_share=test_fraction,
+            test_fraction=test_fraction,
             seed=seed,
             stabilize=stabilize,
             shots=shots,

@@ -26,7 +26,7 @@ from vglann_fast.runtime.numerics import numerics
 _FRAMES, _SIZE = 32, 64  # of the videos his networks make
 
 
-@numerics()
+@numerics(tf32=False)
 def import_glann(
     generator_file: str | Path, latents_file: str | Path, out: str | Path, variant: Variant = "original"
 ) -> RunDir:

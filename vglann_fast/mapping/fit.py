@@ -27,7 +27,7 @@ KINDS: dict[str, type[LatentSampler]] = {
 }
 
 
-@numerics()
+@numerics(tf32=False)
 def fit_mapping(
     run_path: str | Path,
     kind: str,
@@ -60,14 +60,11 @@ def fit_mapping(
     if ranks is not None and ranks.rank > 0:
         mapping.fit(fitted, generator, held_out=held_out)
         return destination
-    run.logs.drop_metrics(kind, after_step=0)
+    rows: list[dict[str, Any]] = []
     with Progress(kind, mapping.most_epochs, "epoch") as progress:
-        rows = 0
 
         def log(row: dict[str, Any]) -> None:
-            nonlocal rows
-            rows += 1
-            run.logs.add({"stage": kind, "step": rows, **row})
+            rows.append({"stage": kind, "step": len(rows) + 1, **row})
             progress.advance()
             progress.show(**{name: value for name, value in row.items() if isinstance(value, float)})
 
@@ -75,6 +72,10 @@ def fit_mapping(
     mapping.gap = measure_gap(mapping, fitted, held_out, torch.Generator(device).manual_seed(seed + 1))
     with atomic_dir(destination, MAPPING_FILE) as folder:
         mapping.save(folder)
+    # Only now: an earlier mapping keeps its rows until it is replaced.
+    run.logs.drop_metrics(kind, after_step=0)
+    for row in rows:
+        run.logs.add(row)
     return destination
 
 

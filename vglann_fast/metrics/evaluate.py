@@ -101,7 +101,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
-@numerics()
+@numerics(tf32=False)
 def evaluate(
     run_path: str | Path,
     *,

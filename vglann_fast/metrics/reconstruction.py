@@ -41,7 +41,7 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
 _SUMS = ("motion_error", "motion_energy", "motion_error_pca")  # measures that are summed, not averaged
 
 
-@numerics()
+@numerics(tf32=False)
 def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
     """Regenerate every training clip of a run, measure, and write media/reconstruction.
 

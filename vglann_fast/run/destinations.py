@@ -102,6 +102,7 @@ def atomic_dir(path: str | Path, marker: str | None = None, others: Sequence[str
                 raise VglannError(f"{reason}; what was written is kept as {_kept(new, home)}") from error
             flush(folder)
             flush(folder.parent)
+        remove_strays(folder, replaced=True)
 
 
 class _InTheWay(Exception):

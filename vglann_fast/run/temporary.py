@@ -83,8 +83,12 @@ def is_stray(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
-def remove_strays(folder: Path) -> None:
-    """Remove what processes that are gone have left in `folder`, as far as that is possible."""
+def remove_strays(folder: Path, *, replaced: bool = False) -> None:
+    """Remove what processes that are gone have left in `folder`, as far as that is possible.
+
+    A temporary folder that holds the older files of a folder, since its process ended while it replaced them, is kept
+    unless they have been `replaced` since.
+    """
     try:
         names = [entry.name for entry in os.scandir(folder) if is_stray(entry.name)]
     except OSError:
@@ -93,7 +97,15 @@ def remove_strays(folder: Path) -> None:
         try:
             if not stat.S_ISDIR(stray.lstat().st_mode):
                 continue
-            lock = _open_lock(stray)
+            if not replaced and os.path.isdir(stray / "old"):
+                continue
+            # Never made here: its process may be about to make it.
+            lock = os.open(stray / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # A process that was killed in between, or one that tries another folder if this one is gone.
+            with suppress(OSError):
+                stray.rmdir()
+            continue
         except OSError:  # another user's
             continue
         try:

@@ -87,7 +87,7 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     return Inversion(torch.stack(found), torch.stack(quality))
 
 
-@numerics()
+@numerics(tf32=False)
 def invert_videos(
     run_path: str | Path,
     videos: Sequence[str | Path],
@@ -183,7 +183,7 @@ def _read_videos(run: RunDir, paths: list[Path]) -> tuple[list[str], np.ndarray]
         return clips.ids, clips.read()
     options = {
         "min_motion": 0.0,
-        "test_share": 0.0,
+        "test_fraction": 0.0,
         "frames": run.options["frames"],
         "size": run.options["size"],
     }

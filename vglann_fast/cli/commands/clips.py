@@ -131,7 +131,7 @@ def _pack(a: Namespace) -> None:
         start_every=a.start_every,
         tiles=a.tiles,
         min_motion=a.min_motion,
-        test_share=a.test_fraction,
+        test_fraction=a.test_fraction,
         seed=a.seed,
         stabilize=a.stabilize,
         shots=a.shots,
