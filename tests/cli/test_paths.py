@@ -4,6 +4,7 @@ import os
 import pwd
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from replaced_command import replaced_command
@@ -12,6 +13,8 @@ from vglann_fast.cli.main import main
 from vglann_fast.cli.parser import COMMANDS
 from vglann_fast.cli.paths import expand_user
 from vglann_fast.errors import VglannError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
         "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1])\n"
         "from vglann_fast.cli.main import main; sys.exit(main(['train', 'clips', '--out', 'run']))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(gone)], env=environment, capture_output=True, text=True, check=False
     )

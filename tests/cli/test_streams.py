@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from replaced_command import replaced_command
@@ -15,6 +16,8 @@ from vglann_fast.cli.parser import COMMANDS
 from vglann_fast.cli.streams import usable_streams
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.progress import Progress, say
+
+ROOT = Path(__file__).parents[2]
 
 PLAN = ["-m", "vglann_fast", "train", "clips", "--out", "run", "--dry-run"]  # prints, and loads nothing heavy
 
@@ -231,8 +234,8 @@ def test_streams_of_two_threads_that_overlap_come_back(monkeypatch):
 
 
 def test_ctrl_c_while_the_program_loads_is_no_traceback(tmp_path):
-    (tmp_path / "yaml.py").write_text("raise KeyboardInterrupt")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-m", "vglann_fast", "--help"], env=environment, capture_output=True, check=False
     )

@@ -96,9 +96,14 @@ def _labels(runs: Sequence[str | Path]) -> dict[str, Path]:
     whole = [os.path.realpath(path) for path in paths]
     if len({*whole}) < len(paths):
         raise VglannError("study: the same run is given twice")
-    names = [Path(path).name for path in whole]
+    names = [_as_text(Path(path).name) for path in whole]
     plain = len({*names, "real", "noised copy"}) == len(names) + 2
-    return dict(zip(names if plain else whole, paths, strict=True))
+    return dict(zip(names if plain else map(_as_text, whole), paths, strict=True))
+
+
+def _as_text(name: str) -> str:
+    """Return the name of a file as text that can be stored and shown: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _samples(run: Path) -> np.ndarray:
