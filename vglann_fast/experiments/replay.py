@@ -204,10 +204,10 @@ def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | N
         for name in (
             [f"{place}/{kind.name}" for kind in sorted(folder.glob("*/"))] if place == "mapping" else [place]
         ):
-            if not _is_whole(run.path / name):
+            if not (run.path / name).is_dir():
                 continue
             names = [name, *(p for places in MADE.values() if name == places[0] for p in places[1:])]
-            names = [n for n in names if _is_whole(run.path / n)]
+            names = [n for n in names if (run.path / n).is_dir()]
             made_at = _step_of(run.path / name)
             if made_at not in (None, step):
                 yield names, None, f"made at step {made_at}, the run is at step {step} now"
@@ -215,14 +215,6 @@ def _later_commands(run: RunDir) -> Iterator[tuple[list[str], dict[str, Any] | N
                 yield names, None, "no record of the command that made it"
             else:
                 yield names, lines[name], ""
-
-
-def _is_whole(folder: Path) -> bool:
-    """Return True for a mapping or media folder that was written to its end."""
-    from vglann_fast.mapping.base import MAPPING_FILE
-    from vglann_fast.samples.write import VIDEO_FILE
-
-    return any((folder / marker).is_file() for marker in (MAPPING_FILE, VIDEO_FILE))
 
 
 def _step_of(folder: Path) -> Any:
