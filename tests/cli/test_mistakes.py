@@ -47,7 +47,10 @@ MISTAKES = {
     "log never": (["train", "x", "--out", "y", "--log-every", "0"], "--log-every"),
     "negative seed": (["train", "x", "--out", "y", "--seed", "-1"], "--seed"),
     "huge seed": (["sample", "{run}", "--seed", "99999999999999999999"], "--seed"),
-    "out in a file": (["train", "{clips}", "--out", "{clips}/index.json/run"], "is not a folder; choose another"),
+    "out in a file": (
+        ["train", "{clips}", "--out", "{clips}/index.json/run"],
+        "is not a folder; choose another",
+    ),
     "no place for a device": (["reconstruct", "{run}", "--device", "meta"], "--device meta"),
     "report of no run": (["report", "{clips}"], "is not a run"),
     "no samples": (["sample", "{run}", "-n", "0"], "-n: expected 1 to"),
