@@ -85,7 +85,9 @@ def _farthest(found: np.ndarray, true: np.ndarray) -> float:
 
 def flow(frames: np.ndarray) -> float:
     """Median optical flow, in pixels, of frames (T, 128, w, 3) uint8."""
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
+    # The types of OpenCV do not know it.
+    opencv: Any = cv2
+    method = opencv.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grays = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
     flows = [method.calc(a, b, None)[BORDER:-BORDER, BORDER:-BORDER] for a, b in pairwise(grays)]
     return float(np.median(np.linalg.norm(flows, axis=-1)))
