@@ -21,6 +21,8 @@ TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 .PHONY: demo test bench lint resources faults clean
 .DELETE_ON_ERROR:
+# A training that was interrupted is resumed; without its options it could not be.
+.PRECIOUS: $(RUN)/options.json
 
 demo: $(RUN)/report/index.html
 	@$(BIN)/vglann report $(RUN)

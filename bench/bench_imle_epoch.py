@@ -86,7 +86,7 @@ def our_epoch(mapping: IMLE, latents: Tensor) -> Epoch:
 def compare(latents: Tensor, options: ImleOptions, rounds: int) -> dict[str, Any]:
     """Median ms of an epoch by each, in turns; raises where the losses of the first epochs differ."""
     device = latents.device
-    options = replace(options, schedule="halving", epochs=WARM_UP + rounds)
+    options = replace(options, schedule="halve-every-50", epochs=WARM_UP + rounds)
     ours = IMLE(LATENT_DIM, options, device)
     theirs = deepcopy(ours)
     searches, search = author_search()

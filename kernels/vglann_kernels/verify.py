@@ -80,9 +80,6 @@ class Shapes:
     impl: str = "triton"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blur", blur_name(self.blur))
-
 
 def relative_l2(x: Tensor, exact: Tensor) -> float:
     """||x - exact|| / ||exact||; the plain norm of the difference where `exact` is 0."""
@@ -102,7 +99,10 @@ def undecided(
     weights that let no two of them cancel, has a gradient exactly where one of them reaches.
     """
     planes = difference.flatten(0, -3)
-    bands = [*pyramid(planes, shapes.levels, blur_taps(shapes.blur, 2.0)), *([planes] if pixels else [])]
+    bands = [
+        *pyramid(planes, shapes.levels, blur_taps(blur_name(shapes.blur), 2.0)),
+        *([planes] if pixels else []),
+    ]
     near = [torch.rand_like(band) * (band.detach().abs() <= bound) * band for band in bands]
     reached = torch.autograd.grad(torch.stack([part.sum() for part in near]).sum(), leaves)
     return [gradient != 0 for gradient in reached]
@@ -114,7 +114,7 @@ def sign_bound(largest: float, dtype: torch.dtype, blur: str) -> float:
     8 float32 rounding steps of the difference: products of values in two float16 parts, 22 bits, and their sums.
     For bfloat16 the small second term of the paper's blur has one part, 11 bits of values 0.03 times as large.
     """
-    steps = 64 if (dtype, blur) == (torch.bfloat16, "paper") else 8
+    steps = 64 if (dtype, blur_name(blur)) == (torch.bfloat16, "paper") else 8
     return steps * torch.finfo(torch.float32).eps * 2 * largest
 
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from replaced_command import replaced_command
 
-from vglann_fast.cli import commands
 from vglann_fast.cli.main import main
+from vglann_fast.cli.parser import COMMANDS
 from vglann_fast.cli.paths import expand_user
 from vglann_fast.errors import VglannError
 
@@ -83,7 +84,7 @@ PATHS = [
 def test_every_path_of_every_command_takes_a_tilde(words, home, monkeypatch):
     name = " ".join(words[:2]) if words[0] in ("clips", "weights", "study") else words[0]
     seen = []
-    monkeypatch.setitem(commands.VERBS, name, lambda values: seen.append(str(values.as_dict())))
+    monkeypatch.setitem(COMMANDS, name, replaced_command(name, lambda values: seen.append(str(vars(values)))))
     main([word.format("~") for word in words])
     assert "~" not in seen[0]
     for path in (word.partition("=")[2] or word for word in words if "{}" in word):

@@ -9,9 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from replaced_command import replaced_command
 
-from vglann_fast.cli import commands
 from vglann_fast.cli.main import main
+from vglann_fast.cli.parser import COMMANDS
 from vglann_fast.cli.streams import usable_streams
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.progress import Progress, say
@@ -31,7 +32,7 @@ def printing(monkeypatch):
             logging.getLogger("vglann_fast").info("log of %s", text)
             say(f"progress of {text}")
 
-        monkeypatch.setitem(commands.VERBS, "doctor", verb)
+        monkeypatch.setitem(COMMANDS, "doctor", replaced_command("doctor", verb))
 
     return replace
 
@@ -170,10 +171,10 @@ def test_a_full_disk_behind_standard_error_keeps_the_exit_code():
 
 def test_closed_descriptors_are_occupied_so_that_no_file_gets_their_output(tmp_path):
     code = (
-        "import os, sys; from vglann_fast.cli import commands; from vglann_fast.cli.main import main\n"
+        "import os, sys; from replaced_command import replaced_command; from vglann_fast.cli.main import main\n"
         "def verb(a):\n"
         f"    with open({str(tmp_path / 'file')!r}, 'wb') as file: os.write(1, b'noise of a library')\n"
-        "commands.VERBS['doctor'] = verb\n"
+        "from vglann_fast.cli.parser import COMMANDS; COMMANDS['doctor'] = replaced_command('doctor', verb)\n"
         "sys.exit(main(['doctor']))"
     )
     done = subprocess.run(
@@ -233,7 +234,7 @@ def test_streams_of_two_threads_that_overlap_come_back(monkeypatch):
 
 
 def test_ctrl_c_while_the_program_loads_is_no_traceback(tmp_path):
-    (tmp_path / "jsonargparse.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-m", "vglann_fast", "--help"], env=environment, capture_output=True, check=False

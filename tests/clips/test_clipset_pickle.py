@@ -39,7 +39,7 @@ def test_a_pickle_holds_no_clips_and_reads_them(folder, tmp_path, monkeypatch):
 
 def test_a_pickle_keeps_the_split(tmp_path):
     video = write_video(tmp_path / "a.mkv", pictures(32))
-    pack(video, tmp_path / "clips", frames=4, size=32, workers=1, test_share=0.999)
+    pack(video, tmp_path / "clips", frames=4, size=32, workers=1, test_fraction=0.999)
     clips = ClipSet.open(tmp_path / "clips", "test")
     assert pickle.loads(pickle.dumps(clips)).ids == clips.ids
 

@@ -105,10 +105,17 @@ def test_stride_starts_and_tiles(videos, tmp_path):
 
 
 def test_ids_and_splits_do_not_depend_on_names_or_other_sources(videos, tmp_path):
-    pack([videos / "a.mkv", videos / "b.mkv"], tmp_path / "one", frames=4, size=32, test_share=0.5, workers=2)
+    pack(
+        [videos / "a.mkv", videos / "b.mkv"],
+        tmp_path / "one",
+        frames=4,
+        size=32,
+        test_fraction=0.5,
+        workers=2,
+    )
     odd = tmp_path / "gîte\n'x' 東 .mp4"
     shutil.copy(videos / "b.mkv", odd)
-    pack(odd, tmp_path / "two", frames=4, size=32, test_share=0.5, workers=1)
+    pack(odd, tmp_path / "two", frames=4, size=32, test_fraction=0.5, workers=1)
     one, two = ClipSet.open(tmp_path / "one"), ClipSet.open(tmp_path / "two")
     splits = {clip["id"]: clip["split"] for clip in one.clips}
     assert two.ids == one.ids[-len(two) :]
@@ -116,7 +123,12 @@ def test_ids_and_splits_do_not_depend_on_names_or_other_sources(videos, tmp_path
     assert two.sources[0]["name"] == odd.name
     assert str(tmp_path) not in (tmp_path / "two" / "index.json").read_text()
     pack(
-        [videos / "a.mkv", videos / "b.mkv"], tmp_path / "again", frames=4, size=32, test_share=0.5, workers=1
+        [videos / "a.mkv", videos / "b.mkv"],
+        tmp_path / "again",
+        frames=4,
+        size=32,
+        test_fraction=0.5,
+        workers=1,
     )
     indexes = [(tmp_path / name / "index.json").read_bytes() for name in ("one", "again")]
     assert indexes[0] == indexes[1]
@@ -131,7 +143,7 @@ def test_split_share_and_seed():
 
 def test_a_shot_is_never_in_both_splits(tmp_path):
     file = write_video(tmp_path / "a.mkv", *[scene(seed, 14) for seed in range(12)])
-    report = pack([file], tmp_path / "clips", frames=4, size=32, start_every=2, test_share=0.4)
+    report = pack([file], tmp_path / "clips", frames=4, size=32, start_every=2, test_fraction=0.4)
     assert min(report.train, report.test) > 0
     of = {}
     for split in ("train", "test"):
@@ -217,8 +229,8 @@ BAD_OPTIONS = [
     {"tiles": True},
     {"min_motion": -1},
     {"min_motion": float("nan")},
-    {"test_share": 1},
-    {"test_share": float("nan")},
+    {"test_fraction": 1},
+    {"test_fraction": float("nan")},
     {"seed": -1},
     {"workers": 0},
 ]
@@ -349,3 +361,14 @@ def test_sheet_of_a_clip_folder(videos, tmp_path):
     )
     with pytest.raises(VglannError, match=r"\.png"):
         show(tmp_path / "clips", tmp_path / "sheet.gif")
+
+
+def test_a_folder_that_an_earlier_version_packed_is_reused(tmp_path):
+    file = write_video(tmp_path / "film.mkv", scene(0, 20), scene(1, 20))
+    first = pack([file], tmp_path / "clips", frames=4, size=32, min_motion=0.0, test_fraction=0.4)
+    index = json.loads((tmp_path / "clips" / "index.json").read_text())
+    index["options"]["test_share"] = index["options"].pop("test_fraction")
+    (tmp_path / "clips" / "index.json").write_text(json.dumps(index))
+    again = pack([file], tmp_path / "clips", frames=4, size=32, min_motion=0.0, test_fraction=0.4)
+    assert again.reused
+    assert again.clips == first.clips

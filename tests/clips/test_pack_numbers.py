@@ -18,7 +18,7 @@ class Whole(int):
 
 INTEGERS = [np.int64, np.int32, np.uint8, Whole]
 WHOLE = {"frames": 8, "size": 32, "stride": 2, "start_every": 4, "tiles": 2, "seed": 3}
-REAL = {"min_motion": 0.25, "test_share": 0.5}
+REAL = {"min_motion": 0.25, "test_fraction": 0.5}
 
 
 @pytest.mark.parametrize("number", INTEGERS)
@@ -32,7 +32,7 @@ def test_options_become_plain_numbers(number):
     json.dumps(vars(options))
     assert {type(getattr(options, name)) for name in WHOLE} == {int}
     assert {type(getattr(options, name)) for name in REAL} == {float}
-    assert PackOptions(min_motion=1, test_share=Fraction(1, 4)).min_motion == 1.0
+    assert PackOptions(min_motion=1, test_fraction=Fraction(1, 4)).min_motion == 1.0
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_a_choice_that_cannot_run_is_said_after_the_rest(monkeypatch, capsys):
 @pytest.fixture
 def run(tmp_path):
     clips = write_clip_folder(tmp_path / "clips", moving_squares(4, frames=2))
-    options = tiny_options(batch_size=2, blur="seed")
+    options = tiny_options(batch_size=2, blur="gaussian")
     return new_run(tmp_path / "run", clips, options).path
 
 
@@ -203,7 +203,7 @@ def test_verify_takes_the_shapes_of_the_run(run, monkeypatch):
     assert main(["verify", str(run), "--device", "cpu", "--seed", "3"]) == 1  # a wrong line
     (shapes,) = seen
     assert (shapes.batch, shapes.frames, shapes.size, shapes.levels) == (2, 2, 32, 2)
-    assert (shapes.blur, shapes.latent_dim, shapes.impl, shapes.seed) == ("seed", 8, "reference", 3)
+    assert (shapes.blur, shapes.latent_dim, shapes.impl, shapes.seed) == ("gaussian", 8, "reference", 3)
 
 
 def test_verify_of_no_run(tmp_path, capsys):

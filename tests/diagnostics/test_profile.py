@@ -98,3 +98,13 @@ def test_it_runs_in_the_precision_of_the_run(tmp_path):
     run = new_run(tmp_path / "run", clips, tiny_options("modern", precision="bf16", accumulate=2))
     profile(run.path, steps=1, device=torch.device("cpu"))  # no checkpoint: from the start
     assert json.loads((run.path / "profile" / "profile.json").read_text())["precision"] == "bf16"
+
+
+def test_a_run_with_a_background_phase_shows_what_its_steps_cost(tmp_path):
+    clips = write_clip_folder(tmp_path / "clips", moving_squares(6))
+    options = tiny_options("modern", optimizer="muon", background_share=0.03)
+    run = new_run(tmp_path / "run", clips, options)
+    text = profile(run.path, steps=1, device=torch.device("cpu"))
+    record = json.loads((run.path / "profile" / "profile.json").read_text())
+    assert record["background_ms_per_step"] > 0
+    assert "background phase" in text

@@ -113,7 +113,7 @@ def test_a_row_is_thrown_further_the_later_in_the_epoch_it_is_visited(step, move
 
 def test_idle_steps_leave_row_wise_latents_bit_for_bit():
     torch.manual_seed(0)
-    latents = table("row", torch.randn(4, 8))
+    latents = table("sparse", torch.randn(4, 8))
     latents.step(torch.tensor([0, 2]), torch.randn(2, 8), torch.tensor(False))
     before = {name: value.clone() for name, value in latents.tensors().items()}
     ablation.idle(latents, 50)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vglann_fast.cli import commands
 from vglann_fast.cli.main import main
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.experiments.replay import _stretches
+from vglann_fast.mapping import fit
 from vglann_fast.run.files import sha256
 from vglann_fast.run.folder import RunDir
+from vglann_fast.samples import sample
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
 
@@ -157,12 +158,16 @@ def test_each_step_is_deterministic_or_not_as_recorded(made, tmp_path, capsys, m
         line["options"]["deterministic"] = line["verb"] == "sample"
     (run.path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     modes = {}
-    for verb in ("map", "sample", "interpolate"):
+    for verb, called in (
+        ("map", fit.fit_mapping),
+        ("sample", sample.sample),
+        ("interpolate", sample.interpolate),
+    ):
 
-        def noting(a, verb=verb, do=commands.VERBS[verb]):
+        def noting(*arguments, verb=verb, called=called, **options):
             modes[verb] = torch.are_deterministic_algorithms_enabled()
-            do(a)
+            return called(*arguments, **options)
 
-        monkeypatch.setitem(commands.VERBS, verb, noting)
+        monkeypatch.setattr(f"{called.__module__}.{called.__name__}", noting)
     assert main(["replay", str(run.path), "--device", "cpu"]) == 0
     assert modes == {"map": False, "sample": True, "interpolate": False}

@@ -11,7 +11,7 @@ from evaluated import instead_of_networks, mixed_folder
 from tiny import new_run, tiny_options
 
 from vglann_fast.cli.main import main
-from vglann_fast.cli.parser import new_parser, spelled_out
+from vglann_fast.cli.words import parse
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.experiments import table as module
 from vglann_fast.experiments.table import CONTINUE, KEEP, NEW, Grid, plan_table
@@ -98,12 +98,21 @@ def test_a_second_time_nothing_is_made(made, clips, monkeypatch, capsys):
         monkeypatch.setattr(module, name, None)
     assert main(command(clips, made)) == 0
     assert (made / "table.md").read_bytes() == before
-    capsys.readouterr()
-    assert main(command(clips, made, "l1,laplacian", "imle,gaussian,vae", "--dry-run")) == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = plan_table(grid(clips, made, ("l1", "laplacian"), ("imle", "gaussian", "vae")))
     assert list(plan) == ["l1", "laplacian"]
     kept = {"imle": KEEP, "gaussian": KEEP, "vae": NEW}
-    assert plan["l1"] == {"training": KEEP, "mappings": kept, "measuring": NEW}
+    assert plan["l1"].summary == {"training": KEEP, "mappings": kept, "measuring": NEW}
+
+
+def test_a_dry_run_tells_the_plan_and_prints_a_config(made, clips, tmp_path, capsys, caplog):
+    with caplog.at_level("INFO"):
+        assert main(command(clips, made, "l1,laplacian", "imle,vae", "--dry-run")) == 0
+    assert '"training": "keep", "mappings": {"imle": "keep", "vae": "new"}' in caplog.text
+    printed = capsys.readouterr().out
+    (tmp_path / "table.yaml").write_text(printed)
+    assert main(["table", "--config", str(tmp_path / "table.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == printed
+    assert json.loads(printed)["losses"] == ["l1", "laplacian"]
 
 
 def test_other_figures_are_measured_again(made, clips):
@@ -200,6 +209,10 @@ def test_something_else_in_its_place_stays(clips, tmp_path, capsys):
     (tmp_path / "l1" / "letter.txt").write_text("dear")
     assert main(command(clips, tmp_path, "l1")) == 2
     assert "is there already" in capsys.readouterr().err
+    (tmp_path / "table.md").write_text("a table of mine")
+    assert main(command(clips, tmp_path, "laplacian")) == 2
+    assert "table.md: is there already" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_text() == "a table of mine"
     (tmp_path / "table.json").write_text("{}")
     assert main(command(clips, tmp_path, "laplacian")) == 2
     assert "not a table" in capsys.readouterr().err
@@ -278,11 +291,11 @@ def test_the_documented_commands_are_commands():
     verbs = []
     for words in commands:
         start = words.index("vglann" if words[0] == "vglann" else "vglann_fast") + 1
-        chosen = new_parser().parse_args(spelled_out(words[start:]))
-        verbs.append(chosen.verb)
-        if chosen.verb == "table" and chosen.table.preset == "paper":
-            paper = chosen.table
+        chosen = parse(words[start:])
+        verbs.append(chosen.command)
+        if chosen.command == "table" and chosen.preset == "paper":
+            paper = chosen
     assert verbs.count("table") == 2
     assert verbs.count("train") == 2
-    assert (paper.losses, paper.mappings) == ("laplacian,resnext101-3d", "imle,vae,gmm")
-    assert all(kind in preset("paper").map for kind in paper.mappings.split(","))
+    assert (paper.losses, paper.mappings) == (["laplacian", "resnext101-3d"], ["imle", "vae", "gmm"])
+    assert all(kind in preset("paper").map for kind in paper.mappings)

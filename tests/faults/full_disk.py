@@ -4,15 +4,14 @@ Then there is room again, and the same command (for train: --resume) has to end 
 Mounting needs root; elsewhere this part says so and does nothing.
 """
 
-import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from faults.case import Case, case, not_here, part_of
 from faults.forked import run
 from faults.route import Route, Verb, strays, writers
+from mounts import can_mount, mount, tmpfs
 
 PAGE = 4096
 ROOMY = 256 * 2**20
@@ -37,7 +36,7 @@ def full_disks(route: Route, verb: Verb, sizes: int) -> Case:
     run(verb.start(whole), route.log)
     grows = used_bytes(whole) - before
     problems = []
-    with tmpfs(route.root / "disk") as disk:
+    with tmpfs(route.root / "disk", f"size={ROOMY}") as disk:
         for number in range(sizes):
             folder = verb.place(disk / "work")
             resize(disk, used_bytes(disk) + int(grows * number / sizes) // PAGE * PAGE)
@@ -62,37 +61,6 @@ def used_bytes(folder: Path) -> int:
     return sum(-(-file.stat().st_size // PAGE) * PAGE for file in files)
 
 
-def can_mount() -> bool:
-    """Whether this process may mount file systems."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with tmpfs(Path(folder)):
-                return True
-        except OSError:
-            return False
-
-
-@contextmanager
-def tmpfs(folder: Path) -> Iterator[Path]:
-    """A file system in memory at `folder`, as long as the block lasts. Raises OSError where that is not allowed."""
-    folder.mkdir(exist_ok=True)
-    mount("mount", "-t", "tmpfs", "-o", f"size={ROOMY}", "none", folder)
-    try:
-        yield folder
-    finally:
-        mount("umount", folder)
-
-
 def resize(disk: Path, size: int) -> None:
     """From now on the disk holds so many bytes, at least a page: a tmpfs takes 0 for no limit."""
     mount("mount", "-o", f"remount,size={max(size, PAGE)}", disk)
-
-
-def mount(*words: str | Path) -> None:
-    """Run mount or umount. Raises OSError with what it said."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise OSError(f"no {words[0]} here") from error
-    if done.returncode:
-        raise OSError(done.stderr.strip())

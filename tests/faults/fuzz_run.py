@@ -41,7 +41,9 @@ def run_with_mappings(root: Path) -> Path:
     run = new_run(root / "run", clips, options)
     train(ClipSet.open(clips, "train"), run, checkpoint_every=1, log_every=1)
     for kind, values in KINDS.items():
-        fit_mapping(run.path, kind, map_options(PRESETS["demo"].map, kind, {"held_out": 0.0, **values}))
+        fit_mapping(
+            run.path, kind, map_options(PRESETS["demo"].map, kind, {"holdout_fraction": 0.0, **values})
+        )
         run.logs.remember("map", {"kind": kind, "seed": 0, "preset": "demo", **values})
     sample(run.path, n=2)
     run.logs.remember("sample", {"n": 2, "seed": 0, "kind": "imle"})

@@ -97,10 +97,10 @@ class Route:
         if name == "weights import":
             return _verb(name, self.empty, lambda f: ["weights", "import", "lite0", self.weights()])
         if name == "map":
-            options = ["--epochs", "3", "--held-out", "0", "--device", "cpu"]
+            options = ["--epochs", "3", "--holdout-fraction", "0", "--device", "cpu"]
             return _verb(name, self.trained, lambda f: ["map", f / "run", *options])
         arguments = {
-            "evaluate": ["--features", "none", "--held-out", "0"],
+            "evaluate": ["--features", "none", "--invert", "0"],
             "sample": ["-n", "3", "--seed", "1"],
             "reconstruct": [],
             "interpolate": ["--steps", "3"],

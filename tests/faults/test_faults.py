@@ -71,7 +71,7 @@ def test_a_line_after_a_torn_one_is_not_lost(tmp_path):
 def test_a_training_killed_before_it_began_can_be_started_again(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in (".lock", "environment.json", ".tmp-abc"):
+    for name in (".lock", "environment.json", ".tmp-vglann-abc"):
         (folder / name).touch()
     assert begun(folder)
     with pytest.raises(VglannError, match="is there already"):
@@ -85,10 +85,10 @@ def test_a_training_killed_before_it_began_can_be_started_again(tmp_path):
 def test_what_killed_processes_left_is_removed_by_the_next_holder_of_the_lock(tmp_path):
     run = begun(tmp_path / "run")
     save(run, 1)
-    left = run.path / "checkpoints" / ".tmp-abc"
+    left = run.path / "checkpoints" / ".tmp-vglann-abc"
     left.mkdir()
     (left / "generator.safetensors").write_bytes(b"half")
-    (run.path / ".tmp-def").touch()
+    (run.path / ".tmp-vglann-def").mkdir()
     with run.locked():
         assert not list(run.path.rglob(".tmp-*"))
     assert run.checkpoints.load()[0]["step"] == 1
@@ -125,14 +125,15 @@ def test_a_full_disk_under_an_array_has_its_number(tmp_path):
 
 WRITE = """
 import os, signal, sys
-from vglann_fast.run.files import atomic_dir
-from vglann_fast.cli import commands, main
-def verb(values):
+from vglann_fast.run.destinations import atomic_dir
+from vglann_fast.cli import main
+from vglann_fast.diagnostics import doctor
+def killed(as_json):
     with atomic_dir(sys.argv[1] + "/media") as folder:
         (folder / "half").touch()
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
-commands.VERBS["doctor"] = verb
+doctor.doctor = killed
 sys.exit(main.main(["doctor"]))
 """
 

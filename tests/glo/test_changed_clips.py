@@ -20,7 +20,7 @@ from vglann_fast.run.folder import RunDir
 VIDEOS = moving_squares(9)
 
 
-@pytest.fixture(params=["row", "dense", "catchup"])
+@pytest.fixture(params=["sparse", "dense", "lazy"])
 def stopped(request, tmp_path):
     """A run on clips 0..5, stopped in the middle of its second pass; then the folder holds 8, 4, 5, 2, 6."""
     folder = write_clip_folder(tmp_path / "clips", VIDEOS[:6])

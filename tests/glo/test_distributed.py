@@ -111,7 +111,10 @@ def both_shares_in_one_process(clips, path, options):
     assert training.batch_size == options.batch_size
     shares = [Ranks(rank, 2).owns(CLIPS).numpy() for rank in range(2)]
     losses = []
-    for epoch in range(options.epochs):
+    for epoch in range(options.passes):
+        training.epoch = epoch
+        if epoch == options.background_passes > 0:
+            training._inflate()
         training.begin_epoch(epoch)
         orders = [share[clip_order(0, epoch, len(share), rank)] for rank, share in enumerate(shares)]
         for first in range(0, 4, options.batch_size):
@@ -126,17 +129,26 @@ def both_shares_in_one_process(clips, path, options):
     return losses, training
 
 
-@pytest.mark.parametrize("preset", ["modern", "paper"])
-def test_two_processes_equal_one_that_does_both_shares(clips, tmp_path, preset):
-    options = tiny_options(preset, batch_size=2, epochs=3)
+# 2 passes for the background, then 3 full ones.
+RECIPE = {"optimizer": "muon", "background_share": 0.034, "ema": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [("modern", {}), ("paper", {}), ("modern", RECIPE)],
+    ids=["modern", "paper", "recipe"],
+)
+def test_two_processes_equal_one_that_does_both_shares(clips, tmp_path, preset, changes):
+    options = tiny_options(preset, batch_size=2, epochs=3, **changes)
     run = train_in_processes(clips, tmp_path / "two", options)
-    one = tiny_options(preset, batch_size=2, epochs=3, accumulate=2)
+    one = tiny_options(preset, batch_size=2, epochs=3, accumulate=2, **changes)
     losses, training = both_shares_in_one_process(clips, tmp_path / "one", one)
     assert np.allclose([row["loss"] for row in run.logs.metrics("glo")], losses, rtol=2e-5)
     trained = load_trained(run)
     assert trained.ids == ClipSet.open(clips, "train").ids
     assert torch.allclose(trained.latents, training.latents.rows, atol=2e-4)
-    ours, theirs = trained.generator.state_dict(), training.generator.state_dict()
+    made_from = training.average.generator if options.ema else training.generator
+    ours, theirs = trained.generator.state_dict(), made_from.state_dict()
     for name in ("stem.weight", "video.conv3.weight", "background.head.bias"):
         assert torch.allclose(ours[name], theirs[name], atol=2e-4), name
 

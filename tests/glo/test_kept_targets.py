@@ -126,7 +126,7 @@ def test_no_look_at_the_clips_after_the_last_step(clips, tmp_path, monkeypatch, 
     with caplog.at_level("INFO", "vglann_fast"):
         train(ClipSet.open(clips, "train"), run)
     assert run.checkpoints.load()[0]["finished"]
-    assert "peak memory after step 1" in caplog.text
+    assert "peak memory after the first full step" in caplog.text
 
 
 def test_what_a_step_leaves_free(monkeypatch):
@@ -247,5 +247,5 @@ def test_batch_statistics_are_not_kept():
     options = replace(PRESETS["paper"].train, loss="resnext101-3d")
     weights = random_weights("resnext101-3d")
     FeatureLoss(weights, options, CPU).keep_targets(None, 2, 2)  # does not look at a clip
-    with pytest.raises(VglannError, match="depend on the batch with --perceptual seed"):
+    with pytest.raises(VglannError, match="depend on the batch with --perceptual paper"):
         FeatureLoss(weights, replace(options, cache_features="on"), CPU)

@@ -75,7 +75,12 @@ def like_a_gpu(monkeypatch):
 
     def in_precision(logits, precision, device):
         half = AUTOCAST.get(precision, torch.float32)
-        return lambda z: tuple(tensor.to(half) for tensor in logits(z))
+
+        def rounded(z):
+            found = logits(z)
+            return found.to(half) if isinstance(found, torch.Tensor) else tuple(t.to(half) for t in found)
+
+        return rounded
 
     monkeypatch.setattr(torch.optim, "Adam", new_adam)
     monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
@@ -121,13 +126,22 @@ def test_an_update_is_one_of_the_device_alone(clips, preset, precision, kernels)
         check(update_of(clips, preset, precision=precision))
 
 
-LAZY = {"latent_mode": "catchup", "accumulate": 2, "checkpoint_activations": True}
+LAZY = {"latent_mode": "lazy", "accumulate": 2, "checkpoint_activations": True}
+RECIPE = {"optimizer": "muon", "ema": 0.99, "loss": "laplacian:1,l2:2"}
+BACKGROUND = {**RECIPE, "background_share": 0.5}
 BY_FEATURES = {"variant": "expanded", "mask_weight": 0.1, "loss": "l1,l2,lite0"}
 
 
 @pytest.mark.usefixtures("like_a_gpu")
 @pytest.mark.parametrize(
-    ("kernels", "changes"), [("reference", LAZY), ("triton", LAZY), ("triton", BY_FEATURES)], ids=str
+    ("kernels", "changes"),
+    [
+        ("reference", LAZY),
+        ("triton", LAZY),
+        ("triton", BY_FEATURES),
+        *((kernels, changes) for kernels in ("reference", "triton") for changes in (RECIPE, BACKGROUND)),
+    ],
+    ids=str,
 )
 def test_with_other_options(clips, tmp_path, monkeypatch, kernels, changes):
     monkeypatch.setenv("VGLANN_WEIGHTS", str(tmp_path / "weights"))

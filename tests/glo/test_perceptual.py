@@ -115,7 +115,7 @@ def test_the_fused_loss_weighed_is_the_plain_one(real, reduction):
     )
 
 
-@pytest.mark.parametrize("perceptual_", ["fixed", "seed"])
+@pytest.mark.parametrize("perceptual_", ["fixed", "paper"])
 @pytest.mark.parametrize("name", ["vgg16", "lite0", "hed-vgg16", "resnet50-3d", "resnext101-3d"])
 def test_what_a_feature_loss_sees(name, perceptual_, real):
     options = replace(

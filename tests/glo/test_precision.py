@@ -14,7 +14,7 @@ from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
-from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.optimizer import GeneratorOptimizer
 from vglann_fast.glo.precision import LossScale, in_precision, resolve_precision, self_test
 from vglann_fast.runtime.distributed import Ranks
 
@@ -221,7 +221,7 @@ def test_a_scaled_update_is_the_unscaled_one_and_an_overflow_is_left_out():
     updated = []
     for scale in (None, LossScale(CPU)):
         generator = small_generator()
-        optimizer = GeneratorAdam(generator, options, Ranks(), scale)
+        optimizer = GeneratorOptimizer(generator, options, Ranks(), scale)
         z = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
         batch = Batch(torch.zeros(3, 3, 16, 32, 32, dtype=torch.uint8), torch.arange(3), torch.arange(3))
         optimizer.zero_grad()

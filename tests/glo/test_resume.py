@@ -78,7 +78,7 @@ def test_a_state_that_is_spoiled_itself_is_not_saved(clips, tmp_path):
 def test_it_goes_on_with_a_lower_rate_which_holds_at_once_and_is_recorded(
     clips, tmp_path, monkeypatch, capsys
 ):
-    options = tiny_options(batch_size=2, latent_mode="catchup", lr_generator=0.002)
+    options = tiny_options(batch_size=2, latent_mode="lazy", lr_generator=0.002)
     run = new_run(tmp_path / "run", clips, options)
     training = training_on(clips, run, options)
     poison(training, after=4)
@@ -108,7 +108,7 @@ def test_it_goes_on_with_a_lower_rate_which_holds_at_once_and_is_recorded(
 
 
 def test_resuming_with_the_same_rates_changes_no_bit_and_records_nothing(clips, tmp_path):
-    options = tiny_options(batch_size=2, latent_mode="catchup")
+    options = tiny_options(batch_size=2, latent_mode="lazy")
     whole, parts = (new_run(tmp_path / name, clips, options) for name in ("whole", "parts"))
     train(ClipSet.open(clips, "train"), whole)
     training_on(clips, parts, options).loop(max_steps=4)

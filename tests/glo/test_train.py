@@ -71,12 +71,14 @@ def test_it_learns(clips, tmp_path):
 VARIANTS = {
     "modern": {},
     "paper": {"preset": "paper"},
-    "catchup": {"latent_mode": "catchup", "schedule": "halving"},
+    "lazy": {"latent_mode": "lazy", "schedule": "halve-every-tenth"},
     "expanded": {"variant": "expanded", "mask_weight": 0.1, "loss": "l1"},
     "accumulate": {"accumulate": 2, "epochs": 10},
     "bf16": {"precision": "bf16", "data": "resident"},
     "checkpointed": {"checkpoint_activations": True, "variant": "expanded"},
     "deterministic": {"deterministic": True, "sync_bn": True},
+    "muon": {"optimizer": "muon", "ema": 0.99, "accumulate": 2, "epochs": 10, "checkpoint_activations": True},
+    "muon per epoch": {"optimizer": "muon", "adam_state": "per-epoch", "variant": "expanded"},
     "sums": {"loss": "laplacian:1,l1:0.1,l2", "adam_state": "per-epoch", "latent_init": "normal"},
 }
 
@@ -104,10 +106,10 @@ def test_resuming_a_finished_run_changes_nothing(clips, tmp_path):
     assert_same(before, final_tensors(run))
 
 
-def test_catchup_follows_the_dense_table(clips, tmp_path):
+def test_lazy_follows_the_dense_table(clips, tmp_path):
     """Same trajectory, computed lazily; float32 rounding apart."""
     latents = []
-    for mode in ("dense", "catchup"):
+    for mode in ("dense", "lazy"):
         options = tiny_options("paper", latent_mode=mode, latent_init="sphere", batch_size=2, epochs=4)
         run = new_run(tmp_path / mode, clips, options)
         train(ClipSet.open(clips, "train"), run)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     code = "import vglann_fast, vglann_kernels; print(vglann_fast.__version__, vglann_fast.__file__)"
     done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
     version, path = done.stdout.split()
-    assert version == "0.1.0"
+    assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert path.startswith(str(tmp_path))
 
 

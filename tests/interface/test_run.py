@@ -93,7 +93,9 @@ def test_a_fitted_mapping_is_on_record_for_a_replay(run, tmp_path, capsys):
         run.path, tmp_path / "run", ignore=shutil.ignore_patterns("media", "report", "evaluation")
     )
     copied = vf.load(tmp_path / "run")
-    assert copied.fit_mapping("gaussian", seed=3, held_out=0.3) == copied.path / "mapping" / "gaussian"
+    assert (
+        copied.fit_mapping("gaussian", seed=3, holdout_fraction=0.3) == copied.path / "mapping" / "gaussian"
+    )
     assert copied.mappings == ["gaussian", "imle"]
     assert copied.sample(2, kind="gaussian").shape == (2, 3, 16, 32, 32)
     last = json.loads((copied.path / "history.jsonl").read_text().splitlines()[-1])
@@ -164,7 +166,7 @@ def test_sampling_without_a_mapping_says_how_to_fit_one(unmapped):
 def test_of_several_mappings_without_imle_one_must_be_named(unmapped):
     unmapped.fit_mapping("gaussian")
     assert unmapped.sample(1).shape[0] == 1
-    unmapped.fit_mapping("gmm", components="1", held_out=0.0)
+    unmapped.fit_mapping("gmm", components="1", holdout_fraction=0.0)
     with pytest.raises(vf.VglannError, match="gaussian, gmm"):
         unmapped.sample(1)
 
@@ -194,7 +196,7 @@ MISTAKES = {
     "wrong type": (lambda run: run.fit_mapping("imle", epochs="3"), "epochs"),
     "unknown preset": (lambda run: run.fit_mapping("imle", preset="best"), "modern"),
     "unknown features": (lambda run: run.evaluate(features="pixels"), "pixels"),
-    "negative held-out": (lambda run: run.evaluate(features=(), held_out=-1), "held-out"),
+    "negative number to invert": (lambda run: run.evaluate(features=(), invert=-1), "invert"),
 }
 
 

@@ -1,4 +1,4 @@
-"""import_seed.py: checkpoints as the paper's author's code writes them become a run that does all a run does."""
+"""import_glann.py: checkpoints as the paper's author's code writes them become a run that does all a run does."""
 
 import json
 
@@ -12,7 +12,7 @@ from vglann_fast.cli.main import main
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.interop.glann_video import load_generator
-from vglann_fast.interop.import_glann import import_seed
+from vglann_fast.interop.import_glann import import_glann
 from vglann_fast.run.folder import RunDir
 
 
@@ -29,7 +29,7 @@ def write_checkpoints(folder, variant, prefix="", latents=12):
 def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     files = write_checkpoints(folder, "original", "module.")
-    assert main(["import-seed", *files, "--out", str(folder / "run")]) == 0
+    assert main(["import-glann", *files, "--out", str(folder / "run")]) == 0
     return folder / "run"
 
 
@@ -60,7 +60,7 @@ def test_it_goes_through_map_sample_interpolate_and_report(imported, capsys):
 @pytest.mark.parametrize("variant", ["original", "expanded"])
 def test_its_videos_are_the_authors_with_the_colors_swapped(variant, tmp_path):
     files = write_checkpoints(tmp_path, variant)
-    run = import_seed(*files, tmp_path / "run", variant)
+    run = import_glann(*files, tmp_path / "run", variant)
     trained = load_trained(run)
     assert trained.latents.shape == (12, 100)
     theirs = load_generator(torch.load(files[0], weights_only=True), variant)
@@ -94,14 +94,14 @@ def test_files_that_are_something_else(imported, tmp_path):
     ):
         for files in ((tmp_path / name, latents), (generator, tmp_path / name)):
             with pytest.raises(VglannError, match=what) as caught:
-                import_seed(*files, tmp_path / "run")
+                import_glann(*files, tmp_path / "run")
             assert "\n" not in str(caught.value)
             assert "weights_only" not in str(caught.value)  # no advice to switch the protection off
     for name, what in (("shorter", "length 64"), ("zeros", "zero"), ("netG_glo.pth", "embedding")):
         with pytest.raises(VglannError, match=what):
-            import_seed(generator, tmp_path / name, tmp_path / "run")
+            import_glann(generator, tmp_path / name, tmp_path / "run")
     with pytest.raises(VglannError, match="is the variant right"):
-        import_seed(generator, latents, tmp_path / "run", "expanded")
+        import_glann(generator, latents, tmp_path / "run", "expanded")
     assert not (tmp_path / "run").exists()
     with pytest.raises(VglannError, match="is there already"):
-        import_seed(generator, latents, imported)
+        import_glann(generator, latents, imported)

@@ -173,7 +173,7 @@ def test_bad_sets():
         fitted(latents[:2].repeat(3, 1), components="3")
     with pytest.raises(VglannError, match=r"covariance of component . is singular.*raise --floor"):
         fitted(latents, components="4", floor=0.0, prior=0.0)
-    with pytest.raises(VglannError, match="raise --held-out"):
+    with pytest.raises(VglannError, match="raise --holdout-fraction"):
         fitted(latents, components="1,2")
     with pytest.raises(VglannError, match="NaN"):
         fitted(latents.index_fill(0, torch.tensor([3]), torch.nan))
@@ -183,5 +183,5 @@ def test_bad_sets():
 def test_bad_components(value):
     with pytest.raises(VglannError, match="--components: expected a number"):
         replace(MODERN, components=value)
-    with pytest.raises(VglannError, match="one number with --held-out 0"):
-        replace(MODERN, components="1,2", held_out=0.0)
+    with pytest.raises(VglannError, match="one number with --holdout-fraction 0"):
+        replace(MODERN, components="1,2", holdout_fraction=0.0)

@@ -16,7 +16,7 @@ from vglann_fast.mapping.fit import fit_mapping, load_mapping
 from vglann_fast.mapping.split import run_shots, set_aside, shot_numbers
 from vglann_fast.options.mapping import GaussianOptions
 
-SINGLE = "single clips are set aside, not whole shots"
+SINGLE = "single clips are held out, not whole shots"
 
 
 def split(shots, share, seed=0):
@@ -61,7 +61,7 @@ def test_of_one_shot_single_clips_are_taken(caplog):
 
 
 def test_too_few_left():
-    with pytest.raises(VglannError, match=r"--held-out 0\.5: of 2 latents that leaves fewer than 2"):
+    with pytest.raises(VglannError, match=r"--holdout-fraction 0\.5 leaves fewer than 2 of 2"):
         split(torch.arange(2), 0.5)
 
 
@@ -92,10 +92,10 @@ def test_a_fit_sets_a_whole_shot_aside(four_a_shot, caplog):
     ids = load_trained(four_a_shot).ids
     assert run_shots(four_a_shot, ids).tolist() == [0, 1, 2] * 4
     assert run_shots(four_a_shot, ids[::-1]).tolist() == [0, 1, 2] * 4  # by id, not by row
-    fit_mapping(four_a_shot.path, "gaussian", GaussianOptions(held_out=0.1))
+    fit_mapping(four_a_shot.path, "gaussian", GaussianOptions(holdout_fraction=0.1))
     gap = load_mapping(four_a_shot, "gaussian").gap
     assert (gap["fitted"]["latents"], gap["held_out"]["latents"]) == (8, 4)
-    assert not [record for record in caplog.records if "--held-out" in record.message]
+    assert not [record for record in caplog.records if "--holdout-fraction" in record.message]
 
 
 UNKNOWN = {

@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 
 def test_a_whole_evaluation(run, capsys):
-    command = ["evaluate", str(run.path), "--features", "lite0", "--held-out", "1", "--seed", "3"]
+    command = ["evaluate", str(run.path), "--features", "lite0", "--invert", "1", "--seed", "3"]
     assert main(command) == 0
     printed = capsys.readouterr()
     folder = run.path / "evaluation"
@@ -93,7 +93,7 @@ def test_a_whole_evaluation(run, capsys):
 
 def test_the_seed_decides_alone(run, monkeypatch):
     def figures():
-        record = evaluate(run.path, kinds=["imle"], features=["lite0"], n=20, held_out=0, seed=1).records[
+        record = evaluate(run.path, kinds=["imle"], features=["lite0"], n=20, invert=0, seed=1).records[
             "imle"
         ]
         return {
@@ -143,7 +143,7 @@ def test_without_held_out_clips_half_of_the_training_clips_stand_in(tmp_path):
 
 
 def test_features_may_be_left_out(run, capsys):
-    command = ["evaluate", str(run.path), "--kind", "gaussian,imle", "--features", "none", "--held-out", "0"]
+    command = ["evaluate", str(run.path), "--kind", "gaussian,imle", "--features", "none", "--invert", "0"]
     assert main([*command, "-n", "5"]) == 0
     table = capsys.readouterr().out
     assert "motion" in table
@@ -180,7 +180,7 @@ def test_mistakes_of_the_run(run, tmp_path, monkeypatch):
 
 
 def test_sixteen_videos_have_a_name_of_their_own(run):
-    record = evaluate(run.path, kinds=["imle"], features=["i3d-16"], held_out=0).records["imle"]
+    record = evaluate(run.path, kinds=["imle"], features=["i3d-16"], invert=0).records["imle"]
     assert list(record["features"]) == ["frechet[i3d, 16 videos]"]
     assert record["features"]["frechet[i3d, 16 videos]"]["generated"]["n"] == 16
 
@@ -190,7 +190,7 @@ def test_constant_features_are_an_error_that_names_their_source(run, tmp_path, m
     with pytest.raises(
         VglannError, match=r"frechet\[lite0\] of the floor: the features of all 33 real videos"
     ):
-        evaluate(run.path, kinds=["imle"], features=["lite0"], held_out=0)
+        evaluate(run.path, kinds=["imle"], features=["lite0"], invert=0)
 
 
 def test_comparing_a_set_with_itself_is_warned_of():

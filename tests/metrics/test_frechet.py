@@ -87,9 +87,9 @@ def test_the_factor_holds_the_scatter():
     ("real", "generated", "message"),
     [
         (normal(1, 4), normal(9, 4), "at least 2 real videos, got 1"),
-        (normal(9, 4), normal(1, 4), "at least 2 made videos, got 1"),
-        (normal(9, 4), normal(9, 5), "real features have 4 numbers, made ones 5"),
-        (normal(9, 4), torch.ones(9, 4), "all 9 made videos are the same"),
+        (normal(9, 4), normal(1, 4), "at least 2 generated videos, got 1"),
+        (normal(9, 4), normal(9, 5), "real features have 4 numbers, generated ones 5"),
+        (normal(9, 4), torch.ones(9, 4), "all 9 generated videos are the same"),
         (torch.full((9, 4), 0.1), normal(9, 4), "all 9 real videos are the same"),
         (normal(9, 4)[None], normal(9, 4), r"got shape \[1, 9, 4\]"),
         (normal(9, 4)[:, 0], normal(9, 4), r"got shape \[9\]"),
@@ -98,9 +98,9 @@ def test_the_factor_holds_the_scatter():
         (normal(9, 4), torch.full((9, 4), torch.inf), "NaN or infinity in 9 of 9 rows, first 0"),
     ],
 )
-def test_errors(real, made, message):
+def test_errors(real, generated, message):
     with pytest.raises(VglannError, match=message):
-        distance(real, made)
+        distance(real, generated)
 
 
 def test_rows_of_another_length_do_not_join():
@@ -115,13 +115,13 @@ def test_rows_of_another_length_do_not_join():
     ("real", "generated", "expected"),
     [
         (normal(50, 4), normal(50, 4, seed=1), []),
-        (normal(4, 4), normal(50, 4, seed=1), ["4 videos for 4 features", "4 real and 50 made"]),
+        (normal(4, 4), normal(50, 4, seed=1), ["4 videos for 4 features", "4 real and 50 generated"]),
         (normal(50, 4), normal(50, 4).flip(0), ["are identical"]),
         (normal(50, 4), normal(50, 4) * (1 + 1e-3), []),
     ],
 )
-def test_warnings(real, made, expected):
-    sets = FeatureMoments.of(real), FeatureMoments.of(made)
+def test_warnings(real, generated, expected):
+    sets = FeatureMoments.of(real), FeatureMoments.of(generated)
     lines = frechet_warnings(*sets, frechet_distance(*sets))
     assert len(lines) == len(expected)
     assert all(part in line for part, line in zip(expected, lines, strict=True))

@@ -55,7 +55,7 @@ def test_a_second_evaluation_computes_no_features_of_clips(tmp_path, monkeypatch
     run = trained_run(tmp_path, training=9, held_out=7, epochs=1)
     counting = Counting()
     instead_of_networks(monkeypatch, tmp_path / "cache", counting.extractor)
-    words = ["evaluate", str(run.path), "--kind", "gaussian", "--features", "lite0", "--held-out", "0"]
+    words = ["evaluate", str(run.path), "--kind", "gaussian", "--features", "lite0", "--invert", "0"]
     counts, records = [], []
     for _ in range(2):
         counting.seen = 0

@@ -83,11 +83,11 @@ def test_a_copy_is_at_distance_zero_however_large_the_numbers():
     ("real", "generated", "message"),
     [
         (normal(9, 4)[0], normal(9, 4), "expected"),
-        (normal(9, 4), normal(9, 5), "real features have 4 numbers, made ones 5"),
+        (normal(9, 4), normal(9, 5), "real features have 4 numbers, generated ones 5"),
         (normal(3, 4), normal(9, 4), "3 neighbors need more than 3 videos, got 3 and 9"),
         (normal(9, 4), normal(9, 4) * np.nan, "NaN"),
     ],
 )
-def test_errors(measure, real, made, message):
+def test_errors(measure, real, generated, message):
     with pytest.raises(VglannError, match=message):
-        measure(real, made, 3)
+        measure(real, generated, 3)

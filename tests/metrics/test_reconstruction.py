@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import new_run, tiny_options
 
+from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr
 from vglann_fast.errors import VglannError
@@ -16,6 +17,7 @@ from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.train import train
 from vglann_fast.metrics import reconstruction
 from vglann_fast.metrics.reconstruction import (
+    describe,
     inversion_quality,
     reconstruct,
     reconstruction_metrics,
@@ -44,7 +46,9 @@ def test_by_hand():
     c1 = (0.01 * 255) ** 2
     terms = [(2 * 100 * v + c1) / (100**2 + v**2 + c1) for v in (110, 110, 110, 104)]
     assert found["ssim"] == pytest.approx(np.mean(terms), rel=1e-12)
-    assert found["psnr_mean_color"] == math.inf
+    assert found["psnr_mean_color"] == found["psnr_still"] == math.inf
+    assert found["motion_energy"] == 0
+    assert found["motion_error"] == pytest.approx(3 * 16**2 * (3 * 1.5**2 + 4.5**2))
 
 
 def test_ssim_as_scikit_image_has_it():
@@ -80,7 +84,7 @@ def test_quality_is_the_mean_of_what_reconstruct_measures(run):
     quality = reconstruction_quality(load_trained(run), ClipSet.open(run.options["clips"], "train"))
     record = reconstruct(run.path)[1]
     assert quality["clips"] == 7
-    for name in ("psnr", "psnr_last_frame", "ssim", "l1", "laplacian"):
+    for name in ("psnr", "psnr_last_frame", "ssim", "l1", "laplacian", "psnr_still"):
         assert quality[name] == pytest.approx(np.mean(record["per_clip"][name]), rel=1e-9)
         assert record[name] == pytest.approx(quality[name], rel=1e-9)
 
@@ -88,7 +92,7 @@ def test_quality_is_the_mean_of_what_reconstruct_measures(run):
 def test_inversion_beats_the_latents_of_other_clips(run, monkeypatch):
     monkeypatch.setattr(reconstruction, "invert", partial(invert, starts=2, steps=60))
     clips = moving_squares(2, seed=5)
-    quality = inversion_quality(load_trained(run), clips)
+    quality = inversion_quality(load_trained(run), clips, ClipSet.open(run.options["clips"], "train"))
     assert quality["clips"] == 2
     trained = load_trained(run)
     others = torch.from_numpy(render(trained, trained.latents[:2]).video)
@@ -108,3 +112,26 @@ def test_every_clip_keeps_its_place(run):
     assert record["shown"] == record["per_clip"]["id"]
     assert len(videos) > load_trained(run).options.batch_size
     assert psnr(videos, originals).tolist() == pytest.approx(record["per_clip"]["psnr"])
+
+
+def test_reconstruct_says_what_the_baselines_reach(run, capsys):
+    """Seven clips and eight numbers a latent: PCA is exact, and the report of a few steps is below the still."""
+    assert main(["reconstruct", str(run.path), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "exact by construction" in said
+    assert "motion R²" in said
+    assert "worse than a still" in said
+    assert "worse than PCA" not in said
+
+
+def test_with_more_clips_than_components_pca_is_fitted(tmp_path):
+    clips = write_clip_folder(tmp_path / "clips", moving_squares(7))
+    run = new_run(tmp_path / "run", clips, tiny_options(latent_dim=3))
+    train(ClipSet.open(clips, "train"), run)
+    record = reconstruct(run.path)[1]
+    assert record["pca_components"] == 3
+    assert record["pca_exact"] is False
+    assert record["psnr_pca"] == pytest.approx(np.mean(record["per_clip"]["psnr_pca"]))
+    assert 0 < record["motion_r2_pca"] < 1
+    assert record["still_clips"] == 0
+    assert f"{record['psnr_pca']:.2f} dB" in describe(record)

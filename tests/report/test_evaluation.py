@@ -24,13 +24,23 @@ def record(distance):
 RECORDS = {
     "imle": record(12.5),
     "gaussian": record(2150.0),
-    "reconstruction": {"train": {"clips": 1200, "psnr": 23.456, "ssim": 0.7}},
+    "reconstruction": {
+        "train": {
+            "clips": 1200,
+            "psnr": 23.456,
+            "ssim": 0.7,
+            "motion_r2": 0.219,
+            "psnr_still": 24.2,
+            "pca_exact": True,
+        }
+    },
 }
 
 
 def test_tables():
-    quality, features = number_tables(RECORDS)
-    assert quality[1] == [["training clips", "1,200", "23.46", "–", "0.7", "–", "–"]]
+    quality, baselines, features = number_tables(RECORDS)
+    assert quality[1] == [["training clips", "1,200", "23.46", "–", "0.7", "–", "–", "0.219", "–"]]
+    assert baselines[1] == [["training clips", "1,200", "–", "24.2", "exact", "exact", "–", "–"]]
     assert features[0][0] == "frechet[lite0], n = 273"
     assert features[1] == [
         ["real clips (floor)", "3.25", "6.5 ± 0.5", "0.5", "0.25", "1.5", "–"],

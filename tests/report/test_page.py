@@ -61,15 +61,19 @@ def make_run(run: Path, clips: int = 3, samples: int = 2, frames: int = 8, size:
     shown = moving_discs(clips, frames, size)
     noisy = np.clip(shown["video"] + rng.normal(0, 12, shown["video"].shape), 0, 255).astype(np.uint8)
     psnr, flat = rng.normal(24.3, 1.5, clips).round(3), rng.normal(15.9, 1.2, clips).round(3)
+    still, motion = rng.normal(26.1, 0.2, clips).round(3), rng.uniform(0.1, 0.3, clips).round(3)
+    by_clip = {"psnr": psnr, "psnr_mean_color": flat, "psnr_still": still, "motion_r2": motion}
+    pca = {"psnr_pca": 20.125, "pca_components": 100, "pca_exact": False}
     record = {
         "clips": clips,
-        "psnr": float(psnr.mean()),
-        "psnr_mean_color": float(flat.mean()),
+        **{name: float(values.mean()) for name, values in by_clip.items()},
+        "psnr_over_still": float((psnr - still).mean()),
+        **pca,
         "psnr_last_frame": 23.871,
         "l1": 0.0312,
         "split": "train",
         "shown": IDS[:clips],
-        "per_clip": {"id": IDS[:clips], "psnr": psnr.tolist(), "psnr_mean_color": flat.tolist()},
+        "per_clip": {"id": IDS[:clips], **{name: values.tolist() for name, values in by_clip.items()}},
         "batchnorm": "eval",
     }
     write_arrays(run / "media/reconstruction", **{**shown, "video": noisy}, original=shown["video"])
@@ -195,10 +199,17 @@ def test_page_shows_every_clip_and_number(tmp_path: Path) -> None:
     assert {view["data-frames"] for view in players} == {"8"}
     record = json.loads((run / "media/reconstruction/reconstruction.json").read_text())
     assert f"{record['psnr']:.2f} dB" in page.text
-    assert f"{record['psnr'] - record['psnr_mean_color']:+.2f} dB" in page.text
-    for clip, psnr in zip(record["per_clip"]["id"], record["per_clip"]["psnr"], strict=True):
+    assert f"{record['psnr_over_still']:+.2f} dB" in page.text
+    assert f"{record['psnr'] - record['psnr_pca']:+.2f} dB" in page.text
+    assert f"{record['motion_r2']:.2f}" in page.text
+    assert "worse than a still" in page.text
+    assert "worse than PCA" not in page.text
+    for clip, psnr, motion in zip(
+        *(record["per_clip"][key] for key in ("id", "psnr", "motion_r2")), strict=True
+    ):
         assert clip in page.text
         assert f"{psnr:.2f} dB" in page.text
+        assert f"R² {motion:.2f}" in page.text
     distance = json.loads((run / "media/samples/samples.json").read_text())["nearest"]["latent_distance"][1]
     assert f"distance {distance:.3f}" in page.text
     assert f"of the clips {IDS[40]} and {IDS[41]}." in page.text

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from replaced_command import replaced_command
 
-from vglann_fast.cli import commands
 from vglann_fast.cli.main import main
+from vglann_fast.cli.parser import COMMANDS
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.run.environment import Launch, default_cache, environment, home, launched
@@ -78,7 +79,9 @@ def test_an_impossible_place_is_named(text, named, set_variables):
 )
 def test_help_and_doctor_run_under_whatever_job_operators_set(text, set_variables, monkeypatch, capsys):
     set_variables(text)
-    monkeypatch.setitem(commands.VERBS, "doctor", lambda a: print(environment()["processes"]))
+    monkeypatch.setitem(
+        COMMANDS, "doctor", replaced_command("doctor", lambda a: print(environment()["processes"]))
+    )
     for words in (["--help"], ["--version"], ["clips", "pack", "--help"]):
         with pytest.raises(SystemExit) as caught:
             main(words)
@@ -99,7 +102,7 @@ def test_a_half_set_job_is_one_line_before_anything_is_made(tmp_path, set_variab
 
 def test_a_rank_that_was_left_behind_does_not_cost_the_line_of_history(tmp_path, set_variables, monkeypatch):
     run = RunDir.new(tmp_path / "run", OPTIONS).begin()
-    monkeypatch.setitem(commands.VERBS, "sample", lambda a: None)
+    monkeypatch.setitem(COMMANDS, "sample", replaced_command("sample", lambda a: None))
     set_variables("RANK=3")
     assert main(["sample", str(run.path), "--device", "cpu"]) == 0
     assert [line["verb"] for line in run.logs.history()] == ["sample"]

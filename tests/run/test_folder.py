@@ -10,8 +10,9 @@ from tiny import new_run, tiny_options
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo.checkpoint import new_generator
-from vglann_fast.run import files
-from vglann_fast.run.files import atomic_dir, atomic_file, read_json, write_json
+from vglann_fast.run import destinations
+from vglann_fast.run.destinations import atomic_dir, atomic_file
+from vglann_fast.run.files import read_json, write_json
 from vglann_fast.run.folder import RunDir
 
 
@@ -148,14 +149,14 @@ def test_a_full_or_read_only_disk_is_one_line(tmp_path, monkeypatch, number, mes
     def fail(path):
         raise OSError(number, "no")
 
-    monkeypatch.setattr(files, "fsync_path", fail)
+    monkeypatch.setattr(destinations, "flush", fail)
     with pytest.raises(VglannError, match=message):
         write_json(tmp_path / "file", {})
     run = RunDir(tmp_path, {})
     with pytest.raises(VglannError, match=message):
         run.checkpoints.save(1, {"part": {"x": torch.ones(1)}}, {})
     assert not list(tmp_path.glob(".tmp-*"))
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_read_json_names_the_file(tmp_path):

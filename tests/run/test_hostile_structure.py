@@ -221,7 +221,7 @@ def changed_options(given):
         bool: st.booleans(),
         int: numbers,
         float: st.floats() | numbers,
-        str: st.sampled_from(["train", "seed", "vgg16", "laplacian:0.1,l1", "dense", "catchup", "per-epoch"]),
+        str: st.sampled_from(["train", "seed", "vgg16", "laplacian:0.1,l1", "dense", "lazy", "per-epoch"]),
     }
     values = {name: kinds[type(value)] | junk for name, value in given.items()}
     some = st.lists(st.sampled_from(sorted(values)), max_size=3, unique=True)

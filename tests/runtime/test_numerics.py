@@ -11,13 +11,20 @@ from vglann_fast.cli.main import main
 from vglann_fast.errors import VglannError
 from vglann_fast.runtime.numerics import numerics, seeded
 
+PRODUCTS = [
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,
+]
+
 
 def modes():
     return {
         "dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "products": [module.fp32_precision for module in PRODUCTS],
         "threads": torch.get_num_threads(),
         "random": torch.get_rng_state().tolist(),
     }
@@ -29,11 +36,13 @@ def foreign_modes():
     before = modes()
     torch.set_default_dtype(torch.float64)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("medium")
     yield modes()
     torch.set_default_dtype(before["dtype"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["cudnn"]
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before["tf32"]
+    torch.set_float32_matmul_precision("highest")
+    for module, precision in zip(PRODUCTS, before["products"], strict=True):
+        module.fp32_precision = precision
     torch.use_deterministic_algorithms(False)
 
 
@@ -44,9 +53,10 @@ def test_a_block_decides_and_the_state_of_the_host_comes_back(foreign_modes):
     assert inside["dtype"] == torch.float32
     assert inside["deterministic"]
     assert inside["cudnn"] == (True, False)
-    assert inside["tf32"] == (False, False)
+    assert inside["products"] == ["ieee"] * 4
     assert inside["threads"] == 1
     assert modes() == foreign_modes
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
 def test_the_state_comes_back_after_an_error(foreign_modes):
@@ -59,7 +69,7 @@ def test_an_inner_block_ends_and_the_outer_one_holds_again():
     with numerics(deterministic=True, tf32=False):
         with numerics(deterministic=False):
             assert not torch.are_deterministic_algorithms_enabled()
-            assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
         assert torch.are_deterministic_algorithms_enabled()
 
 

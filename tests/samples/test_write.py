@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vglann_fast.errors import VglannError
-from vglann_fast.run.files import atomic_file
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.samples import write
 from vglann_fast.samples.write import rgb_to_yuv420, video_grid, write_gif, write_mp4, write_videos
 

@@ -206,7 +206,17 @@ def test_a_study_needs_samples_and_test_clips_that_fit(made, tmp_path, capsys):
         ([good, good], real, out, 4, "given twice"),
         ([good], real, taken, 4, "is there already"),
     ]:
-        words = ["study", *map(str, runs), "--real", str(clips), "--out", str(folder), "--pairs", str(pairs)]
+        words = [
+            "study",
+            "make",
+            *map(str, runs),
+            "--real",
+            str(clips),
+            "--out",
+            str(folder),
+            "--pairs",
+            str(pairs),
+        ]
         assert main(words) == 2
         error = capsys.readouterr().err
         assert message in error
@@ -224,9 +234,9 @@ def test_runs_of_one_name_are_told_apart(made, tmp_path):
     assert labels == ["real", str(made.parent / "hazel"), str(twin), "noised copy"]
 
 
-def test_making_is_what_the_bare_verb_does(made, tmp_path, capsys):
+def test_a_study_is_made_once(made, tmp_path, capsys):
     words = ["--pairs", "2", "--real", str(made.parent / "clips"), "--out", str(tmp_path / "study")]
-    assert main(["study", str(made.parent / "maple"), *words]) == 0
+    assert main(["study", "make", str(made.parent / "maple"), *words]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "study")
     assert main(["study", "make", str(made.parent / "maple"), *words]) == 2
 

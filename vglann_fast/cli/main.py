@@ -1,32 +1,27 @@
-"""The command line: `main` reads the arguments, calls the verb, and answers a mistake in one line.
+"""The command line: `main` reads the arguments, runs the command, and answers a mistake in one line.
 
-Nothing heavy is imported before a verb runs, so `vglann --help` is quick.
+Nothing heavy is imported before a command runs, so `vglann --help` is quick.
 """
 
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentError, Namespace
-
-from vglann_fast.cli.commands import REPLAYED, perform
-from vglann_fast.cli.parser import new_parser, spelled_out
+from vglann_fast.cli.parser import INTERNAL, perform
 from vglann_fast.cli.paths import expand_users
 from vglann_fast.cli.streams import abandon_broken_streams, usable_streams
+from vglann_fast.cli.words import parse
 from vglann_fast.errors import VglannError
+from vglann_fast.experiments.replay import MADE
 from vglann_fast.progress import say
 from vglann_fast.run.environment import Launch, job_size, launched
-from vglann_fast.run.files import actionable
+from vglann_fast.run.os_errors import actionable
 from vglann_fast.runtime.signals import Interrupted, terminated_in_order
 
 # As PyTorch, cuBLAS and cuDNN say it.
 _OUT_OF_MEMORY = "(can't allocate|not enough|out of) memory|size calculation overflowed|STATUS_ALLOC_FAILED"
-_KINDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +47,6 @@ def _answered(words: list[str]) -> int:
             raise
         _flush_output()
         return status
-    except ArgumentError as error:
-        return _fail(_in_plain_words(str(error), words))
     except VglannError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -74,18 +67,14 @@ def _answered(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    """Read the arguments and do what they say; returns the exit status."""
-    words = expand_users(words)
-    chosen = new_parser().parse_args(spelled_out(words))
-    name, values = chosen.verb, chosen[chosen.verb]
-    if name in ("clips", "weights", "study"):  # groups of verbs
-        name, values = f"{name} {values.verb}", values[values.verb]
-    _check_processes(name)
+    """Read the arguments and run their command; returns the exit status."""
+    values = parse(expand_users(words))
+    _check_processes(values.command)
     _check_current_folder()
     with terminated_in_order():
-        status = perform(name, values)
-        if name in REPLAYED:
-            _remember(name, values)
+        status = perform(values)
+        if values.command in MADE:
+            _remember(values)
     return status
 
 
@@ -111,23 +100,8 @@ def _check_current_folder() -> None:
         ) from error
 
 
-def _in_plain_words(message: str, words: Sequence[str]) -> str:
-    """What the parser says of a value, in the user's terms: it has a key for an option, and types for kinds."""
-    message = " ".join(message.split())
-    found = re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', message)
-    if not found:
-        return message
-    key, kind, value = found.groups()
-    option = "--" + key.replace("_", "-")
-    name = option if any(word.split("=")[0] == option for word in words) else key.upper()
-    expected = _KINDS.get(kind, kind)
-    if kind.startswith("typing.Literal"):
-        expected = " or ".join(", ".join(re.findall(r"'([^']+)'", kind)).rsplit(", ", 1))
-    return f"{name}: expected {expected}, got {value!r}"
-
-
 def _fail(message: str) -> int:
-    """Print the error; of several processes only that which failed first does, for the others follow from it."""
+    """Print the error, in a job of several processes only in the first to fail; returns 2."""
     try:
         place = launched()
     except VglannError:
@@ -142,20 +116,19 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _check_processes(verb: str) -> None:
-    """Under torchrun only the verbs that share their work; the others would write it all in every process."""
-    if verb not in ("train", "map", "doctor") and job_size() > 1:
+def _check_processes(command: str) -> None:
+    """Raise `VglannError` under torchrun for a command that does not share its work: every process would write it."""
+    if command not in ("train", "map", "doctor") and job_size() > 1:
         raise VglannError(
             "under torchrun only train and map run in several processes; start this one alone, "
             "with WORLD_SIZE unset"
         )
 
 
-def _remember(verb: str, a: Namespace) -> None:
-    """Note a command that made something of a run, for `replay`."""
+def _remember(a: Namespace) -> None:
+    """Note in the run a command that `replay` can repeat."""
     from vglann_fast.run.folder import RunDir
 
-    if launched().rank == 0 and not a.get("dry_run"):
-        RunDir.open(a.run).logs.remember(
-            verb, {name: value for name, value in a.as_dict().items() if name != "run"}
-        )
+    if launched().rank == 0 and not getattr(a, "dry_run", False):
+        options = {name: value for name, value in vars(a).items() if name not in (*INTERNAL, "run")}
+        RunDir.open(a.run).logs.remember(a.command, options)

@@ -31,7 +31,7 @@ class PackOptions:
     start_every: int | None = None
     tiles: int = 1
     min_motion: float = 0.3
-    test_share: float = 0.1
+    test_fraction: float = 0.1
     seed: int = 0
     stabilize: bool = False
     max_frames: int = DecodeLimits.max_frames
@@ -47,7 +47,7 @@ class PackOptions:
         for name in ("max_frames", "max_pixels"):
             checked[name] = whole(name, getattr(self, name), 1)
         checked["min_motion"] = real("min_motion", self.min_motion, "from 0 to 255 (in 1/255)", 0, 255)
-        checked["test_share"] = real("test_share", self.test_share, "at least 0 and below 1", 0, 1)
+        checked["test_fraction"] = real("test_fraction", self.test_fraction, "at least 0 and below 1", 0, 1)
         checked["stabilize"] = switch("stabilize", self.stabilize)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -75,12 +75,12 @@ def clip_id(
     return hashlib.sha256((key + " stabilized" * stabilized).encode()).hexdigest()[:16]
 
 
-def shot_split(sha256: str, shot: int, seed: int, test_share: float) -> str:
+def shot_split(sha256: str, shot: int, seed: int, test_fraction: float) -> str:
     """The split of a shot's clips: test if the sha256 of "SHA256/shot/seed", as a number in 0..1, is below
-    test_share, else train.
+    test_fraction, else train.
     """
     digest = hashlib.sha256(f"{sha256}/{shot}/{seed}".encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") < test_share * 2**64 else "train"
+    return "test" if int.from_bytes(digest[:8], "big") < test_fraction * 2**64 else "train"
 
 
 def cut(
@@ -98,7 +98,7 @@ def cut(
     """
     every = options.start_every or options.frames * options.stride
     for number, (begin, end) in enumerate(shots):
-        split = shot_split(video.sha256, number, options.seed, options.test_share)
+        split = shot_split(video.sha256, number, options.seed, options.test_fraction)
         starts = list(range(begin, end - options.span + 1, every))
         if repeat_last and not starts:
             starts = [begin]

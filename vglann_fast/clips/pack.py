@@ -27,7 +27,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -46,14 +45,16 @@ from vglann_fast.clips.shots import find_shots
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.errors import VglannError
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.options.aliases import read_options
 from vglann_fast.progress import Progress
-from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.destinations import atomic_dir, content_of
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
 
 MAX_REJECTED_SHARE = 0.05
 REJECTED_FILE = "rejected.jsonl"
+OTHER_FILES = (REJECTED_FILE, "clips-*.npy", "sheet.png")  # beside the index; the sheet is from `clips show`
 STABILIZE_SECONDS = 6 * DecodeLimits.seconds  # for a file: finding keypoints takes longer than decoding
 _SHARD_CLIPS, _SHARD_BYTES = 1024, 2**29
 
@@ -103,7 +104,7 @@ def pack(
     start_every: int | None = None,
     tiles: int = 1,
     min_motion: float = 0.3,
-    test_share: float = 0.1,
+    test_fraction: float = 0.1,
     seed: int = 0,
     stabilize: bool = False,
     shots: ShotMethod = "histogram",
@@ -119,7 +120,7 @@ def pack(
     size: side of a clip in pixels, 32, 64 or 128.
     tiles: 1 takes the centre square of the frame, 2 the squares of half its height, and so on.
     min_motion: clips whose mean |frame - frame before| is smaller, in 1/255, are dropped as static.
-    test_share: expected share of shots whose clips are test clips. A shot is test or train by a hash of its
+    test_fraction: expected share of shots whose clips are test clips. A shot is test or train by a hash of its
         source, its number and `seed`, so it stays what it is when other sources come or go.
     stabilize: take the camera's motion out of each clip, see `stabilize.py`. Static clips are those in which
         nothing moves then. A clip for which that fails is dropped, and listed in rejected.jsonl.
@@ -141,7 +142,7 @@ def pack(
         start_every,
         tiles,
         min_motion,
-        test_share,
+        test_fraction,
         seed,
         stabilize,
         limits.max_frames,
@@ -155,14 +156,14 @@ def pack(
             raise VglannError(f"reading video needs the module {module}: pip install 'vglann-fast[video]'")
     found = find_sources(sources)
     out = Path(out)
-    if out.exists() and not _is_empty(out):
+    if content_of(out, INDEX_FILE, OTHER_FILES):
         if not (out / INDEX_FILE).is_file():
             raise VglannError(f"{out}: is there already and is no clip folder; choose another --out")
         if not overwrite:
             existing = read_index(out)
             _check_same(out, existing, options, found)
             return _report(out, existing, began, reused=True)
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, INDEX_FILE, OTHER_FILES) as folder:
         index = _write(folder, found, options, limits, workers, finder)
     return _report(out, index, began, reused=False)
 
@@ -214,7 +215,7 @@ def _write(
         )
         for s in sources
     ]
-    scratch = folder / "scratch"
+    scratch = folder.with_name("scratch")  # beside what is kept, so that it may go later
     scratch.mkdir()
     shards = _Shards(folder, options)
     entries: list[dict[str, Any]] = []
@@ -250,8 +251,6 @@ def _write(
                         entry["clips"] += 1
             finally:
                 video.discard()
-    # A file system that only renames files that are still open may not let go of the folder yet.
-    shutil.rmtree(scratch, ignore_errors=True)
     counts.update(rejected=len(rejected), unstable=len(unstable))
     _check_enough(len(clips), rejected, counts, len(sources), options)
     index = {
@@ -348,14 +347,10 @@ def _check_enough(
         )
 
 
-def _is_empty(out: Path) -> bool:
-    return out.is_dir() and not any(out.iterdir())
-
-
 def _check_same(out: Path, index: dict[str, Any], options: PackOptions, sources: list[Source]) -> None:
     """Raise `VglannError` unless the clip folder was made with these options and sources."""
     remedy = "choose another --out or set --overwrite"
-    old, new = asdict(PackOptions()) | index["options"], asdict(options)
+    old, new = asdict(PackOptions()) | read_options("clips pack", index["options"]), asdict(options)
     differing = sorted(name for name in new if old.get(name) != new[name])
     if differing:
         raise VglannError(f"{out}: was packed with other options ({', '.join(differing)}); {remedy}")

@@ -6,7 +6,7 @@ import numpy as np
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
-from vglann_fast.run.files import atomic_file
+from vglann_fast.run.destinations import atomic_file
 
 _GAP = 2
 _MOST_CLIPS = 16

@@ -314,7 +314,7 @@ def file_system(path: Path, mounts: str = "/proc/self/mounts") -> str | None:
     """
     if not Path(mounts).is_file():
         return None
-    path, depth, kind = path.expanduser().resolve(), -1, None
+    path, depth, kind = Path(os.path.realpath(path.expanduser())), -1, None
     for line in Path(mounts).read_text(errors="replace").splitlines():
         fields = line.split()
         if len(fields) < 3:

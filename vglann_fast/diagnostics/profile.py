@@ -1,7 +1,8 @@
 """`vglann profile RUN`: a few steps of a run's training under torch.profiler, and where their time went.
 
     RUN/profile/profile.json
-        {"device", "precision", "steps", "ms_per_step", "videos_per_second", "stages": {name: ms}, "warnings": [line],
+        {"device", "precision", "steps", "ms_per_step", "background_ms_per_step": null without such a phase,
+        "videos_per_second", "stages": {name: ms}, "warnings": [line],
         "launches_per_step": null on a CPU, "top": [[operation or kernel, ms]], "flop_per_step",
         "matmul_flops": FLOP/s of a large product in this run, "matmul_share": of that, what the step reached}
     RUN/profile/trace.json    for chrome://tracing or Perfetto
@@ -9,6 +10,8 @@
 Nothing else in the run changes: the steps are taken from its newest checkpoint and forgotten.
 """
 
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import TrainOptions
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.memory import forget_peak
@@ -64,12 +68,14 @@ def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str
 
 
 def _training_of(run: RunDir, options: TrainOptions, device: torch.device) -> Training:
-    """The run's training at its newest checkpoint; a finished one goes on as if it had further epochs."""
+    """The run's training at its newest checkpoint, with full steps; a finished one continues as if it had further
+    epochs."""
     clips = open_clips(run)
     training = new_training(clips, options, run, seed=run.options["seed"], device=device)
     if run.checkpoints.exist():
         training.restore()
-        training.epoch, training.position = 0, 0  # the learning rate of a last epoch may be zero
+    # The learning rate of a last epoch may be zero.
+    training.epoch, training.position = options.background_passes, 0
     return training
 
 
@@ -89,8 +95,11 @@ def _measure(training: Training, steps: int, folder: Path) -> dict[str, Any]:
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as found:
         _timed(training, steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    found.export_chrome_trace(str(folder / "trace.json"))
+    background = _background_seconds(training, steps) if training.options.background_passes else None
+    # PyTorch cannot write to a path that is not Unicode.
+    with tempfile.TemporaryDirectory() as scratch, atomic_file(folder / "trace.json") as file:
+        found.export_chrome_trace(f"{scratch}/trace.json")
+        shutil.copyfile(f"{scratch}/trace.json", file)
 
     per_step = seconds / steps
     work = [event for event in found.key_averages() if event.key not in STAGES]
@@ -105,6 +114,7 @@ def _measure(training: Training, steps: int, folder: Path) -> dict[str, Any]:
         "precision": training.precision,
         "steps": steps,
         "ms_per_step": 1e3 * per_step,
+        "background_ms_per_step": None if background is None else 1e3 * background / steps,
         "videos_per_second": training.batch_size * training.options.accumulate / per_step,
         "stages": {name: stage_time(found, name, device) / 1e3 / steps for name in STAGES},
         "launches_per_step": _launches(work) / steps if device.type == "cuda" else None,
@@ -122,6 +132,25 @@ def _timed(training: Training, steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
         training.train_step(with_video=False)
+    _finish(training.device)
+    return time.perf_counter() - started
+
+
+def _background_seconds(training: Training, steps: int) -> float:
+    """Seconds of `steps` steps of the background phase, the first of its first pass each time."""
+
+    def step() -> None:
+        training.epoch = training.position = 0
+        training.train_step(with_video=False)
+
+    if training.graphed is not None:
+        training.graphed.forget()
+    for _ in range(WARM_UP):
+        step()
+    _finish(training.device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
     _finish(training.device)
     return time.perf_counter() - started
 
@@ -180,6 +209,9 @@ def report(record: dict[str, Any], trace: Path) -> str:
         f"{record['precision']} on {record['device']}, {record['steps']} steps",
         *(f"  {name:<10} {ms:9.3f} ms" for name, ms in record["stages"].items()),
     ]
+    if (background := record.get("background_ms_per_step")) is not None:
+        ratio = background / record["ms_per_step"]
+        lines.append(f"{background:.2f} ms a step of the background phase, {ratio:.1%} of a full one")
     if record["launches_per_step"] is not None:
         lines.append(f"{record['launches_per_step']:.0f} launches a step")
     lines.append(

@@ -41,7 +41,7 @@ from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training
-from vglann_fast.metrics.reconstruction import reconstruction_metrics
+from vglann_fast.metrics.reconstruction import means_of, reconstruction_metrics
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.options.training import TrainOptions
@@ -58,7 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "+ range": {"target_range": "symmetric"},
     "+ all frames": {"frame_reduction": "mean"},
     "+ Adam state kept": {"adam_state": "keep"},
-    "+ row-wise latents": {"latent_mode": "row", "latent_norm": "projected", "latent_init": "sphere"},
+    "+ row-wise latents": {"latent_mode": "sparse", "latent_norm": "projected", "latent_init": "sphere"},
     "+ Laplacian kernel": {"blur": "binomial"},
     "+ statistics anew": UNUSED,
     "+ PCA start": {"latent_init": "pca"},
@@ -215,9 +215,7 @@ def measure(trained: Trained, mode: str, clips: ClipSet) -> dict[str, Any]:
     if mode == "eval":
         recompute_batchnorm(trained.generator, (trained.latents[torch.from_numpy(rows)] for rows in batches))
     trained.generator.train(mode == "train")
-    parts = list(measures_of(trained, clips, batches))
-    means = {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
-    return {"steps": trained.step, **means}
+    return {"steps": trained.step, **means_of(list(measures_of(trained, clips, batches)))}
 
 
 def measures_of(trained: Trained, clips: ClipSet, batches: list[np.ndarray]) -> Iterator[dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Every kind of mapping on the latents of one run, side by side, as a Markdown table.
 
-    python -m vglann_fast.experiments.compare_mappings RUN [--only imle,gmm] [--held-out 0.1] [--seed 0]
+    python -m vglann_fast.experiments.compare_mappings RUN [--only imle,gmm] [--holdout-fraction 0.1] [--seed 0]
 
 All are fitted to the same latents, and the same shots are set aside; gmm and the flows also choose by these. As many
 samples are drawn as there are latents to fit, for
@@ -61,7 +61,7 @@ def contestants() -> Iterator[tuple[str, str, MapOptions]]:
     """Name of the row, kind and options."""
     for kind in KINDS:
         paper, modern = (PRESETS[preset].map[kind] for preset in ("paper", "modern"))
-        if replace(paper, held_out=modern.held_out) != modern:
+        if replace(paper, holdout_fraction=modern.holdout_fraction) != modern:
             yield f"{kind}, paper", kind, paper
             yield f"{kind}, modern", kind, modern
         else:
@@ -95,15 +95,15 @@ def main() -> None:
     )
     parser.add_argument("run")
     parser.add_argument("--only", help="kinds, with commas between them; default all")
-    parser.add_argument("--held-out", type=float, default=0.1)
+    parser.add_argument("--holdout-fraction", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
     run = RunDir.open(a.run)
     trained = load_trained(run, a.device)
-    fitted, held_out = set_aside(trained.latents, run_shots(run, trained.ids), a.held_out, a.seed)
+    fitted, held_out = set_aside(trained.latents, run_shots(run, trained.ids), a.holdout_fraction, a.seed)
     if held_out is None:
-        parser.error("--held-out: expected above 0")
+        parser.error("--holdout-fraction: expected above 0")
     print(
         f"Step {trained.step}: {len(fitted)} latents fitted, {len(held_out)} set aside, {fitted.shape[1]}-d\n"
     )
@@ -113,7 +113,9 @@ def main() -> None:
     for name, kind, options in contestants():
         if a.only and kind not in a.only.split(","):
             continue
-        mapping = KINDS[kind](fitted.shape[1], replace(options, held_out=a.held_out), a.device, seed=a.seed)
+        mapping = KINDS[kind](
+            fitted.shape[1], replace(options, holdout_fraction=a.holdout_fraction), a.device, seed=a.seed
+        )
         clock = time.process_time if a.device == "cpu" else time.perf_counter
         started = clock()
         mapping.fit(fitted, torch.Generator(a.device).manual_seed(a.seed), held_out=held_out)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_file_of_run
 from vglann_fast.run.environment import environment
 from vglann_fast.run.files import read_json
 from vglann_fast.run.folder import RunDir
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vglann_fast")
 
-# What is made by each verb that can be repeated, under the run; a mapping has its kind as a further folder.
+# What each command makes that can be repeated, under the run; a mapping has its kind as a further folder. The command
+# line records these commands in history.jsonl.
 MADE = {
     "map": ("mapping",),
     "reconstruct": ("media/reconstruction",),
@@ -90,7 +92,7 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
     if out is not None:
         yield Path(out)
         return
-    with tempfile.TemporaryDirectory(prefix="vglann-replay-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vglann-replay-", ignore_cleanup_errors=True) as folder:
         yield Path(folder) / "run"
 
 
@@ -147,7 +149,7 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
         with training_numerics(options, device):
             training = new_training(clips, options, second, seed=run.options["seed"], device=device)
             training.resume()
-            training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.epochs)
+            training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.passes)
         training.source.close()
     return second
 
@@ -272,7 +274,8 @@ def _same_file(ours: Path, theirs: Path) -> bool:
     one, other = ours.read_bytes(), theirs.read_bytes()
     if one == other or ours.suffix != ".json":
         return one == other
-    return bool(_timeless(json.loads(one)) == _timeless(json.loads(other)))
+    values = (read_file_of_run(ours.name, json.loads(content)) for content in (one, other))
+    return len({_timeless(value) for value in values}) == 1
 
 
 def _timeless(value: Any) -> Any:

@@ -32,19 +32,22 @@ from vglann_fast.glo.checkpoint import load_trained, new_generator
 from vglann_fast.glo.compatibility import batch_size_for, check_compatibility
 from vglann_fast.glo.precision import resolve_precision
 from vglann_fast.glo.train import train
+from vglann_fast.mapping.base import MAPPING_FILE
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.split import set_aside, shot_numbers
 from vglann_fast.metrics.evaluate import Sides, evaluate, prepare
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.options.aliases import read_record
 from vglann_fast.options.fields import options_from_json, options_to_json
 from vglann_fast.options.mapping import map_options
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import LOSSES, PERCEPTUAL, TrainOptions
 from vglann_fast.report.page import write_report
 from vglann_fast.report.table_page import write_table_page
+from vglann_fast.run.destinations import content_of
 from vglann_fast.run.files import read_json, sha256, write_json
-from vglann_fast.run.folder import RunDir
+from vglann_fast.run.folder import RunDir, check_links
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.samples.sample import draw_latents, render
 from vglann_fast.samples.write import write_videos
@@ -176,6 +179,7 @@ def _checked(grid: Grid, device: torch.device | str) -> tuple[dict[str, Part], C
     _names("--losses", grid.losses, LOSSES)
     _names("--mappings", grid.kinds, tuple(KINDS))
     clips = ClipSet.open(grid.clips, "train")
+    check_links(grid.out / "samples")
     there = _rows_there(grid)
     parts = {}
     for loss in grid.losses:
@@ -184,7 +188,7 @@ def _checked(grid: Grid, device: torch.device | str) -> tuple[dict[str, Part], C
     latents = torch.zeros(len(clips), grid.train.latent_dim)
     for kind in grid.kinds:
         options = grid.map_options(kind)
-        fitted, _ = set_aside(latents, shot_numbers(clips.clips), options.held_out, grid.seed)
+        fitted, _ = set_aside(latents, shot_numbers(clips.clips), options.holdout_fraction, grid.seed)
         KINDS[kind](grid.train.latent_dim, options).check_latents(fitted)
     sides, _ = prepare(clips, grid.features, grid.n, device, [])
     return parts, clips, sides
@@ -212,8 +216,10 @@ def _rows_there(grid: Grid) -> dict[str, dict[str, Any]]:
     """The runs of the table that is there already; none if there is none."""
     file = grid.out / "table.json"
     if not file.is_file():
+        for name in {"table.md", "table.html", "samples"} & {*content_of(grid.out)}:
+            raise VglannError(f"{grid.out / name}: is there already, without a table; choose another --out")
         return {}
-    table = read_json(file)
+    table = read_record(read_json(file))
     if not isinstance(table, dict) or (table.get("format"), table.get("version")) != FORMAT:
         raise VglannError(f"{file}: not a table of this version of vglann-fast; choose another --out")
     rows = table.get("runs")
@@ -245,7 +251,7 @@ def _part(grid: Grid, loss: str, clips: ClipSet, row: dict[str, Any]) -> Part:
     run = RunDir.open(path)
     _check_options(path, _fixed(run.options), _fixed(grid.run_options(loss, clips)))
     for kind in grid.kinds:
-        if (path / "mapping" / kind).is_dir():
+        if (path / "mapping" / kind / MAPPING_FILE).is_file():
             there, wanted = load_mapping(run, kind).options, grid.map_options(kind)
             _check_options(path / "mapping" / kind, options_to_json(there), options_to_json(wanted))
     state = run.checkpoints.load()[0] if run.checkpoints.exist() else {}
@@ -283,7 +289,7 @@ def _mapping_digest(run: Path, kind: str) -> str:
 
 def _is_kept(run: Path, kind: str, digest: str | None) -> bool:
     """Whether the mapping is there, and the very one that table.json has."""
-    return (run / "mapping" / kind).is_dir() and _mapping_digest(run, kind) == digest
+    return (run / "mapping" / kind / MAPPING_FILE).is_file() and _mapping_digest(run, kind) == digest
 
 
 def _train(grid: Grid, loss: str, clips: ClipSet, device: torch.device | str, *, resume: bool) -> None:
@@ -318,7 +324,7 @@ def _measure(grid: Grid, loss: str, row: dict[str, Any], device: torch.device | 
         kinds=grid.kinds,
         features=grid.features,
         n=grid.n,
-        held_out=0,
+        invert=0,
         seed=grid.seed,
         device=device,
     )

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.glo.average import GeneratorAverage
 from vglann_fast.glo.batchnorm import sync_batch_norms
 from vglann_fast.glo.checkpoint import check_saved_size, new_generator
 from vglann_fast.glo.compatibility import batch_size_for, check_compatibility, use_graph
@@ -13,7 +14,7 @@ from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.latents import LatentTable, initial_latents
 from vglann_fast.glo.loader import open_source
 from vglann_fast.glo.memory import checkpoint_activations
-from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.optimizer import GeneratorOptimizer
 from vglann_fast.glo.perceptual import load_features
 from vglann_fast.glo.precision import (
     Logits,
@@ -21,6 +22,7 @@ from vglann_fast.glo.precision import (
     in_precision,
     resolve_precision,
 )
+from vglann_fast.glo.step import StepLogits
 from vglann_fast.glo.training import Training
 from vglann_fast.options.training import Precision, TrainOptions
 from vglann_fast.run.folder import RunDir
@@ -64,6 +66,8 @@ def new_training(
     own = ranks.owns(len(clips))
     ids = [clips.ids[row] for row in own.tolist()]
     scale = LossScale(device) if precision == "fp16" else None
+    # Copied before anything is wrapped around the generator's layers.
+    average = GeneratorAverage(generator, options.ema) if options.ema else None
     training = training_class(
         clips=clips,
         options=options,
@@ -76,10 +80,12 @@ def new_training(
         features=features,
         generator=generator,
         logits=_wrapped_logits(generator, options, precision, device, ranks),
+        background_logits=_background_logits(generator, options, precision, device),
         own=own,
         latents=LatentTable(rows[own].to(device, dtype), ids, options),
         guard=Guard.new(batch_size * options.accumulate, device),
-        optimizer=GeneratorAdam(generator, options, ranks, scale),
+        optimizer=GeneratorOptimizer(generator, options, ranks, scale),
+        average=average,
         source=open_source(options.data, clips, own.numpy(), device, batch_size),
     )
     training.graphed = _graphed_step(training)
@@ -100,6 +106,15 @@ def _wrapped_logits(
         sync_batch_norms(generator, ranks)
     logits = torch.compile(generator.logits) if options.compile else generator.logits
     return in_precision(logits, precision, device)
+
+
+def _background_logits(
+    generator: TwoStreamGenerator, options: TrainOptions, precision: Precision, device: torch.device
+) -> StepLogits:
+    """The same for the background alone, which takes too little memory to be checkpointed."""
+    logits = generator.background_logits
+    background = in_precision(torch.compile(logits) if options.compile else logits, precision, device)
+    return lambda z: (None, background(z))
 
 
 def _graphed_step(training: Training) -> GraphedStep | None:

@@ -1,7 +1,8 @@
 """Checkpoints of a GLO training, and loading what was trained.
 
-A checkpoint has the parts `generator` (its state dict), `latents` (`LatentTable.tensors` of all clips, and "lr")
-and `optimizer` (`GeneratorAdam.tensors`), and in state.json
+A checkpoint has the parts `generator` (its state dict), `latents` (`LatentTable.tensors` of all clips, and "lr"),
+`optimizer` (`GeneratorOptimizer.tensors`) and with --ema `average` (the state dict of the averaged generator), and in
+state.json
 
     step       updates taken since the training began
     epoch      whole passes over the clips since then
@@ -24,14 +25,17 @@ import torch
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
+from vglann_fast.glo.average import GeneratorAverage
+from vglann_fast.glo.background import inflate
+from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
 from vglann_fast.glo.generator import UPSAMPLING, TwoStreamGenerator
 from vglann_fast.glo.latents import LatentTable
-from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.optimizer import GeneratorOptimizer
 from vglann_fast.glo.perceptual import check_weights
 from vglann_fast.glo.resume import check_clips, matched_latents
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
-from vglann_fast.run.files import open_regular
+from vglann_fast.run.files import tensors_header
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import seeded
@@ -54,7 +58,8 @@ class LearnedState:
 
     generator: TwoStreamGenerator
     latents: LatentTable
-    optimizer: GeneratorAdam
+    optimizer: GeneratorOptimizer
+    average: GeneratorAverage | None = None
 
     def is_finite(self) -> bool:
         """Whether every number of this process's share is one."""
@@ -62,6 +67,7 @@ class LearnedState:
             *self.generator.state_dict().values(),
             *self.latents.tensors().values(),
             *self.optimizer.tensors().values(),
+            *(self.average.generator.parameters() if self.average is not None else ()),
         ]
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
@@ -83,6 +89,8 @@ class Checkpoints:
             "latents": gathered_latents(learned.latents, self.ranks, len(self.ids)),
             "optimizer": learned.optimizer.tensors(),
         }
+        if learned.average is not None:
+            parts["average"] = learned.average.generator.state_dict()
         state = {
             "epoch": place.epoch,
             "position": place.position,
@@ -123,6 +131,8 @@ class Checkpoints:
             )
             learned.latents.load(matched)
             learned.optimizer.load(parts["optimizer"])
+            if learned.average is not None:
+                learned.average.generator.load_state_dict(parts["average"])
             place = place_in_run(state, self.ranks.size)
             if place.position >= steps_per_pass or (place.epoch, place.position) > (passes, 0):
                 raise ValueError(
@@ -148,7 +158,9 @@ class Trained:
 def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     """Generator and latents of a run's newest checkpoint, the generator in the mode it samples in.
 
-    Raises `VglannError` when there is no whole checkpoint, or when it is of another generator than the options.
+    With --ema it is the averaged generator. In the background phase it shows the background, and no foreground that
+    has not been trained. Raises `VglannError` when there is no whole checkpoint, or when it is of another generator
+    than the options.
     """
     state, parts = run.checkpoints.load()
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
@@ -159,7 +171,7 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     with seeded(0):
         generator = new_generator(options, run.options["frames"], run.options["size"])
     try:
-        generator.load_state_dict(parts["generator"])
+        generator.load_state_dict(parts["average" if options.ema else "generator"])
         rows = parts["latents"]["rows"]
         weights = dict(state.get("weights", {}))
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -167,7 +179,12 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     if rows.shape != (len(state["ids"]), options.latent_dim) or rows.dtype != torch.float32:
         raise _unfit(run, f"latents {rows.dtype} {list(rows.shape)} of {len(state['ids'])} clips")
     generator.to(device).channels_last().train(options.batchnorm == "train").requires_grad_(False)
-    return Trained(generator, rows.to(device), state["ids"], options, state["step"], weights)
+    rows = rows.to(device)
+    if state.get("epoch", 0) < options.background_passes:
+        inflate(generator)
+    if options.ema and not state.get("finished") and options.batchnorm == "eval":
+        recompute_batchnorm(generator, latent_batches(rows, options.batch_size))
+    return Trained(generator, rows, state["ids"], options, state["step"], weights)
 
 
 def check_saved_size(run: RunDir, options: TrainOptions) -> None:
@@ -187,13 +204,9 @@ def check_saved_size(run: RunDir, options: TrainOptions) -> None:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the header of a safetensors file claims; empty where it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        open_regular(path).close()
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+        return tensors_header(path)[0]
+    except (OSError, ValueError):
         return {}
 
 

@@ -36,6 +36,8 @@ def check_compatibility(options: TrainOptions, ranks: Ranks, precision: str, dev
         "--compile true with --checkpoint-activations true": options.compile
         and options.checkpoint_activations,
         "--precision fp16 with several processes": precision == "fp16" and ranks.size > 1,
+        # Newton-Schulz iterations on Gram matrices need more digits than TensorFloat-32 has.
+        "--precision tf32 with --optimizer muon": precision == "tf32" and options.optimizer == "muon",
         "--deterministic true with --compile true": options.deterministic and options.compile,
         "--deterministic true with several GPUs": options.deterministic
         and ranks.size > 1

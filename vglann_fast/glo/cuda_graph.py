@@ -48,6 +48,11 @@ class GraphedStep:
         current.wait_stream(self._stream)
         return result
 
+    def forget(self) -> None:
+        """Capture again, since the step does something else from now on."""
+        self._graphs.clear()
+        self._calls = {True: 0, False: 0}
+
     def _run(self, with_video: bool) -> tuple[Tensor, Tensor | None]:
         if self._calls[with_video] < WARM_UP:
             self._calls[with_video] += 1

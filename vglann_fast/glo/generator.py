@@ -205,19 +205,27 @@ class TwoStreamGenerator(nn.Module):
 
         Channels 0-2 of the head are colors, channel 3 is the mask. What `mask_composite` reads.
         """
-        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-        z = z / (norm.detach() if self.latent_norm == "detached" else norm)
-        positions = self.stem(z).unflatten(1, (-1, self.channels))  # [B, P, 8w]
+        positions = self.stem(self._unit(z)).unflatten(1, (-1, self.channels))  # [B, P, 8w]
         video, background = positions.split([self.video_positions, self.background_positions], dim=1)
         video = video.unflatten(1, self.grid).movedim(-1, 1)  # [B, 8w, t, h, w], channels last
         background = background.unflatten(1, self.grid[1:]).movedim(-1, 1)  # [B, 8w, h, w], channels last
         return self.video(video), self.background(background)
+
+    def background_logits(self, z: Tensor) -> Tensor:
+        """Latents [B, d] -> background [B, 3, H, W] before the activation, without computing the video stream."""
+        rows = self.stem.weight[self.video_positions * self.channels :]
+        positions = F.linear(self._unit(z), rows).unflatten(1, (-1, self.channels))
+        return self.background(positions.unflatten(1, self.grid[1:]).movedim(-1, 1))
 
     def streams(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B, d] -> (foreground [B, 3, T, H, W] in (-1, 1), mask [B, 1, T, H, W] in (0, 1),
         background [B, 3, H, W] in (-1, 1))."""
         head, background = self.logits(z)
         return torch.tanh(head[:, :3]), torch.sigmoid(head[:, 3:]), torch.tanh(background)
+
+    def _unit(self, z: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        return z / (norm.detach() if self.latent_norm == "detached" else norm)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents [B, d] -> videos [B, 3, T, H, W] in (-1, 1)."""

@@ -19,7 +19,7 @@ ReadClips = Callable[[np.ndarray], np.ndarray]  # row numbers -> uint8 [n, 3, T,
 class LatentTable:
     """Latents [N, d] of the clips `ids`, with their Adam.
 
-    Mode "row" puts a row back on the unit sphere after each of its updates. The other two modes let rows leave
+    Mode "sparse" puts a row back on the unit sphere after each of its updates. The other two modes let rows leave
     it during an epoch and renormalize the whole table at the epoch's end, as the author does.
     """
 
@@ -29,7 +29,7 @@ class LatentTable:
         self.rows = rows
         self.ids = tuple(ids)
         self.lr = torch.tensor(options.lr_latents, dtype=rows.dtype, device=rows.device)
-        self.retraction = "sphere" if options.latent_mode == "row" else None
+        self.retraction = "sphere" if options.latent_mode == "sparse" else None
         self.adam = latent_adam_state(rows, options.latent_mode)
 
     def gather(self, index: Tensor) -> Tensor:

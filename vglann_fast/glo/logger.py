@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -25,21 +25,47 @@ class Logger:
         self.run, self.ranks, self.limits = run, ranks, limits
         self.seconds = 0.0  # of training up to the last line, over all resumes
         self._progress: Progress | None = None
+        self._step = self._last = self._background_end = self._phase_end = 0
         self._started = time.monotonic()
 
     @contextmanager
-    def opened(self, done: int, last: int) -> Iterator[None]:
-        """While steps are taken: `done` are, `last` is the final one. The clock runs."""
-        shown = Progress("glo", last, "step", done) if self.ranks.rank == 0 else nullcontext()
+    def opened(self, done: int, last: int, background_end: int = 0) -> Iterator[None]:
+        """While steps are taken: `done` are, `last` is the final one. The clock runs.
+
+        Up to step `background_end` they are those of the background phase, which have a progress of their own.
+        """
+        self._step, self._last, self._background_end = done, last, background_end
         self._started = time.monotonic() - self.seconds
-        with shown as self._progress:
+        self._show_phase()
+        try:
             yield
-        self._progress = None
+        finally:
+            self._close_progress()
 
     def advance(self) -> None:
         """One more step is taken."""
+        if self._step == self._phase_end:
+            self._show_phase()
+        self._step += 1
         if self._progress is not None:
             self._progress.advance()
+
+    def _show_phase(self) -> None:
+        """Begin the progress of the phase that the next step is in."""
+        self._close_progress()
+        if self.ranks.rank > 0:
+            return
+        end = self._background_end
+        self._phase_end = end if self._step < end else self._last
+        if self._step < end:
+            self._progress = Progress("glo, background alone", end, "step", self._step)
+        else:
+            self._progress = Progress("glo", self._last - end, "step", self._step - end)
+
+    def _close_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+            self._progress = None
 
     def write(self, step: int, epoch: float, loss: Tensor, video: Tensor, batch: Batch, lr: float) -> None:
         """Add a line about `step`; waits for the device.
@@ -47,7 +73,7 @@ class Logger:
         Args:
             epoch: passes over the clips, the one that is not whole as a fraction.
             loss: [].
-            video: [B, 3, T, H, W] made for the clips of `batch`, the last one of the step.
+            video: [B, 3, T, H, W] made for the clips of `batch`, the last one of the step; T is 1 for a still.
             lr: of the generator.
         """
         real = batch.clips[batch.at]

@@ -14,9 +14,12 @@ from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss, TargetLoss
 from vglann_fast.options.training import TrainOptions
 
+# Losses that one op computes together.
+FUSED = {"laplacian", "l1", "l2"}
+
 
 def glo_loss(
-    head: Tensor,
+    head: Tensor | None,
     background: Tensor,
     batch: Batch,
     options: TrainOptions,
@@ -26,15 +29,22 @@ def glo_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of a batch -> (its loss [], with the mask prior; video [B, 3, T, H, W] detached, or None).
 
-    One fused op where there is one: Laplacian loss alone against uint8 clips, whose rows it reads from the table.
+    One fused op where there is one: Laplacian loss, also with L1 and L2, against uint8 clips, whose rows it reads
+    from the table.
     The same numbers otherwise, from one op after the other; that path takes floating-point clips, too.
 
     Args:
-        head, background: what `TwoStreamGenerator.logits` gives.
+        head, background: what `TwoStreamGenerator.logits` gives. Without a head the background alone is compared
+            with each clip's mean frame, and the video has one frame.
         features: of `load_features(options, ...)`, where the loss names a network.
         with_video: the fused op writes the video only when asked.
     """
-    if options.loss_terms.keys() == {"laplacian"} and batch.clips.dtype == torch.uint8:
+    if head is None:
+        still = torch.tanh(_in_float32(background))[:, :, None]  # [B, 3, 1, H, W]
+        target = mean_frames(batch.clips[batch.at], still.dtype, options.target_limits)
+        return reconstruction_loss(still, target, options), still.detach() if with_video else None
+    terms = options.loss_terms.keys()
+    if "laplacian" in terms and terms <= FUSED and batch.clips.dtype == torch.uint8:
         return _fused_loss(head, background, batch, options, with_video)
     clips = batch.clips[batch.at]
     against = {name: loss.against(clips, batch.rows) for name, loss in (features or {}).items()}
@@ -45,14 +55,28 @@ def glo_loss(
     return loss, video.detach() if with_video else None
 
 
+def mean_frames(clips: Tensor, dtype: torch.dtype, limits: tuple[float, float]) -> Tensor:
+    """Clips [B, 3, T, H, W], uint8 or in `limits` already -> their mean frames [B, 3, 1, H, W] in `limits`."""
+    mean = clips.mean(2, keepdim=True, dtype=dtype)
+    low, high = limits
+    return mean if clips.is_floating_point() else mean * ((high - low) / 255.0) + low
+
+
+def _in_float32(video: Tensor) -> Tensor:
+    """16-bit values as float32; float64 stays."""
+    return video.to(torch.promote_types(video.dtype, torch.float32))
+
+
 def _fused_loss(
     head: Tensor, background: Tensor, batch: Batch, options: TrainOptions, with_video: bool
 ) -> tuple[Tensor, Tensor | None]:
     frames = head.shape[2]
     summed = frames - 1 if options.frame_reduction == "sum-but-last" else None
-    # The op takes the mean over frames. As weights of the levels the factor costs nothing; on the loss it would have
+    # The op takes the mean over frames. As weights of the terms the factor costs nothing; on the loss it would have
     # the backward pass multiply the whole gradient.
-    factor = (summed or 1) * options.loss_terms["laplacian"]
+    laplacian, l1, l2 = (
+        (summed or 1) * options.loss_terms.get(name, 0.0) for name in ("laplacian", "l1", "l2")
+    )
     result = composite_laplacian_loss(
         head,
         background.to(head.dtype),
@@ -63,8 +87,10 @@ def _fused_loss(
         return_video=with_video,
         levels=options.levels,
         blur=options.blur,
-        level_weights=[factor] * (options.levels + 1),
+        level_weights=[laplacian] * (options.levels + 1),
         target_range=options.target_limits,
+        l1_weight=l1,
+        l2_weight=l2,
     )
     return result if isinstance(result, tuple) else (result, None)
 
@@ -84,7 +110,7 @@ def reconstruction_loss(
         all frames but the last. "laplacian": sum over pyramid bands of the mean absolute difference, see
         `vglann_kernels`. "l1": mean absolute difference. "l2": mean squared difference. Networks: `FeatureLoss`.
     """
-    video = video.to(torch.promote_types(video.dtype, torch.float32))
+    video = _in_float32(video)
     terms = []
     for name, weight in options.loss_terms.items():
         loss = (
@@ -100,7 +126,11 @@ def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) 
     made, real = video[:, :, :scored], clips[:, :, :scored]
     if name == "laplacian":
         loss = laplacian_pyramid_loss(
-            made, real, levels=options.levels, blur=options.blur, target_range=options.target_limits
+            made,
+            real,
+            levels=options.levels,
+            blur=options.blur,
+            target_range=options.target_limits,
         )
     else:
         difference = made - to_range(real, made.dtype, options.target_limits)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.batchnorm import frozen_statistics
 from vglann_fast.glo.generator import Layer, TwoStreamGenerator
+from vglann_fast.glo.muon import matrix_parameters
 from vglann_fast.options.training import PERCEPTUAL, TrainOptions
 
 # Values that a training step keeps for its backward pass, per value of a layer's output: the convolution's output,
@@ -55,6 +56,9 @@ def memory_table(
         features: bytes of the networks in the loss and of the features kept for them.
     """
     weights = sum(p.numel() * p.element_size() for p in generator.parameters())
+    # Muon keeps one number for each of its weights, Adam two.
+    muon = matrix_parameters(generator).values() if options.optimizer == "muon" else ()
+    saved = sum(p.numel() * p.element_size() for p in muon)
     kept = KEPT_CHECKPOINTED if options.checkpoint_activations else KEPT
     pixels = frames * size * size
     # Layer l = 1..4 has width * 2^(4-l) channels on a grid 2^(5-l) times coarser in each direction.
@@ -64,7 +68,8 @@ def memory_table(
     values += 4 * pixels  # the head
     return [
         ("weights and gradients", 2 * weights),
-        ("Adam of the generator", 2 * weights),
+        ("optimizer of generator", 2 * weights - saved),
+        ("average of the generator", weights if options.ema else 0),
         ("latents and their Adam", sum(t.numel() * t.element_size() for t in latents)),
         ("activations (estimate)", batch_size * values * (2 if half else 4)),
         ("clips", clips * 3 * pixels),

@@ -1,4 +1,5 @@
-"""Adam over the generator's parameters, and what surrounds an update: all processes' gradients, float16's scale."""
+"""Adam, and Muon if asked for, over the generator's parameters, and what surrounds an update: all processes'
+gradients, float16's scale."""
 
 import math
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.latents import BETAS
+from vglann_fast.glo.muon import Muon, matrix_parameters
 from vglann_fast.glo.precision import LossScale
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.runtime.distributed import Ranks
@@ -14,11 +16,12 @@ from vglann_fast.runtime.distributed import Ranks
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class GeneratorAdam:
+class GeneratorOptimizer:
     """Fused Adam whose learning rate, counters and moments are tensors on the device that keep their place, so
-    that a captured step sees them change.
+    that a captured step sees them change. With optimizer="muon", `Muon` takes the transposed convolutions.
 
-    A batch's loss counts 1 / (batches that make an update, in all processes). `loss_scale` is for float16.
+    A parameter without a gradient, which has no part in the update, stays as it is and so does its state. A batch's
+    loss counts 1 / (batches that make an update, in all processes). `loss_scale` is for float16.
     """
 
     def __init__(
@@ -28,14 +31,18 @@ class GeneratorAdam:
         ranks: Ranks,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.parameters = dict(generator.named_parameters())
+        every = dict(generator.named_parameters())
+        matrices = matrix_parameters(generator) if options.optimizer == "muon" else {}
+        self.muon = Muon(matrices, options.lr_muon) if matrices else None
+        self.every = list(every.values())
+        self.parameters = {name: parameter for name, parameter in every.items() if name not in matrices}
         first = generator.stem.weight
         self.ranks = ranks
         self.loss_scale = loss_scale
         self.share = 1.0 / (ranks.size * options.accumulate)
         self.lr = torch.tensor(options.lr_generator, dtype=first.dtype, device=first.device)
         self.adam = torch.optim.Adam(
-            generator.parameters(), self.lr, betas=BETAS, fused=True, capturable=first.is_cuda
+            self.parameters.values(), self.lr, betas=BETAS, fused=True, capturable=first.is_cuda
         )
         for parameter in self.parameters.values():
             self.adam.state[parameter] = {
@@ -46,7 +53,8 @@ class GeneratorAdam:
 
     def zero_grad(self) -> None:
         """Forget the gradients of the update before."""
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.every:
+            parameter.grad = None
 
     def backward(self, loss: Tensor) -> Tensor:
         """Add the gradients of one batch's `loss` []; returns its share of the update's mean loss, detached."""
@@ -57,31 +65,39 @@ class GeneratorAdam:
     def gather(self, share: Tensor, latent_gradient: Tensor) -> tuple[Tensor, Tensor]:
         """All processes' gradients, and no scale any more. Returns (mean loss [], whether to leave the step out
         because float16 overflowed, a bool []); `latent_gradient` [B, d] is unscaled in place."""
-        loss = self.ranks.sum_gradients(self.parameters.values(), share)
+        loss = self.ranks.sum_gradients(self.every, share)
         if self.loss_scale is None:
             return loss, torch.zeros((), dtype=torch.bool, device=loss.device)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in self.every if p.grad is not None]
         return loss, self.loss_scale.unscale([*gradients, latent_gradient])
 
     def step(self, skip: Tensor) -> None:
         """Update the parameters; nothing at all where `skip` [] is true."""
         self.adam.found_inf = skip.float()  # type: ignore[attr-defined]  # fused Adam skips its update where this is 1
         self.adam.step()
+        if self.muon is not None:
+            self.muon.step(skip)
 
     @torch.no_grad()
-    def begin_epoch(self, lr: float, *, forget: bool) -> None:
-        """Set the learning rate; with `forget`, start Adam's moments and counters anew."""
-        self.lr.fill_(lr)
+    def begin_epoch(self, options: TrainOptions, factor: float, *, forget: bool) -> None:
+        """Set the learning rates to `factor` of the options' own; with `forget`, clear all moments and counters."""
+        self.lr.fill_(options.lr_generator * factor)
+        if self.muon is not None:
+            self.muon.lr.fill_(options.lr_muon * factor)
         if forget:
+            if self.muon is not None:
+                self.muon.forget()
             for name in self.parameters:
                 for tensor in self._state(name).values():
                     tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: "<moment>.<parameter>", "lr" and for float16 "loss_scale.<name>"."""
+        """What a checkpoint holds: "<moment>.<parameter>", "lr", for Muon "momentum.<parameter>" and "lr_muon", and
+        for float16 "loss_scale.<name>"."""
         found = {f"{key}.{name}": t for name in self.parameters for key, t in self._state(name).items()}
+        muon = self.muon.tensors() if self.muon is not None else {}
         scale = self.loss_scale.tensors() if self.loss_scale is not None else {}
-        return {**found, "lr": self.lr, **{f"loss_scale.{name}": t for name, t in scale.items()}}
+        return {**found, "lr": self.lr, **muon, **{f"loss_scale.{name}": t for name, t in scale.items()}}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -92,13 +108,22 @@ class GeneratorAdam:
             elif not name.startswith("loss_scale."):
                 raise ValueError(f"optimizer: {name} is missing")
 
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Adam's two moments of a parameter, each of its shape."""
+        state = self._state(name)
+        return state["exp_avg"], state["exp_avg_sq"]
+
     def _state(self, name: str) -> dict[str, Tensor]:
         state = self.adam.state[self.parameters[name]]
         return {key: state[key] for key in MOMENTS}
 
 
 def learning_rate_factor(options: TrainOptions, epoch: int) -> float:
-    """What the starting rates are multiplied by in `epoch`, counted from 0."""
+    """What the starting rates are multiplied by in `epoch`, counted from 0: 1 while the background alone learns,
+    then the schedule over the passes that are left."""
+    done, passes = epoch - options.background_passes, options.full_passes
+    if done < 0:
+        return 1.0
     if options.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * epoch / options.epochs))
-    return 0.5 ** (epoch * 10 // options.epochs)
+        return 0.5 * (1.0 + math.cos(math.pi * done / passes))
+    return 0.5 ** (done * 10 // passes)

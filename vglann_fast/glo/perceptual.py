@@ -74,7 +74,7 @@ _RECIPES: dict[str, Recipe] = {
 }
 # What the author's code computes: in-place ReLUs put layers 2, 7 and 12 of VGG16 behind their ReLU but leave 21
 # before it; the ResNeXt's list of features names layer2 twice; no statistics of the input; colors from cv2.
-_SEED: dict[str, Recipe] = {
+_PAPER: dict[str, Recipe] = {
     "vgg16": Recipe((3, 8, 13, 21), (1, 1, 1, 1), None, swap_colors=True, relative=False),
     "resnet50-3d": Recipe(
         ("pool", "layer1", "layer2", "layer4"),
@@ -99,7 +99,7 @@ _SEED: dict[str, Recipe] = {
 
 def recipe_of(name: str, options: TrainOptions) -> Recipe:
     """How `options` compare the features of network `name`."""
-    return (_SEED.get(name) if options.perceptual == "seed" else None) or _RECIPES[name]
+    return (_PAPER.get(name) if options.perceptual == "paper" else None) or _RECIPES[name]
 
 
 def load_features(
@@ -140,7 +140,7 @@ class FeatureLoss:
         self.recipe = recipe_of(weights.name, options)
         if self.recipe.batch_statistics and options.cache_features == "on":
             raise VglannError(
-                f"--cache-features on: the features of {self.name} depend on the batch with --perceptual seed; "
+                f"--cache-features on: the features of {self.name} depend on the batch with --perceptual paper; "
                 "use --perceptual fixed or leave it out"
             )
         form = torch.channels_last_3d if self.recipe.whole_clips else torch.channels_last

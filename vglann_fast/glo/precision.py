@@ -10,6 +10,7 @@ Weights, latents, losses, BatchNorm statistics and Adam are float32 in every pre
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.options.training import Precision, TrainOptions
 from vglann_fast.runtime.numerics import numerics
 
+T = TypeVar("T")
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,13 +52,15 @@ def training_numerics(options: TrainOptions, device: torch.device) -> AbstractCo
     return numerics(deterministic=options.deterministic, tf32=tf32)
 
 
-def in_precision(logits: Logits, precision: Precision, device: torch.device) -> Logits:
+def in_precision(
+    logits: Callable[[Tensor], T], precision: Precision, device: torch.device
+) -> Callable[[Tensor], T]:
     """`logits` run in `precision`: latents in float32 go in, logits in the precision's dtype come out."""
     dtype = AUTOCAST.get(precision)
     if dtype is None:
         return logits
 
-    def cast(z: Tensor) -> tuple[Tensor, Tensor]:
+    def cast(z: Tensor) -> T:
         # The cache of cast weights would outlive the graph it was filled in; a step casts each weight once anyway.
         with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
             return logits(z)

@@ -1,39 +1,44 @@
 """One training step of GLO."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function as stage  # names the parts of a step for `vglann profile`
 
+from vglann_fast.glo.average import GeneratorAverage
 from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
-from vglann_fast.glo.optimizer import GeneratorAdam
+from vglann_fast.glo.optimizer import GeneratorOptimizer
 from vglann_fast.glo.perceptual import FeatureLoss
-from vglann_fast.glo.precision import Logits
 from vglann_fast.options.training import TrainOptions
+
+# Latents [B, d] -> (head [B, 4, T, H, W] or None for the background alone, background [B, 3, H, W]).
+StepLogits = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 
 
 def glo_step(
-    logits: Logits,
+    logits: StepLogits,
     latents: LatentTable,
-    optimizer: GeneratorAdam,
+    optimizer: GeneratorOptimizer,
     guard: Guard,
     batches: Iterable[Batch],
     options: TrainOptions,
     features: Mapping[str, FeatureLoss] | None = None,
+    average: GeneratorAverage | None = None,
     *,
     with_video: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Latents -> generator -> loss -> gradients -> updates of generator and latents.
 
     Args:
-        logits: `TwoStreamGenerator.logits`, or that in another precision or compiled.
+        logits: `TwoStreamGenerator.logits`, also compiled or in another precision; or the background alone.
         batches: the clips of this update and the rows of their latents; one batch but for --accumulate. Asked
             for one by one, each after the backward pass of the one before.
         features: of `load_features(options, ...)`, where the loss names a network.
+        average: follows the generator.
         with_video: whether the videos of the last batch are wanted.
 
     Returns:
@@ -45,7 +50,7 @@ def glo_step(
     for batch in batches:
         with stage("generator"):
             z = latents.gather(batch.rows)  # [B, d]
-            head, background = logits(z)  # [B, 4, T, H, W], [B, 3, H, W]
+            head, background = logits(z)
         with stage("loss"):
             loss, video = glo_loss(head, background, batch, options, features, with_video=with_video)
         with stage("backward"):
@@ -58,8 +63,11 @@ def glo_step(
         own = torch.stack(shares).sum()
         loss, overflow = optimizer.gather(own, gradient)
         frozen = guard.watch(loss, own, index)
-        optimizer.step(skip=frozen | overflow)
-        latents.step(index, gradient, skip=frozen | overflow)
+        skip = frozen | overflow
+        optimizer.step(skip)
+        latents.step(index, gradient, skip)
+        if average is not None:
+            average.update(guard.step, skip)
     return loss.detach(), video
 
 

@@ -54,6 +54,9 @@ def train(
             with run.locked() if first else nullcontext():
                 if resume:
                     training.resume(on_mismatch)
+                else:
+                    # Every process has seen an empty folder before process 0 fills it.
+                    training.ranks.wait()
                 if first:
                     run.resumed(training.step, on_mismatch) if resume else run.begin()
                 if tensorboard and first:

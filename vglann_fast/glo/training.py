@@ -2,6 +2,9 @@
 
 Nothing random happens after the first step but the order of the clips, which is a function of seed, epoch and share;
 so a resumed training takes the same steps as one that was never stopped.
+
+With --background-share the first passes are the background phase, see `background.py`. Its steps are those of any
+other pass with another network and another target; the pass that ends it also inflates the generator.
 """
 
 import logging
@@ -17,6 +20,8 @@ from torch.profiler import record_function as stage
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import memory
+from vglann_fast.glo.average import GeneratorAverage
+from vglann_fast.glo.background import background_options, copy_stem_rows, inflate
 from vglann_fast.glo.batchnorm import RunningStatistics, latent_batches, recompute_batchnorm
 from vglann_fast.glo.checkpoint import Checkpoints, LearnedState, Place
 from vglann_fast.glo.cuda_graph import GraphedStep
@@ -25,12 +30,12 @@ from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.loader import Batch, ClipSource, batches_of, clip_order
 from vglann_fast.glo.logger import Logger
-from vglann_fast.glo.optimizer import GeneratorAdam, learning_rate_factor
+from vglann_fast.glo.optimizer import GeneratorOptimizer, learning_rate_factor
 from vglann_fast.glo.perceptual import FeatureLoss, weight_records
 from vglann_fast.glo.precision import (
     Logits,
 )
-from vglann_fast.glo.step import glo_step
+from vglann_fast.glo.step import StepLogits, glo_step
 from vglann_fast.options.training import OnMismatch, Precision, TrainOptions
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks, StopAgreement
@@ -48,7 +53,8 @@ class Training:
 
     clips: what to train on, the same set in every process. run: where metrics and checkpoints go; only process 0
     writes. own: rows of the clips that belong to this process, int64. logits: the generator's, in the precision,
-    compiled or not. graphed: the step as a CUDA graph, or None.
+    compiled or not; background_logits: the background's alone. average: of the generator, or None. graphed: the step
+    as a CUDA graph, or None.
     """
 
     clips: ClipSet
@@ -62,10 +68,12 @@ class Training:
     features: dict[str, FeatureLoss]
     generator: TwoStreamGenerator
     logits: Logits
+    background_logits: StepLogits
     own: Tensor
     latents: LatentTable
     guard: Guard
-    optimizer: GeneratorAdam
+    optimizer: GeneratorOptimizer
+    average: GeneratorAverage | None
     source: ClipSource
     graphed: GraphedStep | None = None
 
@@ -73,6 +81,7 @@ class Training:
         self.steps_per_epoch = (
             len(self.clips) // self.ranks.size // (self.batch_size * self.options.accumulate)
         )
+        self.background_options = background_options(self.options)
         self.statistics = RunningStatistics(self.generator)
         self.logger = Logger(self.run, self.ranks, self.options.target_limits)
         self.checkpoints = Checkpoints(
@@ -86,11 +95,20 @@ class Training:
 
     @property
     def last_step(self) -> int:
-        """The step after which `options.epochs` passes are over."""
-        return self.step + (self.options.epochs - self.epoch) * self.steps_per_epoch - self.position
+        """The step after which all passes are over."""
+        return self._step_at(self.options.passes)
+
+    @property
+    def in_background_phase(self) -> bool:
+        """Return True if the next step trains the background alone."""
+        return self.epoch < self.options.background_passes
+
+    def _step_at(self, epoch: int) -> int:
+        """The step after which `epoch` passes are over, from where the training is now."""
+        return self.step + (epoch - self.epoch) * self.steps_per_epoch - self.position
 
     def loop(self, *, log_every: int = 10, checkpoint_every: int = 10, max_steps: int | None = None) -> None:
-        """Train to the end of `options.epochs`, or until `max_steps` steps were taken in all, and save.
+        """Train to the end of all passes, or until `max_steps` steps were taken in all, and save.
 
         Args:
             log_every: steps between lines in metrics.jsonl.
@@ -100,25 +118,30 @@ class Training:
             Interrupted: SIGTERM or SIGINT in any process, after saving.
             VglannError: as `check_finite`; or another process ended, and the checkpoint before stays.
         """
-        last, first = self.last_step, self.step
+        last, passes = self.last_step, self.options.background_passes
+        background_end = self._step_at(passes) if passes else 0
         if self.step == last:
             return
         until = last if max_steps is None else min(max_steps, last)
-        stopping = False
-        with signals_collected(self.ranks.size == 1) as received, self.logger.opened(self.step, last):
+        stopping = peak_known = False
+        shown = self.logger.opened(self.step, last, background_end)
+        with signals_collected(self.ranks.size == 1) as received, shown:
             stop = StopAgreement(self.ranks)
             forget_peak(self.device)
             while self.step < until and not stopping:
                 logging_now = (self.step + 1) % log_every == 0 or self.step + 1 == until
+                full = not self.in_background_phase
                 loss, video, batch = self.train_step(with_video=logging_now)
                 self.logger.advance()
-                if self.step == first + 1:
-                    log.info("peak memory after step 1: %.3f GB", peak_memory(self.device) / 1e9)
+                if full and not peak_known:
+                    peak_known = True
+                    log.info("peak memory after the first full step: %.3f GB", peak_memory(self.device) / 1e9)
                     if self.step < until:
                         self.keep_targets(lambda: stop.agreed(bool(received)))
                 if logging_now:
                     self._log(loss, video, batch)
-                if self.position == 0 and self.epoch % checkpoint_every == 0 and self.step < until:
+                due = self.epoch % checkpoint_every == 0 or self.step == background_end
+                if self.position == 0 and due and self.step < until:
                     self.save()
                 stopping = stop.agreed(bool(received))
             stop.close()
@@ -129,7 +152,7 @@ class Training:
             raise Interrupted(received[0] if received else signal.SIGTERM)
 
     def keep_targets(self, told: Callable[[], bool] = lambda: False) -> None:
-        """After the first step, when the peak of memory is known; see `FeatureLoss.keep_targets`."""
+        """After the first full step, when the peak of memory is known; see `FeatureLoss.keep_targets`."""
         for loss in self.features.values():
             loss.keep_targets(self.source, len(self.clips), self.batch_size, self.ranks, told)
 
@@ -152,22 +175,40 @@ class Training:
             self.check_finite()  # once an epoch: its end would change what is frozen
             self.latents.end_epoch()
             self.epoch, self.position = self.epoch + 1, 0
+            if self.epoch == self.options.background_passes:
+                self._inflate()
         return loss, video, self._batch
 
     def update(self, batches: Iterable[Batch], with_video: bool) -> tuple[Tensor, Tensor | None]:
         """One update from these batches, see `glo_step`; nothing of it stays if the loss is not finite."""
+        background = self.in_background_phase
         loss, video = glo_step(
-            self.logits,
+            self.background_logits if background else self.logits,
             self.latents,
             self.optimizer,
             self.guard,
             batches,
-            self.options,
+            self.background_options if background else self.options,
             self.features,
+            self.average,
             with_video=with_video,
         )
         self.statistics.settle(self.guard.frozen)
         return loss, video
+
+    def _inflate(self) -> None:
+        """End the background phase: the foreground begins as the background."""
+        for generator in self._generators():
+            inflate(generator)
+        for moment in self.optimizer.moments("stem.weight"):
+            copy_stem_rows(self.generator, moment)
+        self.statistics.keep()
+        if self.graphed is not None:
+            self.graphed.forget()
+
+    def _generators(self) -> list[TwoStreamGenerator]:
+        """The generator and, with --ema, its average."""
+        return [self.generator, *([self.average.generator] if self.average is not None else [])]
 
     def _rows_of_step(self, epoch: int, position: int) -> list[np.ndarray]:
         """The rows of each batch of a step, numbered as in this process's share."""
@@ -191,17 +232,17 @@ class Training:
         """Set the learning rates of this epoch, and start Adam anew if the options say so."""
         forget = self.options.adam_state == "per-epoch"
         factor = learning_rate_factor(self.options, epoch)
-        if self.options.latent_mode == "catchup" and epoch:
+        if self.options.latent_mode == "lazy" and epoch:
             lag = self.latents.adam.row_step != self.latents.adam.step
             assert not bool(lag.any()), "rows lag at a change of lr"
-        self.optimizer.begin_epoch(self.options.lr_generator * factor, forget=forget)
+        self.optimizer.begin_epoch(self.options, factor, forget=forget)
         self.latents.begin_epoch(self.options.lr_latents * factor, forget=forget)
         self.generator.train()
 
     @property
     def learned(self) -> LearnedState:
         """What the steps change."""
-        return LearnedState(self.generator, self.latents, self.optimizer)
+        return LearnedState(self.generator, self.latents, self.optimizer, self.average)
 
     def save(self, *, finished: bool = False) -> None:
         """Write a checkpoint of this step. Raises as `check_finite`."""
@@ -248,14 +289,14 @@ class Training:
     def restore(self, on_mismatch: OnMismatch = "error") -> None:
         """Take over the newest checkpoint; the run is only read. Raises as `resume`."""
         place, cut_short = self.checkpoints.restore(
-            self.learned, on_mismatch, self.options.epochs, self.steps_per_epoch
+            self.learned, on_mismatch, self.options.passes, self.steps_per_epoch
         )
         self.step, self.epoch, self.position = place.step, place.epoch, place.position
         if cut_short:
             self.latents.end_epoch()  # the pass that was cut short ends here; it begins again
         if self.position:  # within a pass; the rates may have been given anew with --resume
             factor = learning_rate_factor(self.options, self.epoch)
-            self.optimizer.begin_epoch(self.options.lr_generator * factor, forget=False)
+            self.optimizer.begin_epoch(self.options, factor, forget=False)
             self.latents.change_rate(self.options.lr_latents * factor)
         self.statistics.keep()
         self.guard.step.fill_(self.step)
@@ -293,4 +334,5 @@ class Training:
         """Statistics for eval mode, over the latents of all processes as they are now."""
         if self.options.batchnorm == "eval":
             rows = self.ranks.gather_rows(self.latents.rows, len(self.clips)).to(self.device)
-            recompute_batchnorm(self.generator, latent_batches(rows, self.batch_size))
+            for generator in self._generators():
+                recompute_batchnorm(generator, latent_batches(rows, self.batch_size))

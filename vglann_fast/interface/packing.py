@@ -22,7 +22,7 @@ def pack(
     start_every: int | None = None,
     tiles: int = 1,
     min_motion: float = 0.3,
-    test_share: float = 0.1,
+    test_fraction: float = 0.1,
     seed: int = 0,
     stabilize: bool = False,
     shots: stage.ShotMethod = "histogram",
@@ -46,7 +46,7 @@ def pack(
         start_every: source frames from the start of one clip to the next. Default: disjoint, frames * stride.
         tiles: 1 takes the center square of the frame, 2 the squares of half the height, and so on.
         min_motion: clips whose mean absolute difference of consecutive frames, in 1/255, is below it are dropped.
-        test_share: expected fraction of the shots whose clips are kept for testing, 0 to below 1.
+        test_fraction: expected fraction of the shots whose clips are kept for testing, 0 to below 1.
         seed: seed of the split into train and test shots.
         stabilize: whether to take the camera's motion out of each clip.
         shots: method that finds cuts, "histogram" or "transnetv2". The latter needs its weights.
@@ -73,7 +73,7 @@ def pack(
             start_every=start_every,
             tiles=tiles,
             min_motion=min_motion,
-            test_share=test_share,
+            test_fraction=test_fraction,
             seed=seed,
             stabilize=stabilize,
             shots=shots,

@@ -172,7 +172,7 @@ class Run:
             kind: "imle", "vae", "gmm", "gaussian", "flow" or "autoregressive".
             preset: preset of the options that are not given. Default: the preset of the run.
             seed: seed of the fit, 0 to below 2^63.
-            options: options of `vglann map` with underscores, e.g. epochs=50, held_out=0.1.
+            options: options of `vglann map` with underscores, e.g. epochs=50, holdout_fraction=0.1.
 
         Returns:
             The folder mapping/<kind>; its mapping.json has the losses by epoch, and distances to held-out latents.
@@ -207,7 +207,7 @@ class Run:
         kinds: str | Iterable[str] = (),
         features: str | Iterable[str] = FEATURES,
         n: int | None = None,
-        held_out: int = 8,
+        invert: int = 8,
         seed: int = 0,
     ) -> Evaluation:
         """Measure reconstruction and generation against held-out clips, as `vglann evaluate RUN` does.
@@ -217,7 +217,7 @@ class Run:
             features: networks whose features are compared: "transnetv2", "lite0", "lite0-step", "i3d" (FVD),
                 "i3d-16"; () for none. Their weights must have been imported.
             n: videos on each side. Default: all held-out clips, at most 2,048.
-            held_out: held-out clips to invert, 0 for none.
+            invert: held-out clips to find latents for, 0 for none.
             seed: seed of the noise, 0 to below 2^63.
 
         Returns:
@@ -227,14 +227,14 @@ class Run:
         Raises `VglannError` for a mapping or weights that are missing, too few clips or frames, or a run that another
         process or thread is writing to.
         """
-        seed, held_out = checked_seed(seed), whole("held_out", held_out, 0, MAX_VIDEOS)
+        seed, invert = checked_seed(seed), whole("invert", invert, 0, MAX_VIDEOS)
         with self._computing(), RunDir.open(self.path).locked():
             result = evaluate_run(
                 self.path,
                 kinds=words(kinds),
                 features=words(features),
                 n=n,
-                held_out=held_out,
+                invert=invert,
                 seed=seed,
                 device=self.device,
             )
@@ -316,9 +316,9 @@ def evaluate(
     kinds: str | Iterable[str] = (),
     features: str | Iterable[str] = FEATURES,
     n: int | None = None,
-    held_out: int = 8,
+    invert: int = 8,
     seed: int = 0,
 ) -> Evaluation:
     """Measure a run, or the run in a folder; see `Run.evaluate`."""
     run = run if isinstance(run, Run) else Run(run)
-    return run.evaluate(kinds=kinds, features=features, n=n, held_out=held_out, seed=seed)
+    return run.evaluate(kinds=kinds, features=features, n=n, invert=invert, seed=seed)

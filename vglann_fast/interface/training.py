@@ -175,7 +175,7 @@ def resumed_run(path: str | Path, clips: str | Path | ClipSet | None, options: M
     run = RunDir.open(path)
     if run.options["clips"] is None:
         raise VglannError(f"{path} was imported: it has no training to continue; train a new run")
-    free = [field.name for field in fields(TrainOptions) if field.metadata["anew"]]
+    free = [field.name for field in fields(TrainOptions) if field.metadata["resumable"]]
     if fixed := sorted({field.name for field in fields(TrainOptions)} & options.keys() - set(free)):
         raise VglannError(
             f"--resume: {', '.join(fixed)} cannot change after the start of a run; leave it out, or train a new run"

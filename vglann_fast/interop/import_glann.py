@@ -26,8 +26,8 @@ from vglann_fast.runtime.numerics import numerics
 _FRAMES, _SIZE = 32, 64  # of the videos his networks make
 
 
-@numerics()
-def import_seed(
+@numerics(tf32=False)
+def import_glann(
     generator_file: str | Path, latents_file: str | Path, out: str | Path, variant: Variant = "original"
 ) -> RunDir:
     """Make the run `out` from netG_*.pth, the state dict of his generator, and netZ_*.pth, that of his latents.

@@ -21,7 +21,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.interop.torch_file import BAD_ZIP, MAX_BYTES, read_torch_file
 from vglann_fast.interop.weight_shapes import checked, expected_shapes
 from vglann_fast.nets.weights import FORMAT, VERSION, Network, weights_folder
-from vglann_fast.run.files import atomic_file, read_json, save_tensors, sha256, write_json
+from vglann_fast.run.destinations import atomic_file
+from vglann_fast.run.files import load_tensors, read_json, save_tensors, sha256, write_json
 
 # Beginnings of the sha256 of files this program was made for; torchvision names its file by the first 8 digits.
 KNOWN: dict[str, str] = {
@@ -108,12 +109,9 @@ def _read(name: Network, path: Path, called: str) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path, called: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        return load_tensors(path)
+    except (OSError, ValueError) as error:
         raise VglannError(f"{called}: not a safetensors file ({error}); get it again") from error
 
 

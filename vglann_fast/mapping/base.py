@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_mapping
 from vglann_fast.options.fields import options_from_json, options_to_json
 from vglann_fast.options.mapping import MapOptions
 from vglann_fast.options.training import MAXIMA
-from vglann_fast.run.files import open_regular, read_json, save_tensors
+from vglann_fast.run.files import load_tensors, read_json, save_tensors
 
 MAPPING_FORMAT = ("vglann-mapping", 1)
-HALVING_EPOCHS = 50
+MAPPING_FILE = "mapping.json"
+HALVING_EPOCHS = 50  # of schedule "halve-every-50"
 
 Log = Callable[[dict[str, Any]], None]
 Options = TypeVar("Options", bound=MapOptions)
@@ -119,24 +121,19 @@ class LatentSampler(ABC, Generic[Options]):
             "epochs": self.epochs,
             "gap": self.gap,
         }
-        (folder / "mapping.json").write_text(json.dumps(record, indent=1))
+        (folder / MAPPING_FILE).write_text(json.dumps(record, indent=1))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Self:
         """Read what `save` wrote. Raises `VglannError` for a folder that is not such a mapping."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            record = read_json(folder / "mapping.json")
+            record = read_mapping(read_json(folder / MAPPING_FILE))
             if (record["format"], record["version"], record["kind"]) != (*MAPPING_FORMAT, cls.kind):
                 raise ValueError("not a mapping of this kind and version")
             options = options_from_json(cls.options_class, record["options"])
             if type(record["latent_dim"]) is not int or not 1 <= record["latent_dim"] <= MAXIMA["latent_dim"]:
                 raise ValueError(f"latents of length {record['latent_dim']!r}")
-            file = folder / "mapping.safetensors"
-            open_regular(file).close()
-            tensors = load_file(file, device=str(device))
+            tensors = load_tensors(folder / "mapping.safetensors", device)
             _check_tensors(tensors, cls.sizes(record["latent_dim"], options))
             mapping = cls(record["latent_dim"], options, device)
             mapping.restore(tensors)
@@ -148,7 +145,6 @@ class LatentSampler(ABC, Generic[Options]):
             KeyError,
             TypeError,
             RuntimeError,
-            SafetensorError,
         ) as error:
             raise VglannError(
                 f"{folder}: not a mapping that can be read ({error}); run `vglann map` again"
@@ -187,6 +183,6 @@ def _check_tensors(tensors: dict[str, Tensor], sizes: Iterable[tuple[str, tuple[
 
 def learning_rate_factor(schedule: str, epoch: int, epochs: int) -> float:
     """What the starting rate is multiplied by in `epoch` of `epochs`, counted from 0."""
-    if schedule == "halving":
+    if schedule == "halve-every-50":
         return 0.5 ** (epoch // HALVING_EPOCHS)
     return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))

@@ -7,7 +7,7 @@ import torch
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
-from vglann_fast.mapping.base import LatentSampler
+from vglann_fast.mapping.base import MAPPING_FILE, LatentSampler
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.generalization import measure_gap
@@ -17,7 +17,7 @@ from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
 from vglann_fast.options.mapping import MapOptions
 from vglann_fast.progress import Progress
-from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.destinations import atomic_dir
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
@@ -27,7 +27,7 @@ KINDS: dict[str, type[LatentSampler]] = {
 }
 
 
-@numerics()
+@numerics(tf32=False)
 def fit_mapping(
     run_path: str | Path,
     kind: str,
@@ -39,9 +39,9 @@ def fit_mapping(
 ) -> Path:
     """Fit the mapping `kind` to the latents of a run and store it under mapping/<kind>/; returns that folder.
 
-    Whole shots with `options.held_out` of the latents are set aside, and how near the mapping comes to these and to
-    the others is measured. With several `ranks` each searches its share of imle's noise, all take the same steps, and
-    the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
+    Whole shots with `options.holdout_fraction` of the latents are held out, and how near the mapping comes to these
+    and to the others is measured. With several `ranks` each searches its share of imle's noise, all take the same
+    steps, and the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
     metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that
     are not finite.
     """
@@ -53,28 +53,29 @@ def fit_mapping(
     mapping = _mapping_class(kind)(latents.shape[1], options, device, seed=seed)
     mapping.check_latents(latents)
     fitted, held_out = latents, None
-    if options.held_out > 0:
-        fitted, held_out = set_aside(latents, run_shots(run, trained.ids), options.held_out, seed)
+    if options.holdout_fraction > 0:
+        fitted, held_out = set_aside(latents, run_shots(run, trained.ids), options.holdout_fraction, seed)
     generator = torch.Generator(device).manual_seed(seed)
     destination = run.path / "mapping" / kind
     if ranks is not None and ranks.rank > 0:
         mapping.fit(fitted, generator, held_out=held_out)
         return destination
-    run.logs.drop_metrics(kind, after_step=0)
+    rows: list[dict[str, Any]] = []
     with Progress(kind, mapping.most_epochs, "epoch") as progress:
-        rows = 0
 
         def log(row: dict[str, Any]) -> None:
-            nonlocal rows
-            rows += 1
-            run.logs.add({"stage": kind, "step": rows, **row})
+            rows.append({"stage": kind, "step": len(rows) + 1, **row})
             progress.advance()
             progress.show(**{name: value for name, value in row.items() if isinstance(value, float)})
 
         mapping.fit(fitted, generator, log, held_out)
     mapping.gap = measure_gap(mapping, fitted, held_out, torch.Generator(device).manual_seed(seed + 1))
-    with atomic_dir(destination) as folder:
+    with atomic_dir(destination, MAPPING_FILE) as folder:
         mapping.save(folder)
+    # Only now: an earlier mapping keeps its rows until it is replaced.
+    run.logs.drop_metrics(kind, after_step=0)
+    for row in rows:
+        run.logs.add(row)
     return destination
 
 
@@ -82,7 +83,7 @@ def load_mapping(run: RunDir, kind: str, device: torch.device | str = "cpu") -> 
     """The mapping `kind` of a run. Raises `VglannError` when it was not fitted yet or cannot be read."""
     mapping = _mapping_class(kind)
     folder = run.path / "mapping" / kind
-    if not folder.is_dir():
+    if not (folder / MAPPING_FILE).exists():
         raise VglannError(
             f"{run.path} has no {kind} mapping; fit one with `vglann map {run.path} --kind {kind}`"
         )

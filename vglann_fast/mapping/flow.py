@@ -80,7 +80,7 @@ class _Flow(LatentSampler[AutoregressiveOptions]):
         self.check_latents(latents)
         if held_out is None:
             log_line(
-                f"{self.kind}: no latents set aside (--held-out): nothing says when it learns them by heart"
+                f"{self.kind}: no latents set aside (--holdout-fraction): nothing says when it learns them by heart"
             )
         options, directions = self.options, F.normalize(latents.to(self.dtype), dim=1)
         self._whiten(directions)

@@ -58,7 +58,7 @@ class GMM(LatentSampler[GmmOptions]):
         sizes = [size for size in self.options.sizes if size <= len(latents)]
         if len(sizes) > 1 and held_out is None:
             raise VglannError(
-                "--components: several numbers need latents set aside to choose by; raise --held-out"
+                "--components: several numbers need latents set aside to choose by; raise --holdout-fraction"
             )
         if len(sizes) > 1 and self.latent_dim == 1:
             raise VglannError("--components: expected one number for latents of one dimension")

@@ -71,7 +71,8 @@ def set_aside(latents: Tensor, shots: Tensor, share: float, seed: int) -> tuple[
     left = int((~aside).sum())
     if left < 2:
         raise VglannError(
-            f"--held-out {share:g}: of {len(latents)} latents that leaves fewer than 2; lower it to 0"
+            f"--holdout-fraction {share:g} leaves fewer than 2 of {len(latents)} latents to fit; "
+            "use --holdout-fraction 0"
         )
     aside = aside.to(latents.device)
     return latents[~aside], latents[aside]
@@ -79,6 +80,6 @@ def set_aside(latents: Tensor, shots: Tensor, share: float, seed: int) -> tuple[
 
 def _warn_of_single_clips(why: str) -> None:
     log_line(
-        f"--held-out: single clips are set aside, not whole shots, so some may be all but the same as clips that "
-        f"are fitted ({why})"
+        f"--holdout-fraction: single clips are held out, not whole shots, so some may be nearly the same as clips "
+        f"that are fitted ({why})"
     )

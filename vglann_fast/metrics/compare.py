@@ -70,7 +70,7 @@ def measure(
 
 
 def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
-    """Features [n, d] of real videos against those of made ones.
+    """Features [n, d] of real videos against generated ones.
 
     Returns, JSON-able:
 

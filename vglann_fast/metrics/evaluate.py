@@ -29,7 +29,7 @@ from vglann_fast.metrics.compare import Measurement, compare, measure
 from vglann_fast.metrics.features import Extractor, load_extractors
 from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.metrics.prdc import nearest_distances
-from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality
+from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality, training_pca
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
 from vglann_fast.run.folder import RunDir
@@ -101,14 +101,14 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
-@numerics()
+@numerics(tf32=False)
 def evaluate(
     run_path: str | Path,
     *,
     kinds: Sequence[str] = (),
     features: Sequence[str] = (),
     n: int | None = None,
-    held_out: int = 8,
+    invert: int = 8,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -118,7 +118,7 @@ def evaluate(
         kinds: mappings to sample from; none: all that were fitted.
         features: names that `metrics.features` has, or "i3d-16"; none: no distances of features.
         n: videos on each side; by default all that are held out, at most 2,048.
-        held_out: held-out clips to invert; 0 for none.
+        invert: how many held-out clips to invert.
 
     Raises `VglannError` for a mapping or weights that are missing, and too few clips or frames for a protocol.
     """
@@ -132,7 +132,7 @@ def evaluate(
     result = Evaluation(run.path / "evaluation")
     sides, protocols = prepare(open_clips(run), features, n, device, result.warnings)
 
-    quality = _reconstruction(run, sides, held_out, device)
+    quality = _reconstruction(run, sides, invert, device)
     result.records[RECONSTRUCTION] = write_record(result.folder, RECONSTRUCTION, quality)
     known = _known(sides, protocols, device)
     for source in (TRAINING_LATENTS, *kinds):
@@ -174,7 +174,7 @@ def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
         rows = order[:others]
         warnings.append(
             f"{held_out} clips are held out in {training.folder}: half of the training clips stand for real ones, "
-            "so nothing is said about clips it has not seen; pack with a larger --test-share"
+            "so nothing is said about clips it has not seen; pack with a larger --test-fraction"
         )
     most = min(len(rows), len(training) - others)  # as many training clips are the floor
     if n is not None and n > most:
@@ -210,12 +210,17 @@ def _protocol(name: str, found: Extractor, sides: Sides) -> Protocol:
     return Protocol("FVD" if name == "i3d" else f"frechet[{name}]", found)
 
 
-def _reconstruction(run: RunDir, sides: Sides, held_out: int, device: torch.device | str) -> dict[str, Any]:
-    """Quality of training clips and, found by inversion, of up to `held_out` held-out clips."""
+def _reconstruction(run: RunDir, sides: Sides, invert: int, device: torch.device | str) -> dict[str, Any]:
+    """Quality of training clips and, found by inversion, of up to `invert` held-out clips."""
     trained = load_trained(run, device)
-    found: dict[str, Any] = {"step": trained.step, "train": reconstruction_quality(trained, sides.training)}
-    if held_out and sides.split == "test":
-        found["held_out"] = inversion_quality(trained, sides.real.read(sides.real_rows[:held_out]))
+    pca = training_pca(trained, sides.training)
+    found: dict[str, Any] = {
+        "step": trained.step,
+        "train": reconstruction_quality(trained, sides.training, pca),
+    }
+    if invert and sides.split == "test":
+        clips = sides.real.read(sides.real_rows[:invert])
+        found["held_out"] = inversion_quality(trained, clips, sides.training, pca)
     return found
 
 

@@ -93,7 +93,7 @@ def frechet_distance(real: FeatureMoments, made: FeatureMoments) -> float:
     Raises `VglannError` for fewer than 2 rows, features that are all the same, or different numbers of features.
     """
     if len(real.mean) != len(made.mean):
-        raise VglannError(f"real features have {len(real.mean)} numbers, made ones {len(made.mean)}")
+        raise VglannError(f"real features have {len(real.mean)} numbers, generated ones {len(made.mean)}")
     for name, moments in (("real", real), ("generated", made)):
         if moments.n < 2:
             raise VglannError(f"a Fréchet distance needs at least 2 {name} videos, got {moments.n}")
@@ -117,9 +117,11 @@ def frechet_warnings(real: FeatureMoments, made: FeatureMoments, distance: float
             "large; compare it only with values of the same n"
         )
     if real.n != made.n:
-        lines.append(f"{real.n} real and {made.n} made videos: the distance is biased by the smaller number")
+        lines.append(
+            f"{real.n} real and {made.n} generated videos: the distance is biased by the smaller number"
+        )
     if distance <= _SAME * (real.trace + made.trace):
-        lines.append("the real and the made features are identical: was one set compared with itself?")
+        lines.append("the real and the generated features are identical: was one set compared with itself?")
     return lines
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -36,8 +35,9 @@ from vglann_fast.errors import VglannError
 from vglann_fast.metrics import features
 from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.progress import Progress
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.environment import default_cache
-from vglann_fast.run.files import atomic_file
+from vglann_fast.run.files import load_tensors, tensors_header
 
 FORMAT = ("vglann-features", 1)
 _HEADER = 2**16  # bytes a file may have beside its rows
@@ -132,13 +132,12 @@ def _read(file: Path, record: str, shape: tuple[int, int]) -> Tensor | None:
             return None
         if file.stat().st_size > 8 * shape[0] * shape[1] + _HEADER:
             raise ValueError("larger than it can be")
-        with safe_open(file, "pt") as content:
-            metadata, rows = content.metadata(), content.get_tensor("rows").clone()
+        metadata, rows = tensors_header(file)[1], load_tensors(file)["rows"]
         if rows.dtype != torch.float64 or tuple(rows.shape) != shape or not rows.isfinite().all():
             raise ValueError(f"its rows are {rows.dtype} {tuple(rows.shape)}, or not finite")
         if metadata != {"record": record, "sha256": _sha256(rows)}:
             raise ValueError("it does not match its record or checksum")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s cannot be used (%s); its features are computed again", file, error)
         return None
     return rows

@@ -72,7 +72,7 @@ def _distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
 def _checked(real: Tensor | np.ndarray, made: Tensor | np.ndarray, k: int) -> tuple[Tensor, Tensor]:
     real, made = check_features(real), check_features(made)
     if real.shape[1] != made.shape[1]:
-        raise VglannError(f"real features have {real.shape[1]} numbers, made ones {made.shape[1]}")
+        raise VglannError(f"real features have {real.shape[1]} numbers, generated ones {made.shape[1]}")
     if min(len(real), len(made)) <= k:
         raise VglannError(f"{k} neighbors need more than {k} videos, got {len(real)} and {len(made)}")
     return real, made

@@ -6,7 +6,7 @@
         step, seed                   of the checkpoint; of the noise
         frames, size                 of the clips
         real                         {"split", "clips": taken, "of": in that split, "sha256": of the clips taken}
-        training, made               {"clips", "sha256"}
+        training, generated          {"clips", "sha256"}
         features                     {title: {"protocol": the extractor's record (network, resize, range, frames,
                                      sha256 of its weights, dimensions), "generated": figures, "floor": figures of as
                                      many training clips, "nearest_training_clip": distances}}
@@ -14,9 +14,11 @@
         nearest_training_clip        distances in pixels: root mean square, in 1/255
         warnings                     lines
 
-A quality is {"clips", and the means of `reconstruction.reconstruction_metrics`}; figures are those of
-`compare.compare`; distances are {"generated", "real": quantiles}, without "real" where no clips are held out. The
-sha256 of a set of videos is that of their sorted sha256 digests. A number that is not finite is null.
+A quality is what `reconstruction.means_of` returns, with "pca_components" and "pca_exact". The latter is true where
+PCA with as many components as a latent has numbers reproduces the training clips without an error, because there are
+so few of them; PCA is not fitted then. Figures are those of `compare.compare`. Distances are {"generated", "real":
+quantiles}, without "real" where no clips are held out. The sha256 of a set of videos is that of their sorted sha256
+digests. A number that is not finite is null.
 """
 
 from collections.abc import Mapping
@@ -28,6 +30,25 @@ from vglann_fast.samples.write import finite
 
 FORMAT = ("vglann-evaluation", 1)
 RECONSTRUCTION, TRAINING_LATENTS = "reconstruction", "training-latents"
+# Parts of a reconstruction record, and columns of the tables about them, by key.
+QUALITY_ROWS = {"train": "training clips", "held_out": "held-out clips, inverted"}
+QUALITY_COLUMNS = {
+    "psnr": "PSNR, dB",
+    "psnr_last_frame": "last frame, dB",
+    "ssim": "SSIM",
+    "l1": "L1, 1/255",
+    "laplacian": "Laplacian",
+    "motion_r2": "motion R²",
+    "motion_r2_median": "R² of the median clip",
+}
+BASELINE_COLUMNS = {
+    "psnr_mean_color": "mean color, dB",
+    "psnr_still": "mean frame (still), dB",
+    "psnr_pca": "PCA, dB",
+    "motion_r2_pca": "PCA, motion R²",
+    "psnr_nearest": "nearest training clip, dB",
+    "still_clips": "clips without motion",
+}
 
 
 def write_record(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +61,8 @@ def write_record(folder: Path, name: str, content: Mapping[str, Any]) -> dict[st
 def tables(records: Mapping[str, dict[str, Any]]) -> str:
     """The records of one evaluation as Markdown tables."""
     sources = {name: record for name, record in records.items() if name != RECONSTRUCTION}
-    parts = [_quality_table(records[RECONSTRUCTION])]
+    quality = records[RECONSTRUCTION]
+    parts = [*_quality_tables(quality), *verdicts(quality)]
     for title in next(iter(sources.values()))["features"]:
         parts.append(_feature_table(title, {name: one["features"][title] for name, one in sources.items()}))
     parts.append(_video_table(sources))
@@ -57,23 +79,54 @@ def doubts(records: Mapping[str, dict[str, Any]]) -> list[str]:
     return [f"{', '.join(where)}: {line}" for line, where in found.items()]
 
 
-def _quality_table(record: dict[str, Any]) -> str:
-    rows = []
-    for key, name in (("train", "training clips"), ("held_out", "held-out clips, inverted")):
-        if quality := record.get(key):
-            columns = ("psnr", "psnr_last_frame", "ssim", "l1", "laplacian", "psnr_mean_color")
-            rows.append([name, str(quality["clips"]), *(_number(quality.get(column)) for column in columns)])
-    head = [
-        "reconstruction",
-        "n",
-        "PSNR, dB",
-        "last frame, dB",
-        "SSIM",
-        "L1, 1/255",
-        "Laplacian",
-        "mean color, dB",
-    ]
-    return markdown(head, rows)
+def verdict(quality: Mapping[str, Any]) -> str:
+    """Return one sentence if a model is below a baseline, or "".
+
+    quality: what `reconstruction.means_of` returns, also as read from a file: what is not a number is passed over.
+    """
+    names = ("psnr", "psnr_still", "psnr_over_still", "psnr_pca", "pca_components")
+    psnr_, still, over_still, pca, components = (_or_nan(quality.get(name)) for name in names)
+    below = []
+    if over_still < 0:
+        below.append(f"a still (each clip's mean frame: {still:.2f} dB)")
+    if psnr_ < pca:
+        below.append(f"PCA with {components:.0f} components ({pca:.2f} dB)")
+    if not below:
+        return ""
+    return f"The model reproduces these clips worse than {' and than '.join(below)}."
+
+
+def _or_nan(value: Any) -> float:
+    """A number as it is, anything else as NaN, which is neither below nor above any number."""
+    return float(value) if type(value) in (int, float) else float("nan")
+
+
+def verdicts(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each part of a reconstruction record whose clips a baseline reproduces better."""
+    found = {name: record.get(key) for key, name in QUALITY_ROWS.items()}
+    lines = {name: verdict(one) for name, one in found.items() if isinstance(one, dict)}
+    return [f"{name}: {line}" for name, line in lines.items() if line]
+
+
+def pca_cell_is_exact(quality: Mapping[str, Any], column: str) -> bool:
+    """Return True if a cell is about a PCA that reproduces its clips by construction."""
+    return quality.get("pca_exact") is True and column in ("psnr_pca", "motion_r2_pca")
+
+
+def _quality_tables(record: dict[str, Any]) -> list[str]:
+    tables = []
+    for title, columns in (("reconstruction", QUALITY_COLUMNS), ("baselines", BASELINE_COLUMNS)):
+        rows = [
+            [name, str(quality["clips"]), *(_quality_cell(quality, column) for column in columns)]
+            for key, name in QUALITY_ROWS.items()
+            if (quality := record.get(key))
+        ]
+        tables.append(markdown([title, "n", *columns.values()], rows))
+    return tables
+
+
+def _quality_cell(quality: dict[str, Any], column: str) -> str:
+    return "exact" if pca_cell_is_exact(quality, column) else _number(quality.get(column))
 
 
 def _feature_table(title: str, sources: dict[str, dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from vglann_fast.errors import VglannError
 from vglann_fast.run.environment import default_cache
-from vglann_fast.run.files import read_json, sha256
+from vglann_fast.run.files import load_tensors, read_json, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,10 +84,7 @@ def load_weights(name: str) -> Weights:
         raise VglannError(f"{record_file}: damaged; {again}")
     if not tensors_file.is_file() or sha256(tensors_file) != record.get("tensors_sha256"):
         raise VglannError(f"{tensors_file}: missing, or does not match its checksum; {again}")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return Weights(name, load_file(tensors_file), record["sha256"])
-    except (SafetensorError, OSError, ValueError) as error:
+        return Weights(name, load_tensors(tensors_file), record["sha256"])
+    except (OSError, ValueError) as error:
         raise VglannError(f"{tensors_file}: damaged ({error}); {again}") from error

@@ -5,15 +5,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from vglann_fast.errors import VglannError
-from vglann_fast.options.fields import check_choices, option, require
+from vglann_fast.options.fields import check_choices, flag_of, option, require
+from vglann_fast.options.training import PAPER
 
-HELD_OUT = (
-    "share of the latents that is set aside, whole shots, to measure how well the mapping does on latents it has not "
-    "seen; gmm and the flows also choose by them, so do a little better there; 0 to below 1"
-)
+HOLDOUT = "of the latents, in whole shots, to measure overfitting; gmm and the flows also choose by them"
 
-
-# Of what is counted from 1. As in `training.py`: beyond any machine, and would fail as a lack of memory or of time.
+# Upper bounds of counts. As in `training.py`: larger values would only fail later, out of memory or time.
 MAXIMA = {
     "noise_dim": 65_536,
     "hidden": 65_536,
@@ -26,23 +23,32 @@ MAXIMA = {
 }
 MAX_COMPONENTS = 65_536
 
+# Fields that several kinds have.
+NOISE_DIM = "length of a noise vector"
+HIDDEN = "of the mapping's networks"
+LR = "learning rate at the start"
+WEIGHT_DECAY = "L2 regularization"
+SCHEDULE = "learning rate: cosine to zero, or halved after every 50 passes"
+ADAM_STATE = "Adam's moments: keep them, or reset them in each pass"
+Schedule = Literal["cosine", "halve-every-50"]
+
 
 @dataclass(frozen=True)
 class MapOptions:
-    """What every kind of mapping has. Kinds that choose nothing by latents set aside have none by default."""
+    """The options of every kind of mapping. Kinds that choose nothing by held-out latents have none by default."""
 
-    held_out: float = option(0.0, HELD_OUT)
+    holdout_fraction: float = option(0.0, HOLDOUT, metavar="FRACTION")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(0 <= self.held_out < 1, "held_out", "0 to below 1", self.held_out)
+        require(0 <= self.holdout_fraction < 1, "holdout_fraction", "0 to below 1", self.holdout_fraction)
         for name in (field.name for field in fields(self) if field.name in MAXIMA):
             value = getattr(self, name)
             require(1 <= value <= MAXIMA[name], name, f"1 to {MAXIMA[name]:,}", value)
 
 
 def _require_steps(options: "ImleOptions | VaeOptions | AutoregressiveOptions") -> None:
-    """What all that are trained by Adam ask of their options."""
+    """Check the options shared by all mappings trained with Adam."""
     require(options.batch_size >= 2, "batch_size", "at least 2", options.batch_size)
     require(0 < options.lr < float("inf"), "lr", "a positive number", options.lr)
     require(0 <= options.weight_decay < float("inf"), "weight_decay", "0 or more", options.weight_decay)
@@ -52,36 +58,28 @@ def _require_steps(options: "ImleOptions | VaeOptions | AutoregressiveOptions") 
 class ImleOptions(MapOptions):
     """IMLE: the network from noise to latents and how it is fitted. Defaults: preset `modern`."""
 
-    noise_dim: int = option(16, "length of a noise vector")
-    hidden: int = option(128, "hidden units of the mapping's networks")
-    epochs: int = option(
-        50, "passes over the latents; imle: each draws a pool of noise and matches it to them"
-    )
-    batch_size: int = option(128, "latents per step; imle: and noise vectors per block of the pool")
-    pool_factor: int = option(10, "noise vectors drawn per latent in each epoch")
+    noise_dim: int = option(16, NOISE_DIM, metavar="NUMBERS")
+    hidden: int = option(128, HIDDEN, metavar="UNITS")
+    epochs: int = option(50, "over the latents; gmm: most rounds of EM", metavar="PASSES")
+    batch_size: int = option(128, "per step; imle: also noise per block", metavar="LATENTS")
+    pool_factor: int = option(10, "noise vectors per latent and pass", metavar="N")
     reject_quantile: float = option(
         0.0,
-        "RS-IMLE: reject noise nearer to a latent than this quantile of the matched distances, 0 to below 1; "
-        "0 rejects nothing",
+        "RS-IMLE: reject noise nearer to a latent than this quantile of the matched distances; 0 rejects none",
+        metavar="Q",
     )
     rematch: float = option(
         1.0,
-        "match a latent anew once its distance has fallen to this share of what it was when matched, above 0 to "
-        "1; 1 matches every latent in every epoch",
+        "match again below this part of the distance; 1: always",
+        metavar="FRACTION",
     )
-    lr: float = option(1e-3, "learning rate at the start")
-    schedule: Literal["cosine", "halving"] = option(
-        "cosine", "learning rate: cosine to zero, or halved after every 50 epochs"
-    )
-    weight_decay: float = option(1e-5, "L2 regularization added to the gradient")
-    normalize: bool = option(
-        True, "put the mapped noise on the unit sphere, where the latents are, before matching"
-    )
-    adam_state: Literal["keep", "per-epoch"] = option(
-        "keep", "keep Adam's moments, or start them anew each epoch"
-    )
+    lr: float = option(1e-3, LR, metavar="RATE")
+    weight_decay: float = option(1e-5, WEIGHT_DECAY, metavar="WEIGHT")
+    normalize: bool = option(True, "put mapped noise on the unit sphere before matching", group=PAPER)
+    schedule: Schedule = option("cosine", SCHEDULE, group=PAPER)
+    adam_state: Literal["keep", "per-epoch"] = option("keep", ADAM_STATE, group=PAPER)
     batchnorm: Literal["eval", "train"] = option(
-        "eval", "BatchNorm of the mapping network when sampling: running statistics, or of each batch"
+        "eval", "BatchNorm when sampling: running statistics, or each batch's", group=PAPER
     )
 
     def __post_init__(self) -> None:
@@ -95,21 +93,15 @@ class ImleOptions(MapOptions):
 class VaeOptions(MapOptions):
     """The variational autoencoder of the latents. Defaults: preset `modern`."""
 
-    noise_dim: int = option(16, "length of a noise vector")
-    hidden: int = option(512, "hidden units of the mapping's networks")
-    epochs: int = option(200, "passes over the latents")
-    batch_size: int = option(128, "latents per step")
-    kl_weight: float = option(
-        0.01, "weight of the divergence of the codes from the standard normal, beside the squared error"
-    )
-    lr: float = option(1e-3, "learning rate at the start")
-    schedule: Literal["cosine", "halving"] = option(
-        "cosine", "learning rate: cosine to zero, or halved after every 50 epochs"
-    )
-    weight_decay: float = option(0.0, "L2 regularization added to the gradient")
-    adam_state: Literal["keep", "per-epoch"] = option(
-        "keep", "keep Adam's moments, or start them anew each epoch"
-    )
+    noise_dim: int = option(16, NOISE_DIM, metavar="NUMBERS")
+    hidden: int = option(512, HIDDEN, metavar="UNITS")
+    epochs: int = option(200, "passes over the latents", metavar="PASSES")
+    batch_size: int = option(128, "latents per step", metavar="LATENTS")
+    kl_weight: float = option(0.01, "of the KL divergence beside the squared error", metavar="WEIGHT")
+    lr: float = option(1e-3, LR, metavar="RATE")
+    weight_decay: float = option(0.0, WEIGHT_DECAY, metavar="WEIGHT")
+    schedule: Schedule = option("cosine", SCHEDULE, group=PAPER)
+    adam_state: Literal["keep", "per-epoch"] = option("keep", ADAM_STATE, group=PAPER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,20 +118,20 @@ class GaussianOptions(MapOptions):
 class GmmOptions(MapOptions):
     """A mixture of normal distributions with full covariances. Defaults: preset `modern`."""
 
-    held_out: float = option(0.1, HELD_OUT)
+    holdout_fraction: float = option(0.1, HOLDOUT, metavar="FRACTION")
     components: str = option(
         "1,4,16,64",
-        "normal distributions in the mixture; of several numbers the one that gives the latents set aside the "
-        "highest likelihood, those above the number of latents left out",
+        "normal distributions in the mixture; of several numbers the held-out latents choose one",
+        metavar="N,N,...",
     )
-    epochs: int = option(100, "rounds of EM at most")
-    starts: int = option(2, "beginnings from other centers; the likeliest end is kept")
-    tolerance: float = option(1e-3, "EM ends when the mean log-likelihood changes by less, nats a latent")
-    floor: float = option(1e-6, "added to the diagonal of every covariance")
+    epochs: int = option(100, "most rounds of EM", metavar="ROUNDS")
+    starts: int = option(2, "from other centers; the likeliest end is kept", metavar="N")
+    tolerance: float = option(1e-3, "EM ends when the mean log-likelihood changes by less", metavar="NATS")
+    floor: float = option(1e-6, "added to the diagonal of every covariance", metavar="VARIANCE")
     prior: float = option(
         30.0,
-        "latents' worth of the whole set's covariance that is mixed into that of every component, so that one of "
-        "few latents still has a shape; 0: maximum likelihood",
+        "weight of the whole set's covariance in each component's, in latents; 0: maximum likelihood",
+        metavar="LATENTS",
     )
 
     def __post_init__(self) -> None:
@@ -148,9 +140,9 @@ class GmmOptions(MapOptions):
             require(0 <= getattr(self, name) < float("inf"), name, "0 or more", getattr(self, name))
         sizes = self.sizes
         require(
-            len(sizes) == 1 or self.held_out > 0,
+            len(sizes) == 1 or self.holdout_fraction > 0,
             "components",
-            "one number with --held-out 0",
+            "one number with --holdout-fraction 0",
             self.components,
         )
 
@@ -168,13 +160,13 @@ class GmmOptions(MapOptions):
 class AutoregressiveOptions(MapOptions):
     """The masked autoregressive flow. Defaults: preset `modern`."""
 
-    held_out: float = option(0.1, HELD_OUT)
-    transforms: int = option(4, "invertible steps one after the other")
-    hidden: int = option(128, "hidden units of the mapping's networks")
-    epochs: int = option(100, "passes over the latents")
-    batch_size: int = option(128, "latents per step")
-    lr: float = option(1e-3, "learning rate at the start")
-    weight_decay: float = option(1e-5, "L2 regularization added to the gradient")
+    holdout_fraction: float = option(0.1, HOLDOUT, metavar="FRACTION")
+    transforms: int = option(4, "invertible steps, one after the other", metavar="STEPS")
+    hidden: int = option(128, HIDDEN, metavar="UNITS")
+    epochs: int = option(100, "passes over the latents", metavar="PASSES")
+    batch_size: int = option(128, "latents per step", metavar="LATENTS")
+    lr: float = option(1e-3, LR, metavar="RATE")
+    weight_decay: float = option(1e-5, WEIGHT_DECAY, metavar="WEIGHT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +177,7 @@ class AutoregressiveOptions(MapOptions):
 class FlowOptions(AutoregressiveOptions):
     """The invertible flow of neural spline couplings. Defaults: preset `modern`."""
 
-    bins: int = option(8, "pieces of each spline")
+    bins: int = option(8, "pieces of each spline", metavar="PIECES")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,7 +196,7 @@ MAP_KINDS = tuple(MAP_OPTIONS)
 
 
 def map_options(presets: Mapping[str, MapOptions], kind: str, given: Mapping[str, Any]) -> MapOptions:
-    """The options of a mapping of `kind`: those of a preset, by kind, but for what is `given`.
+    """Return the options of a mapping of `kind`: the preset's, from `presets` by kind, changed by `given`.
 
     Raises `VglannError` for an unknown kind, an option that this kind does not have, or a bad value.
     """
@@ -214,8 +206,6 @@ def map_options(presets: Mapping[str, MapOptions], kind: str, given: Mapping[str
     own = {field.name for field in fields(options)}
     for name in given:
         if name not in own:
-            others = [other for other, its in presets.items() if hasattr(its, name)]
-            raise VglannError(
-                f"--{name.replace('_', '-')}: {kind} has no such option, but {', '.join(others)}"
-            )
+            others = ", ".join(other for other, its in presets.items() if hasattr(its, name))
+            raise VglannError(f"{flag_of(name)} is not an option of {kind}; it applies to {others}")
     return replace(options, **given)

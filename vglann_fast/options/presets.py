@@ -34,10 +34,10 @@ _MODERN = Preset(train=TrainOptions(), map={kind: options() for kind, options in
 # The GLANN-VIDEO code has no flows. They are as in `modern`; like every mapping of `paper` they fit all latents.
 _PAPER_MAP: dict[str, MapOptions] = {
     "imle": ImleOptions(
-        pool_factor=2, schedule="halving", normalize=False, adam_state="per-epoch", batchnorm="train"
+        pool_factor=2, schedule="halve-every-50", normalize=False, adam_state="per-epoch", batchnorm="train"
     ),
-    "vae": VaeOptions(schedule="halving", adam_state="per-epoch"),
-    "gmm": GmmOptions(components="100", starts=10, prior=0.0, held_out=0.0),
+    "vae": VaeOptions(schedule="halve-every-50", adam_state="per-epoch"),
+    "gmm": GmmOptions(components="100", starts=10, prior=0.0, holdout_fraction=0.0),
     "gaussian": GaussianOptions(),
     "flow": FlowOptions(),
     "autoregressive": AutoregressiveOptions(),
@@ -46,11 +46,11 @@ _PAPER = Preset(
     train=TrainOptions(
         latent_norm="detached",
         reuse_norms=True,
-        blur="seed",
-        perceptual="seed",
+        blur="paper",
+        perceptual="paper",
         target_range="unit",
         frame_reduction="sum-but-last",
-        schedule="halving",
+        schedule="halve-every-tenth",
         adam_state="per-epoch",
         latent_mode="dense",
         latent_init="normal",
@@ -58,18 +58,18 @@ _PAPER = Preset(
         lr_generator=0.001,
         batchnorm="train",
     ),
-    map={kind: replace(options, held_out=0.0) for kind, options in _PAPER_MAP.items()},
+    map={kind: replace(options, holdout_fraction=0.0) for kind, options in _PAPER_MAP.items()},
 )
 
 # The demo has too few latents to hold any out.
 _DEMO_MAP: dict[str, MapOptions] = {
     **_MODERN.map,
     "imle": ImleOptions(epochs=400, batch_size=32, pool_factor=100, lr=3e-3),
-    "gmm": GmmOptions(components="1", held_out=0.0),
+    "gmm": GmmOptions(components="1", holdout_fraction=0.0),
 }
 _DEMO = Preset(
     train=replace(_MODERN.train, width=32, batch_size=5, epochs=150, lr_latents=0.01),
-    map={kind: replace(options, held_out=0.0) for kind, options in _DEMO_MAP.items()},
+    map={kind: replace(options, holdout_fraction=0.0) for kind, options in _DEMO_MAP.items()},
 )
 
 PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "modern": _MODERN, "demo": _DEMO}

@@ -21,15 +21,23 @@ PERCEPTUAL = (
     "resnext101-3d",
     "lite0",
 )  # losses by features of a network
-# Beyond any machine: a larger number is a slip of the hand or a damaged file, and would fail as a lack of memory.
+# Upper bounds: larger values are typos or damaged files and would only fail later, out of memory.
 MAXIMA = {"width": 4096, "latent_dim": 65_536, "epochs": 10**9, "batch_size": 65_536, "accumulate": 65_536}
+# Cost of a background step as a share of a full one, measured at width 16 and 32: 0.04 with Adam, 0.05 with Muon.
+BACKGROUND_COST = 0.05
+# Beyond this many passes the background gains little, however long the run.
+MAX_BACKGROUND_PASSES = 100
 LOSSES = ("laplacian", "l1", "l2", *PERCEPTUAL)
+
+# The headings of --help.
+MODEL, LOSS, OPTIMIZATION, MACHINE = "model", "loss", "optimization", "machine"
+PAPER = "reproducing the paper (quirks of the GLANN-VIDEO code, set by --preset paper)"
 
 
 def loss_terms(spec: str) -> dict[str, float]:
-    """The weights of the losses in a sum: "laplacian:1,l1:0.1" -> {"laplacian": 1.0, "l1": 0.1}.
+    """Return the weights of the losses in a sum: "laplacian:1,l1:0.1" -> {"laplacian": 1.0, "l1": 0.1}.
 
-    A loss without a weight counts once. Raises `VglannError` for names that are no loss, or named twice, and for
+    A loss without a weight counts once. Raises `VglannError` for unknown names, for names that occur twice, and for
     weights that are not positive numbers.
     """
     terms: dict[str, float] = {}
@@ -49,100 +57,93 @@ def loss_terms(spec: str) -> dict[str, float]:
 class TrainOptions:
     """GLO: the generator, the latents and how they are trained together. Defaults: preset `modern`."""
 
-    variant: Variant = option("original", "generator network")
-    width: int = option(64, "channels of the generator's last hidden layer")
-    latent_dim: int = option(100, "length of a latent")
-    latent_norm: LatentNorm = option(
-        "projected",
-        "gradient through z/|z|: projected on the sphere, or the norm detached as in the author's code",
-    )
-    reuse_norms: bool = option(
-        False, "expanded variant: use two of its BatchNorms twice, as the author's code does"
-    )
+    variant: Variant = option("original", "generator network", group=MODEL)
+    width: int = option(64, "of the generator's last hidden layer", group=MODEL, metavar="CHANNELS")
+    latent_dim: int = option(100, "length of a latent", group=MODEL, metavar="NUMBERS")
 
     loss: str = option(
-        "laplacian",
-        f"reconstruction loss: {', '.join(LOSSES)}, or a weighted sum like laplacian:1,lite0:0.1; the losses by "
-        "features of a network need its weights (vglann weights import) and contain l1",
+        "laplacian", f"{', '.join(LOSSES)}, or a sum like laplacian:1,lite0:0.1", group=LOSS, metavar="SUM"
     )
-    perceptual: Literal["fixed", "seed"] = option(
-        "fixed",
-        "vgg16, resnet50-3d and resnext101-3d in the loss: input as they were trained on, frozen, levels weighing "
-        "alike; or the author's levels, colors and range, and BatchNorm by batch",
-    )
-    blur: Literal["binomial", "gaussian", "seed"] = option("binomial", "blur of the Laplacian pyramid")
-    levels: int = option(3, "bands of the Laplacian pyramid, 1 to 5; the low-pass residual comes on top")
-    mask_weight: float = option(0.0, "weight of the sparsity prior, the mean of the mask; videogan has 0.1")
-    target_range: Literal["symmetric", "unit"] = option(
-        "symmetric", "range the clips are mapped to: [-1, 1] like the generator's tanh, or [0, 1]"
-    )
-    frame_reduction: Literal["mean", "sum-but-last"] = option(
-        "mean", "mean over all frames, or the author's sum that leaves out the last frame"
+    levels: int = option(3, "of the Laplacian pyramid, 1 to 5", group=LOSS, metavar="BANDS")
+    mask_weight: float = option(
+        0.0, "of the mean of the mask; videogan has 0.1", group=LOSS, metavar="WEIGHT"
     )
 
-    epochs: int = option(200, "passes over the clips")
+    epochs: int = option(200, "over the clips", group=OPTIMIZATION, metavar="PASSES")
     batch_size: int = option(
-        15, "clips per batch and process; clips left over in an epoch wait for the next one"
+        15, "per process; leftovers join the next pass", group=OPTIMIZATION, metavar="CLIPS"
     )
-    lr_latents: float = option(0.03, "learning rate of the latents at the start", rate=True)
-    lr_generator: float = option(0.002, "learning rate of the generator at the start", rate=True)
-    schedule: Literal["cosine", "halving"] = option(
-        "cosine", "learning rates: cosine to zero, or halved after every tenth of the epochs"
+    accumulate: int = option(
+        1, "per update, each normalized by itself", group=OPTIMIZATION, metavar="BATCHES"
     )
-    adam_state: Literal["keep", "per-epoch"] = option(
-        "keep", "keep Adam's moments, or start them anew each epoch"
+    lr_latents: float = option(
+        0.03, "of the latents at the start", group=OPTIMIZATION, metavar="RATE", rate=True
     )
-    latent_mode: Literal["row", "dense", "catchup"] = option(
-        "row",
-        "Adam over the latents: only rows of the batch, with step counts of their own; the whole table at "
-        "every step; or that trajectory computed only for the rows that are read",
+    lr_generator: float = option(
+        0.002, "of the generator at the start", group=OPTIMIZATION, metavar="RATE", rate=True
+    )
+    optimizer: Literal["adam", "muon"] = option("adam", "of the transposed convolutions", group=OPTIMIZATION)
+    lr_muon: float = option(0.005, "of Muon at the start", group=OPTIMIZATION, metavar="RATE", rate=True)
+    background_share: float = option(
+        0.0, "of the cost: first learn the clips' mean frames", group=OPTIMIZATION, metavar="PART"
+    )
+    ema: float = option(
+        0.0, "of a generator averaged over steps; 0: none", group=OPTIMIZATION, metavar="DECAY"
     )
     latent_init: Literal["sphere", "normal", "pca"] = option(
         "pca",
-        "first latents: random unit rows, N(0, 0.01^2), or unit rows along the clips' principal components",
+        "first latents, random or along the clips' principal components",
+        group=OPTIMIZATION,
     )
-    batchnorm: Literal["eval", "train"] = option(
-        "eval", "BatchNorm when reconstructing and sampling: statistics re-estimated, or of each batch"
-    )
-    accumulate: int = option(
-        1, "batches per update, one after the other; each is a BatchNorm batch of its own"
-    )
-    sync_bn: bool = option(
-        False, "several processes: take BatchNorm statistics over all of them, not over each alone"
-    )
+    sync_bn: bool = option(False, "BatchNorm statistics over all processes", group=OPTIMIZATION)
 
     precision: Precision = option(
         "auto",
-        "of the generator's arithmetic; weights, losses, latents and statistics stay float32. auto: bf16 on a "
-        "GPU of compute capability 8.0 or more, else fp32",
+        "of the generator; auto: bf16 on GPUs from compute capability 8.0",
+        group=MACHINE,
         machine=True,
     )
     data: Literal["auto", "resident", "pinned", "mmap"] = option(
-        "auto",
-        "where the clips wait: all on the device, copied to it one batch ahead through pinned memory, or read "
-        "from the mapped files when needed. auto: resident if they fit, else pinned; on a CPU mmap",
-        machine=True,
+        "auto", "where clips wait: on the device, in pinned memory, on disk", group=MACHINE, machine=True
     )
     cuda_graph: Literal["auto", "on", "off"] = option(
         "auto",
-        "replay the whole step as one CUDA graph; auto: on GPUs where that was compared with a training without it, "
-        "on none so far; on: also where it was not, with a warning",
+        "a step as one CUDA graph",
+        group=MACHINE,
         machine=True,
     )
-    compile: bool = option(False, "run the generator through torch.compile", machine=True)
     cache_features: Literal["auto", "on", "off"] = option(
-        "auto",
-        "keep the clips' own features in the device's memory, not compute them in each step; auto: if they fit "
-        "beside a step",
-        machine=True,
+        "auto", "keep the clips' features", group=MACHINE, machine=True
     )
+    compile: bool = option(False, "run the generator through torch.compile", group=MACHINE, machine=True)
     checkpoint_activations: bool = option(
-        False, "save memory: compute BatchNorm and ReLU of a layer again in the backward pass", machine=True
+        False, "save memory: compute BatchNorm and ReLU twice", group=MACHINE, machine=True
     )
     deterministic: bool = option(
-        False,
-        "give the same bytes twice on one machine, by operations that are slower on a GPU",
-        machine=True,
+        False, "same bytes twice on one machine; slower", group=MACHINE, machine=True
+    )
+
+    latent_norm: LatentNorm = option(
+        "projected", "gradient through z/|z|: along the sphere, or with |z| as a constant", group=PAPER
+    )
+    reuse_norms: bool = option(False, "expanded: two BatchNorms twice", group=PAPER)
+    perceptual: Literal["fixed", "paper"] = option("fixed", "of networks in the loss", group=PAPER)
+    blur: Literal["binomial", "gaussian", "paper"] = option("binomial", "of the pyramid", group=PAPER)
+    target_range: Literal["symmetric", "unit"] = option(
+        "symmetric", "of clips: [-1, 1] or [0, 1]", group=PAPER
+    )
+    frame_reduction: Literal["mean", "sum-but-last"] = option("mean", "of the loss over frames", group=PAPER)
+    schedule: Literal["cosine", "halve-every-tenth"] = option(
+        "cosine", "learning rates: cosine to zero, or halved after each tenth of the passes", group=PAPER
+    )
+    adam_state: Literal["keep", "per-epoch"] = option("keep", "Adam's moments", group=PAPER)
+    latent_mode: Literal["sparse", "lazy", "dense"] = option(
+        "sparse",
+        "Adam on the batch's latents, on all when read, or on all",
+        group=PAPER,
+    )
+    batchnorm: Literal["eval", "train"] = option(
+        "eval", "BatchNorm when sampling: re-estimated statistics, or each batch's", group=PAPER
     )
 
     def __post_init__(self) -> None:
@@ -153,8 +154,50 @@ class TrainOptions:
         require(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs it)", self.batch_size)
         require(1 <= self.levels <= 5, "levels", "1 to 5", self.levels)
         require(0 <= self.mask_weight < float("inf"), "mask_weight", "0 or more", self.mask_weight)
-        for name in ("lr_latents", "lr_generator"):
+        for name in ("lr_latents", "lr_generator", "lr_muon"):
             require(0 < getattr(self, name) < float("inf"), name, "a positive number", getattr(self, name))
+        require(
+            self.optimizer == "muon" or self.lr_muon == 0.005, "lr_muon", "--optimizer muon with it", "adam"
+        )
+        require(0 <= self.ema < 1, "ema", "0 or more and less than 1", self.ema)
+        self._check_background()
+
+    def _check_background(self) -> None:
+        share = self.background_share
+        require(0 <= share < 1, "background_share", "0 or more and less than 1", share)
+        require(
+            share == 0 or self.background_passes > 0,
+            "background_share",
+            f"0 or at least {BACKGROUND_COST / self.epochs:.2g}, one pass of {self.epochs} epochs",
+            share,
+        )
+        require(
+            share == 0 or self.variant == "original",
+            "background_share",
+            "0 with --variant expanded, whose wider background stream cannot be copied to the foreground",
+            share,
+        )
+
+    @property
+    def background_passes(self) -> int:
+        """Passes over the clips in which the background alone learns.
+
+        They take `background_share` of the cost of `epochs` full passes, and never more than 100 passes: each latent
+        is visited once in a pass, whatever the number of clips, and 40 passes were enough for 218 clips. With a share
+        of 0.25, 20 epochs on 218 clips have 100 background passes for 5 of those epochs; 150 epochs on 20 clips, or
+        200 on 2,000 or 50,000, have 100 for 5, which is then less than the share.
+        """
+        return min(MAX_BACKGROUND_PASSES, round(self.background_share * self.epochs / BACKGROUND_COST))
+
+    @property
+    def full_passes(self) -> int:
+        """Passes in which everything learns: what the background leaves of `epochs`, at least one."""
+        return max(1, round(self.epochs - BACKGROUND_COST * self.background_passes))
+
+    @property
+    def passes(self) -> int:
+        """Passes over the clips in all."""
+        return self.background_passes + self.full_passes
 
     @property
     def loss_terms(self) -> dict[str, float]:

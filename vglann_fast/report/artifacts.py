@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from vglann_fast.options.aliases import read_file_of_run, read_record
+
 # What NumPy raises for a .npy file whose header is broken in one way or another.
 NOT_NPY = (OSError, ValueError, EOFError, OverflowError, SyntaxError, TypeError, MemoryError, RecursionError,
            tokenize.TokenError)  # fmt: skip
@@ -114,7 +116,7 @@ def read_json(file: Path, run: Path, problems: list[str]) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_file_of_run(file.name, json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         _tell(problems, run, file, str(error))
         return {}
@@ -137,7 +139,7 @@ def _read_metrics(file: Path, run: Path, problems: list[str]) -> list[dict[str, 
         return []
     for i, line in enumerate(lines):
         try:
-            row = json.loads(line)
+            row = read_record(json.loads(line))
         except (ValueError, RecursionError):
             damaged += i < len(lines) - 1
             continue

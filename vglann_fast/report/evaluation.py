@@ -6,32 +6,27 @@ Records are read leniently, as everything the report shows: what is missing or o
 from collections.abc import Mapping
 from typing import Any
 
+from vglann_fast.metrics.record import BASELINE_COLUMNS, QUALITY_COLUMNS, QUALITY_ROWS, pca_cell_is_exact
 from vglann_fast.report.artifacts import number
 from vglann_fast.report.plots import Chart, Series, bars, chart
 
 FLOOR = "real clips (floor)"
-_QUALITIES = {
-    "psnr": "PSNR, dB",
-    "psnr_last_frame": "last frame, dB",
-    "ssim": "SSIM",
-    "l1": "L1, 1/255",
-    "laplacian": "Laplacian",
-}
 _SHARES = ("precision", "recall", "density", "coverage")
 Records = Mapping[str, dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]
 
 
 def number_tables(records: Records) -> list[Table]:
-    """(head, rows) of reconstruction, and of each kind of features."""
-    quality = records.get("reconstruction", {})
-    named = (("train", "training clips"), ("held_out", "held-out clips, inverted"))
-    rows = [
-        [name, shown(at(quality, key, "clips")), *(shown(at(quality, key, q)) for q in _QUALITIES)]
-        for key, name in named
-        if isinstance(quality.get(key), dict)
-    ]
-    tables: list[Table] = [(["reconstruction", "n", *_QUALITIES.values()], rows)] if rows else []
+    """(head, rows) of reconstruction and its baselines, and of each kind of features."""
+    found = records.get("reconstruction", {})
+    qualities = {name: found[key] for key, name in QUALITY_ROWS.items() if isinstance(found.get(key), dict)}
+    tables: list[Table] = []
+    for title, columns in (("reconstruction", QUALITY_COLUMNS), ("baselines", BASELINE_COLUMNS)):
+        rows = [
+            [name, shown(at(one, "clips")), *(_quality_cell(one, column) for column in columns)]
+            for name, one in qualities.items()
+        ]
+        tables += [([title, "n", *columns.values()], rows)] if rows else []
     for title, sources in by_title(records).items():
         rows = [
             [name, shown(at(one, "frechet")), spread(one), *(shown(at(one, key)) for key in _SHARES)]
@@ -40,6 +35,10 @@ def number_tables(records: Records) -> list[Table]:
         n = at(next(iter(sources.values())), "n")
         tables.append(([f"{title}, n = {shown(n)}", "distance", "of quarters", *_SHARES], rows))
     return tables
+
+
+def _quality_cell(quality: dict[str, Any], column: str) -> str:
+    return "exact" if pca_cell_is_exact(quality, column) else shown(at(quality, column))
 
 
 def distance_charts(records: Records) -> list[Chart]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vglann_fast.errors import VglannError
+from vglann_fast.metrics.record import RECONSTRUCTION, verdict, verdicts
 from vglann_fast.report.ablation import ablation
 from vglann_fast.report.artifacts import Artifacts, Media, number, numbers, read_artifacts, seconds_spent
 from vglann_fast.report.evaluation import Table, at, distance_charts, motion_charts, number_tables, shown
@@ -20,7 +21,7 @@ from vglann_fast.report.mappings import Comparison, compare_mappings
 from vglann_fast.report.plots import Chart, Series, chart, scatter
 from vglann_fast.report.rendering import render_page
 from vglann_fast.report.table_page import distance_tables, paper_note, read_table
-from vglann_fast.run.files import atomic_file
+from vglann_fast.run.destinations import atomic_file
 
 _MOST_DEPTH = 8
 _MOST_TEXT = 1000
@@ -66,6 +67,7 @@ def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dic
         facts=_header_facts(run),
         figures=_headline_figures(run),
         reconstructions=_reconstructions(run.reconstruction),
+        verdict=verdict(run.reconstruction.record),
         samples=_samples(run.samples, run.nearest),
         sample_note=_sample_note(run.samples.record),
         interpolation=_interpolation(run.interpolation),
@@ -75,6 +77,7 @@ def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dic
         comparison=_comparison_table(comparison, run.mappings),
         scatters=_scatters(comparison),
         evaluation_tables=number_tables(run.evaluations),
+        verdicts=verdicts(run.evaluations.get(RECONSTRUCTION, {})),
         evaluation=[*distance_charts(run.evaluations), *motion_charts(run.evaluations)],
         settings=setting_rows(run.options),
         environment=setting_rows(run.environment),
@@ -101,14 +104,18 @@ def _header_facts(run: Artifacts) -> list[str]:
 def _headline_figures(run: Artifacts) -> list[tuple[str, str, str]]:
     """(what, value, unit) of the numbers at the top of the page; only those that are known."""
     record, rows = run.reconstruction.record, [r for r in run.metrics if r.get("stage") == "glo"]
-    psnr, flat = number(record.get("psnr")), number(record.get("psnr_mean_color"))
-    last_frame, clips = number(record.get("psnr_last_frame")), number(record.get("clips"))
+    names = ("psnr", "psnr_over_still", "psnr_pca", "motion_r2", "psnr_last_frame", "clips")
+    psnr, over_still, pca, motion, last_frame, clips = (number(record.get(name)) for name in names)
     steps, seconds = numbers(rows, "step", "step")[0], seconds_spent(rows)
     figures = []
     if psnr is not None:
         figures.append(("Reconstruction PSNR", f"{psnr:.2f}", "dB"))
-    if psnr is not None and flat is not None:
-        figures.append(("Over the mean color", f"{psnr - flat:+.2f}", "dB"))
+    if over_still is not None:
+        figures.append(("Over a still", f"{over_still:+.2f}", "dB"))
+    if psnr is not None and pca is not None:
+        figures.append(("Over PCA", f"{psnr - pca:+.2f}", "dB"))
+    if motion is not None:
+        figures.append(("Motion R²", f"{motion:.2f}", ""))
     if last_frame is not None:
         figures.append(("PSNR of the last frame", f"{last_frame:.2f}", "dB"))
     if clips is not None:
@@ -151,7 +158,7 @@ def _reconstructions(media: Media) -> Gallery:
         return Gallery()
     shown = media.record.get("shown")
     per_clip = media.record.get("per_clip")
-    psnr, flat = _by_id(per_clip, "psnr"), _by_id(per_clip, "psnr_mean_color")
+    psnr, still, motion = (_by_id(per_clip, key) for key in ("psnr", "psnr_still", "motion_r2"))
     cards = []
     for i in range(min(len(media.video), MAX_CARDS)):
         clip = _text_at(shown, i)
@@ -160,8 +167,10 @@ def _reconstructions(media: Media) -> Gallery:
         facts = [(clip, "clip id")] if clip else []
         if (value := psnr.get(clip)) is not None:
             facts.append((f"{value:.2f} dB", "PSNR of the reconstruction"))
-            if (base := flat.get(clip)) is not None:
-                facts.append((f"{value - base:+.2f} dB", "above the clip’s mean color"))
+            if (base := still.get(clip)) is not None:
+                facts.append((f"{value - base:+.2f} dB", "above the clip’s mean frame"))
+            if (r2 := motion.get(clip)) is not None:
+                facts.append((f"R² {r2:.2f}", "of its motion: 0 for a still, 1 for perfect"))
         pair.append(view("Reconstruction", of, media.video[i], 88))
         cards.append(Card(pair, _streams(media, i, of), facts))
     return Gallery(cards, len(media.video))
@@ -215,16 +224,18 @@ def _interpolation(media: Media) -> Gallery:
 
 
 def _clip_chart(record: dict[str, Any]) -> Chart | None:
-    """PSNR of every clip, worst first, against that of its mean color."""
-    psnr, flat = (_by_id(record.get("per_clip"), key) for key in ("psnr", "psnr_mean_color"))
+    """PSNR of every clip, worst first, against its baselines."""
+    per_clip = record.get("per_clip")
+    psnr = _by_id(per_clip, "psnr")
     order = sorted(psnr, key=lambda clip: psnr[clip])
     if len(order) < 2:
         return None
     ranks = {clip: float(i + 1) for i, clip in enumerate(order)}
-    known = [clip for clip in order if clip in flat]
     series = [Series("reconstruction", list(ranks.values()), [psnr[clip] for clip in order])]
-    if known:
-        series.append(Series("mean color", [ranks[c] for c in known], [flat[c] for c in known]))
+    for label, key in (("mean color", "psnr_mean_color"), ("still", "psnr_still"), ("PCA", "psnr_pca")):
+        values = _by_id(per_clip, key)
+        if known := [clip for clip in order if clip in values]:
+            series.append(Series(label, [ranks[c] for c in known], [values[c] for c in known]))
     few = len(order) <= 200
     svg = _drawn(series, x_label="clips, worst first", y_label="PSNR, dB", line=not few)
     last = f"{psnr[order[-1]]:.2f} dB"

@@ -33,7 +33,7 @@ from vglann_fast.report.evaluation import (
 )
 from vglann_fast.report.gallery import Card, Gallery, view
 from vglann_fast.report.rendering import render_page
-from vglann_fast.run.files import atomic_file
+from vglann_fast.run.destinations import atomic_file
 
 # The paper's Table 1: FVD on its own clips, which are not those of anybody's table.
 PAPER = {

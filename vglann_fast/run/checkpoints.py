@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vglann_fast.errors import VglannError
-from vglann_fast.run.files import atomic_dir, read_json, remove_dir, save_tensors, sha256
+from vglann_fast.run.destinations import atomic_dir, remove_dir
+from vglann_fast.run.files import load_tensors, read_json, save_tensors, sha256
+from vglann_fast.run.os_errors import described
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_FORMAT = ("vglann-checkpoint", 1)
+STATE_FILE = "state.json"
 # What reading a damaged checkpoint raises.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, VglannError)
 
@@ -43,14 +46,14 @@ class CheckpointFolders:
         """
         name, version = CHECKPOINT_FORMAT
         destination = self.path / "checkpoints" / f"step-{step:08d}"
-        with atomic_dir(destination) as folder:
+        with atomic_dir(destination, STATE_FILE, ["*.safetensors"]) as folder:
             digests = {}
             for part, tensors in parts.items():
                 file = folder / f"{part}.safetensors"
                 save_tensors(tensors, file)
                 digests[file.name] = sha256(file)
             record = {"format": name, "version": version, "step": step, **state, "sha256": digests}
-            (folder / "state.json").write_text(json.dumps(record, indent=1))
+            (folder / STATE_FILE).write_text(json.dumps(record, indent=1))
         self._damaged.discard(destination)
         self.retain(step, keep)
         return destination
@@ -63,7 +66,10 @@ class CheckpointFolders:
         there = [folder for folder in self.folders() if folder.name <= f"step-{step:08d}"]
         kept = [folder for folder in there if folder not in self._damaged][-keep:]
         for folder in set(there) - set(kept):
-            remove_dir(folder)
+            try:
+                remove_dir(folder, STATE_FILE)
+            except OSError as error:  # no reason to stop the training
+                self.warnings.append(f"an old checkpoint stays: {described(error, folder)}")
 
     def load(self) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
         """The newest whole checkpoint: (state, part -> tensors on the CPU).
@@ -71,12 +77,10 @@ class CheckpointFolders:
         A torn one is passed over for the one before it, with a line in `warnings`. Raises `VglannError` when
         no checkpoint is whole.
         """
-        from safetensors import SafetensorError
-
         for folder in reversed(self.folders()):
             try:
                 return _read_checkpoint(folder)
-            except (*_DAMAGE, SafetensorError) as error:
+            except _DAMAGE as error:
                 self._damaged.add(folder)
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
         hint = (
@@ -98,9 +102,7 @@ def is_count(value: Any) -> bool:
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
-    from safetensors.torch import load_file
-
-    state = read_json(folder / "state.json")
+    state = read_json(folder / STATE_FILE)
     if (state["format"], state["version"]) != CHECKPOINT_FORMAT:
         raise ValueError("not a checkpoint of this version")
     counts = [state["step"], *(state.get(name, 0) for name in ("epoch", "position", "processes"))]
@@ -115,5 +117,5 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
             raise ValueError(f"bad file name {name!r} in state.json")
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
-        parts[name.removesuffix(".safetensors")] = load_file(folder / name)
+        parts[name.removesuffix(".safetensors")] = load_tensors(folder / name)
     return state, parts

@@ -1,166 +1,49 @@
-"""Files and folders that appear whole or not at all.
+"""Reading and writing the files of a run: lines, JSON and tensors.
 
-Everything is written beside its destination, flushed to disk, then renamed; a process killed at any moment
-leaves nothing half-written under the destination's name, and at worst a stray `.tmp-*` beside it (see
-`remove_strays`). A file is replaced in one step. A folder is replaced in two renames, between which neither is
-there; what must never be missing (checkpoints) therefore gets a new name each time.
+What a user or another program may have put in place of a file is checked before it is read. Tensors are in the format
+of safetensors. They are read here, because the library opens a file by its name, which must be UTF-8 for it, and maps
+the file, which keeps it from being removed on network file systems.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vglann_fast.errors import VglannError
+from vglann_fast.run.destinations import atomic_file
+from vglann_fast.run.os_errors import actionable_os_errors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-_TEMPORARY = ".tmp-"
-_ACTIONABLE = {
-    errno.EFBIG: "larger than this file system or process may write; choose another output folder",
-    errno.EIO: "the disk reports an error; choose another output folder",
-    errno.ENOSPC: "the disk is full; free some space and run the command again",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
-    errno.EACCES: "permission denied; choose another folder, or see to its permissions",
-    errno.EPERM: "permission denied; choose another folder, or see to its permissions",
-    errno.EROFS: "the file system is read-only; choose another output folder",
+_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+_MAX_DIMENSIONS = 16
+# Name in the header -> name of the dtype in torch and its size in bytes.
+_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-
-
-def actionable(error: OSError, path: object = None) -> str | None:
-    """What to tell a user of an error of the operating system, or None where he can do nothing about it.
-
-    path: what it is about; default the file the error names.
-    """
-    about = error.filename if path is None else path
-    text = _ACTIONABLE.get(error.errno or 0)
-    return text and (text if about is None else f"{about}: {text}")
-
-
-@contextmanager
-def actionable_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating-system errors a user can mend (disk full, no permission) into `VglannError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _ACTIONABLE:
-            raise VglannError(actionable(error, path)) from error
-        raise
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in `path`'s folder; on a clean exit it replaces `path`, otherwise it is removed.
-
-    Parent folders are created. Raises `VglannError` when the disk is full or not writable.
-    """
-    path = Path(path)
-    with actionable_os_errors(path):
-        make_folder(path.parent)
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
-        try:
-            yield temporary
-            fsync_path(temporary)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-            fsync_path(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on a clean exit it becomes `path`, replacing an older folder.
-
-    Raises `VglannError` when the disk is full or not writable.
-    """
-    path = Path(path)
-    with actionable_os_errors(path):
-        make_folder(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-        try:
-            yield temporary
-            for entry in sorted(temporary.rglob("*")):
-                fsync_path(entry)
-            fsync_path(temporary)
-            temporary.chmod(0o777 & ~_umask())
-            _replace_dir(temporary, path)
-            fsync_path(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_dir(source: Path, destination: Path) -> None:
-    # rename(2) refuses a destination that is a non-empty folder, so an older one is moved aside first.
-    if not destination.exists():
-        source.rename(destination)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=destination.parent))
-    destination.rename(aside / "old")
-    source.rename(destination)
-    shutil.rmtree(aside)
-
-
-def is_stray(path: Path) -> bool:
-    """Whether this is a temporary file or folder of `atomic_file` or `atomic_dir`."""
-    return path.name.startswith(_TEMPORARY)
-
-
-def remove_strays(folder: Path) -> None:
-    """Remove what processes that were killed left in `folder`. Only for one who knows that no other writes there."""
-    for stray in folder.glob(f"{_TEMPORARY}*"):
-        if stray.is_dir() and not stray.is_symlink():
-            shutil.rmtree(stray, ignore_errors=True)
-        else:
-            stray.unlink(missing_ok=True)
-
-
-def remove_dir(path: Path) -> None:
-    """Remove a folder: a process killed meanwhile leaves a stray, never a part under the folder's name."""
-    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-    path.rename(aside / "old")
-    shutil.rmtree(aside)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it. Raises `VglannError` where that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VglannError(
-            f"{path} cannot be made ({error.strerror}); choose another output folder"
-        ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def append_line(file: Path, value: Mapping[str, Any]) -> None:
     """Add a line to a file that has one object a line. One that was torn by a crash ends there and takes no other."""
-    with actionable_os_errors(file), file.open("ab+") as lines:
+    with actionable_os_errors(file, file), file.open("ab+") as lines:
         size = lines.seek(0, os.SEEK_END)
         lines.seek(max(0, size - 1))
         torn = lines.read() not in (b"", b"\n")
@@ -186,6 +69,69 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
     from safetensors.torch import save
 
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def load_tensors(path: str | Path, device: "torch.device | str" = "cpu") -> dict[str, "Tensor"]:
+    """Read a safetensors file. Raises `OSError` as `open_regular` and ValueError for a file that is damaged."""
+    import torch
+
+    tensors = {}
+    with open_regular(path) as file:
+        entries, _ = _read_header(file)
+        for name, (dtype, shape) in entries.items():
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+            # Read in place: a second copy of the largest tensor may not fit in memory.
+            raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+            if file.readinto(raw) != raw.nbytes:
+                raise ValueError(f"{name} ends early")
+            tensors[name] = tensor.to(device)
+    return tensors
+
+
+def tensors_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes and the metadata that a safetensors file declares. Raises as `load_tensors`."""
+    with open_regular(path) as file:
+        entries, metadata = _read_header(file)
+    return {name: shape for name, (_, shape) in entries.items()}, metadata
+
+
+def _read_header(file: BufferedReader) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Return name -> (dtype, shape) in the order of the data, and the metadata. The file is then at the data.
+
+    Raises ValueError unless the data fill the file exactly, so that a header cannot ask for more memory than that.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise ValueError("the header is longer than the file")
+    try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        found, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (first, last), shape = entry["data_offsets"], entry["shape"]
+            dtype, width = _DTYPES[entry["dtype"]]
+            _check_shape(name, shape)
+            if first != end or last - first != math.prod(shape) * width:
+                raise ValueError(f"{name} does not lie where the header says")
+            found[name], end = (dtype, tuple(shape)), last
+        if not isinstance(metadata, dict):
+            raise ValueError("the metadata are not an object")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the header is damaged ({type(error).__name__}: {error})") from error
+    if end != size - 8 - length:
+        raise ValueError("the file has another size than its header says")
+    return found, metadata
+
+
+def _check_shape(name: str, shape: Any) -> None:
+    """Raise ValueError unless torch can make a tensor of this shape."""
+    # Multiplying very many or very large numbers would never end.
+    whole = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+    if not whole or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise ValueError(f"{name} has a damaged shape")
+    if math.prod(max(n, 1) for n in shape) >= 2**63:
+        raise ValueError(f"{name} is too large")
 
 
 def open_regular(path: str | Path) -> BufferedReader:

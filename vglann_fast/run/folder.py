@@ -4,7 +4,8 @@
                        "frames", "size", "train": {...}}; null for a run that was imported without clips. As they
                        are now; a resume that changed some of them is in "resumed": [{"step": it went on from,
                        "changed": {name: [before, after]}, "environment": {name: [before, after]},
-                       "latents_on_mismatch": "keep" or "init" where given}]
+                       "latents_on_mismatch": "keep" or "init" where given}]. Names that earlier versions wrote are
+                       read, see `options/aliases.py`
     environment.json   versions and hardware of the machine that started the run
     history.jsonl, metrics.jsonl, tensorboard/    see `logs.py`
     checkpoints/       see `checkpoints.py`
@@ -21,22 +22,19 @@ import errno
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_run_options
 from vglann_fast.run.checkpoints import CheckpointFolders, is_count
+from vglann_fast.run.destinations import content_of
 from vglann_fast.run.environment import environment
-from vglann_fast.run.files import (
-    actionable_os_errors,
-    is_stray,
-    make_folder,
-    read_json,
-    remove_strays,
-    write_json,
-)
+from vglann_fast.run.files import read_json, write_json
 from vglann_fast.run.logs import RunLogs
+from vglann_fast.run.os_errors import actionable_os_errors, described
+from vglann_fast.run.temporary import make_folder, remove_strays
 
 RUN_FORMAT = ("vglann-run", 1)
 RUN_OPTIONS: dict[str, type | tuple[type, ...]] = {
@@ -48,6 +46,10 @@ RUN_OPTIONS: dict[str, type | tuple[type, ...]] = {
     "train": dict,
 }
 LOCK = ".lock"
+# What `RunDir.begin` leaves when it is killed before its last file.
+_OF_NO_RUN_YET = {LOCK, "environment.json"}
+# What flock answers on a file system without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 LOCKED_FOLDERS = (".", "checkpoints", "mapping", "evaluation")  # where only the holder of the lock writes
 
 
@@ -69,9 +71,9 @@ class RunDir:
         Raises `VglannError` when the folder holds something already.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or not all(map(_is_of_no_run_yet, path.iterdir()))):
+        if not _OF_NO_RUN_YET.issuperset(content_of(path)):
             raise _taken(path)
-        _check_links(path)
+        check_links(path)
         name, version = RUN_FORMAT
         return cls(path, {"format": name, "version": version, **options})
 
@@ -81,7 +83,7 @@ class RunDir:
         Raises `VglannError` when another process has trained in this folder since `new`.
         """
         there = self.path / "options.json"
-        if self.checkpoints.exist() or (there.exists() and read_json(there) != self.options):
+        if self.checkpoints.exist() or (there.exists() and _read_options(self.path) != self.options):
             raise _taken(self.path)
         write_json(self.path / "environment.json", environment())
         write_json(self.path / "options.json", self.options)  # last: `open` looks for it
@@ -95,8 +97,8 @@ class RunDir:
             raise VglannError(f"{path} is not a run: it is a file; give the run folder that it is in")
         if not (path / "options.json").is_file():
             raise VglannError(f"{path} is not a run: it has no options.json; make one with `vglann train`")
-        _check_links(path)
-        options = read_json(path / "options.json")
+        check_links(path)
+        options = _read_options(path)
         if not isinstance(options, dict) or options.get("format") != RUN_FORMAT[0]:
             raise VglannError(f"{path}/options.json: not the options of a run; make one with `vglann train`")
         if (version := options.get("version")) != RUN_FORMAT[1]:
@@ -121,34 +123,35 @@ class RunDir:
         """
         import fcntl
 
-        with actionable_os_errors(self.path):
+        lock = self.path / LOCK
+        with actionable_os_errors(lock, lock):
             make_folder(self.path)
             # a link could lead to a file of the user's, which would be emptied
-            file = os.fdopen(os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+            file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", 0)
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                who = file.read(200).strip() or "another process"
+                who = os.fsdecode(file.read(200).strip()) or "another process"
                 raise VglannError(
                     f"{self.path} is being written by {who}; wait for its end or stop it"
                 ) from error
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
+                if error.errno not in _NO_LOCKS:
+                    raise VglannError(described(error, lock)) from error
                 self.warnings.append(f"{self.path}: no locks on this file system; start nothing else on it")
             else:
                 for folder in LOCKED_FOLDERS:
                     remove_strays(self.path / folder)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+            with suppress(OSError):  # who holds it is only said to be of help
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}".encode())
             yield
 
     def resumed(self, step: int, on_mismatch: str = "error") -> None:
         """Record, in options.json, what differs from there now that the run goes on from `step`."""
-        saved = read_json(self.path / "options.json")
+        saved = _read_options(self.path)
         before, after = ({**options["train"], "clips": options["clips"]} for options in (saved, self.options))
         changed = {
             name: [before.get(name), value] for name, value in after.items() if before.get(name) != value
@@ -176,9 +179,9 @@ class RunDir:
         return recorded
 
 
-def _is_of_no_run_yet(entry: Path) -> bool:
-    """Whether `RunDir.begin`, killed before its last file, may have left this."""
-    return entry.name in (LOCK, "environment.json") or is_stray(entry)
+def _read_options(path: Path) -> Any:
+    """Return what options.json holds, under present names, not checked."""
+    return read_run_options(read_json(path / "options.json"))
 
 
 def _taken(path: Path) -> VglannError:
@@ -187,9 +190,9 @@ def _taken(path: Path) -> VglannError:
     )
 
 
-def _check_links(path: Path) -> None:
-    """Raise `VglannError` for a link that leads out of the run: what is written into a run stays in it."""
-    top = path.resolve()
+def check_links(path: Path) -> None:
+    """Raise `VglannError` for a link that leads out of the folder: what is written into a run stays in it."""
+    top = Path(os.path.realpath(path))
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             entry = Path(folder, name)

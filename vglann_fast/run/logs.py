@@ -5,7 +5,8 @@
     metrics.jsonl      one JSON object a line: {"stage": "glo" | kind of mapping, "step", ...}; a step of a mapping is
                        an epoch
 
-A line that a crash has truncated is left out when reading, and ended before the next one is written.
+A line that a crash has truncated is left out when reading, and ended before the next one is written. Names of earlier
+versions are read as the present ones, see `options/aliases.py`.
 """
 
 import json
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from vglann_fast.errors import VglannError
+from vglann_fast.options.aliases import read_options, read_record
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.environment import environment
-from vglann_fast.run.files import append_line, atomic_file, json_lines
+from vglann_fast.run.files import append_line, json_lines
 
 
 class RunLogs:
@@ -33,7 +36,8 @@ class RunLogs:
     def history(self) -> list[dict[str, Any]]:
         """The lines of history.jsonl, oldest first; one that was torn by a crash is left out."""
         lines = json_lines(self.path / "history.jsonl")
-        return [x for x in lines if isinstance(x.get("verb"), str) and isinstance(x.get("options"), dict)]
+        whole = [x for x in lines if isinstance(x.get("verb"), str) and isinstance(x.get("options"), dict)]
+        return [{**line, "options": read_options(line["verb"], line["options"])} for line in whole]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one object, with "stage" and "step", to metrics.jsonl (and to TensorBoard if it was started)."""
@@ -62,4 +66,5 @@ class RunLogs:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _all_metrics(self) -> list[dict[str, Any]]:
-        return [row for row in json_lines(self.path / "metrics.jsonl") if isinstance(row.get("step"), int)]
+        lines = map(read_record, json_lines(self.path / "metrics.jsonl"))
+        return [row for row in lines if isinstance(row.get("step"), int)]

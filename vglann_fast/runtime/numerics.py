@@ -101,13 +101,25 @@ def seeded(seed: int) -> Iterator[torch.Generator]:
         yield torch.default_generator.manual_seed(seed)
 
 
+def _gpu_products() -> list[Any]:
+    """What decides how a GPU computes float32 products. The older allow_tf32 cannot be mixed with it."""
+    cudnn: Any = torch.backends.cudnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+
+
+def _products() -> list[Any]:
+    """What decides how float32 products are computed, on a GPU and by oneDNN on a CPU."""
+    mkldnn: Any = torch.backends.mkldnn
+    return [*_gpu_products(), mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
 def _state() -> dict[str, Any]:
     return {
         "dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "fp32_precision": [module.fp32_precision for module in _products()],
         "threads": torch.get_num_threads(),
         "cublas": os.environ.get(_CUBLAS),
         "random": torch.get_rng_state(),
@@ -125,8 +137,10 @@ def _apply(settings: _Settings) -> None:
         torch.backends.cudnn.deterministic = settings.deterministic
         torch.backends.cudnn.benchmark = False
     if settings.tf32 is not None:
-        torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-        torch.backends.cudnn.allow_tf32 = settings.tf32
+        for module in _products():
+            module.fp32_precision = "ieee"
+        for module in _gpu_products() if settings.tf32 else ():
+            module.fp32_precision = "tf32"
     threads = 1 if _threads_lost else settings.threads
     if threads is not None:
         torch.set_num_threads(threads)
@@ -136,7 +150,8 @@ def _restore(state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["dtype"])
     torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = state["cudnn"]
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = state["tf32"]
+    for module, precision in zip(_products(), state["fp32_precision"], strict=True):
+        module.fp32_precision = precision
     if state["cublas"] is None:
         os.environ.pop(_CUBLAS, None)
     if torch.get_num_threads() != state["threads"]:

@@ -87,7 +87,7 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     return Inversion(torch.stack(found), torch.stack(quality))
 
 
-@numerics()
+@numerics(tf32=False)
 def invert_videos(
     run_path: str | Path,
     videos: Sequence[str | Path],
@@ -183,14 +183,15 @@ def _read_videos(run: RunDir, paths: list[Path]) -> tuple[list[str], np.ndarray]
         return clips.ids, clips.read()
     options = {
         "min_motion": 0.0,
-        "test_share": 0.0,
+        "test_fraction": 0.0,
         "frames": run.options["frames"],
         "size": run.options["size"],
     }
     if has_clips(run) and Path(run.options["clips"]).is_dir():
         packed = read_index(Path(run.options["clips"]))["options"]
         options |= {name: packed[name] for name in ("stride", "tiles", "stabilize") if name in packed}
-    with tempfile.TemporaryDirectory() as folder:
+    # The clips are still mapped when it ends, which keeps files on network file systems.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         pack(paths, Path(folder) / "clips", **options)
         clips = ClipSet.open(Path(folder) / "clips", verify=False)
         return clips.ids, clips.read()

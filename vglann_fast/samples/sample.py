@@ -68,7 +68,7 @@ def render_training_clips(trained: Trained, rows: np.ndarray) -> RenderedVideos:
     return render(trained, trained.latents[torch.from_numpy(rows).to(trained.latents.device)])
 
 
-@numerics()
+@numerics(tf32=False)
 def sample(
     run_path: str | Path,
     *,
@@ -131,7 +131,7 @@ def draw_latents(trained: Trained, mapping: LatentSampler, n: int, seed: int) ->
     return latents
 
 
-@numerics()
+@numerics(tf32=False)
 def interpolate(
     run_path: str | Path, *, steps: int = 8, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Path:

@@ -30,12 +30,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vglann_fast.errors import VglannError
-from vglann_fast.run.files import atomic_dir, atomic_file
+from vglann_fast.run.destinations import atomic_dir, atomic_file
 
 if TYPE_CHECKING:
     from av import VideoFrame
 
 WHITE = 255
+VIDEO_FILE = "video.npy"  # written last, see `atomic_dir`
+_ARRAYS = ("video", "original", "foreground", "mask", "background", "latents")
 # Code points of ITU-T H.273, which H.264 and MP4 share.
 _LIMITED_RANGE, _MATRIX_BT601, _PRIMARIES_BT709, _TRANSFER_SRGB = 1, 6, 1, 13
 # BT.601 luma and chroma of R'G'B' in 0..255, times 2^16: whole numbers give the same file on every machine.
@@ -226,7 +228,7 @@ def write_videos(
     if latents is not None:
         _check_array("latents", latents, (n, None), np.float32)
         arrays["latents"] = latents
-    with atomic_dir(folder) as temporary:
+    with atomic_dir(folder, VIDEO_FILE, [f"{name}.npy" for name in _ARRAYS]) as temporary:
         for name, array in arrays.items():
             _save_array(temporary / f"{name}.npy", array)
         for name, record in (records or {}).items():

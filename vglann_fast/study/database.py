@@ -42,6 +42,8 @@ create table answers (rater text not null, trial text not null references trials
 _ACTIONABLE = {
     "SQLITE_FULL": "the disk is full; free some space and try again",
     "SQLITE_BUSY": "another program is writing to it; try again",
+    "SQLITE_IOERR": "the disk reports an error, or cannot lock files; put the study on a local disk",
+    "SQLITE_PROTOCOL": "it cannot be locked here; put the study on a local disk",
     "SQLITE_READONLY": "it cannot be written; check the permissions of the file and its folder",
     "SQLITE_CANTOPEN": "it cannot be opened; check the permissions of the file and its folder",
 }

@@ -14,6 +14,7 @@ A study folder holds
 and, once there are answers, results.json and results.html.
 """
 
+import os
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ import numpy as np
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.report.artifacts import NOT_NPY
-from vglann_fast.run.files import atomic_dir
+from vglann_fast.run.destinations import atomic_dir, content_of
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import write_mp4
 from vglann_fast.study.database import FILE, Source, Study, Trial, Video, create
@@ -59,7 +60,7 @@ def make_study(
     out = Path(out)
     if pairs < 2 or pairs % 2:
         raise VglannError(f"--pairs: expected an even number from 2 on, got {pairs}: sides are balanced")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if content_of(out, FILE, ["page.html"]):
         raise VglannError(f"{out} is there already, perhaps with answers; choose another --out")
     clips = ClipSet.open(real, "test").read()
     arrays = {"real": clips} | {label: _samples(run) for label, run in _labels(runs).items()}
@@ -76,7 +77,7 @@ def make_study(
         "pairs": pairs,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, FILE, ["page.html"]) as folder:
         mp4 = _encode({showing for pair in showings for showing in pair}, list(arrays.values()), rng, folder)
         videos = [Video(_new_id(), *showing, mp4[showing]) for pair in showings for showing in pair]
         trials = [Trial(_new_id(), a.id, b.id) for a, b in zip(videos[::2], videos[1::2], strict=True)]
@@ -92,13 +93,12 @@ def make_study(
 def _labels(runs: Sequence[str | Path]) -> dict[str, Path]:
     """Label -> run: the name of its folder, or its whole path where names are not enough."""
     paths = [Path(run) for run in runs]
-    if len({path.resolve() for path in paths}) < len(paths):
+    whole = [os.path.realpath(path) for path in paths]
+    if len({*whole}) < len(paths):
         raise VglannError("study: the same run is given twice")
-    names = [_as_text(path.resolve().name) for path in paths]
+    names = [_as_text(Path(path).name) for path in whole]
     plain = len({*names, "real", "noised copy"}) == len(names) + 2
-    return dict(
-        zip(names if plain else (_as_text(str(path.resolve())) for path in paths), paths, strict=True)
-    )
+    return dict(zip(names if plain else map(_as_text, whole), paths, strict=True))
 
 
 def _as_text(name: str) -> str:

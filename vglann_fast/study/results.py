@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from vglann_fast.errors import VglannError
-from vglann_fast.run.files import atomic_file, read_json, write_json
+from vglann_fast.run.destinations import atomic_file
+from vglann_fast.run.files import read_json, write_json
 from vglann_fast.study.database import Answer, Rating, Study
 from vglann_fast.study.page import results_page
 

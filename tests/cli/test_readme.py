@@ -1,0 +1,53 @@
+"""The README: its commands run, and so does its Python."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+from vglann_fast.cli.main import main
+from vglann_fast.cli.words import parse
+
+ROOT = Path(__file__).parents[2]
+
+# Commands of the README that want what tests have not: the network, videos, weight files, people, minutes.
+ONLY_PARSED = ("clips fetch", "clips pack", "weights import", "evaluate run --kind", "table", "study")
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip().startswith("vglann ")]
+
+
+def test_every_command_in_the_readme_runs(route, tiny, tmp_path, monkeypatch):
+    """At tiny size, in the order of the README; downloads and long trainings only as far as --dry-run."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(route.parent / "clips", tmp_path / "clips")
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command.replace("-n 64", "-n 4"))[1:]
+        if command.removeprefix("vglann ").startswith(ONLY_PARSED):
+            parse(words)
+        elif words[0] == "train" and {"paper", "--loss"} & set(words):
+            assert main([*words, "--dry-run"]) == 0, command
+        elif words[0] == "train" and "--resume" not in words:
+            assert main([*words, "--epochs", "1", *tiny]) == 0, command
+        elif words[0] == "map":
+            assert main([*words, "--epochs", "2"]) == 0, command
+        else:
+            assert main(words) == 0, command
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "vglann_kernels" in block]
+    names: dict = {}
+    exec(block, names)
+    assert names["video"].grad.abs().max() > 0
+
+
+def test_the_readme_has_no_gaps():
+    assert "@@" not in (ROOT / "README.md").read_text()
