@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable
 from itertools import islice, pairwise
+from typing import Any
 
 import av
 import cv2
