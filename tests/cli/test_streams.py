@@ -240,3 +240,10 @@ def test_ctrl_c_while_the_program_loads_is_no_traceback(tmp_path):
         [sys.executable, "-m", "vglann_fast", "--help"], env=environment, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_every_line_on_standard_error_is_one_that_may_be_lost():
+    """`say` prints it; a bare print would end the command where standard error is full or closed."""
+    for file in (ROOT / "vglann_fast").rglob("*.py"):
+        if file.name != "progress.py":
+            assert "file=sys.stderr" not in file.read_text(encoding="utf-8"), file

@@ -28,7 +28,7 @@ STAGES = {
     "reconstruct": reconstruct,
     "interpolate": lambda run: interpolate(run, steps=2),
     "invert": lambda run: invert_videos(run, [run.parent / "clips"], starts=1, steps=2),
-    "evaluate": lambda run: evaluate(run, kinds=["gaussian"], features=["x"], held_out=1),
+    "evaluate": lambda run: evaluate(run, kinds=["gaussian"], features=["x"], invert=1),
     "report": write_report,
 }
 

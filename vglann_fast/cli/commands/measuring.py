@@ -31,6 +31,7 @@ from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.mapping import MAP_KINDS
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import LOSSES, TrainOptions
+from vglann_fast.progress import say
 
 log = logging.getLogger("vglann_fast")
 
@@ -108,7 +109,7 @@ def _evaluate(a: Namespace) -> None:
             device=device,
         )
     for line in (*result.warnings, *doubts(result.records)):
-        print(f"vglann: warning: {line}", file=sys.stderr)
+        say(f"vglann: warning: {line}")
     print(tables(result.records), f"{result.folder}", sep="\n\n")
 
 
