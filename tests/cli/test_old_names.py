@@ -72,7 +72,8 @@ def test_a_table_takes_the_old_values_of_a_training(capsys):
 
 
 def test_only_one_process_of_several_warns(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     assert parse(["train", "clips", "--blur", "seed"]).blur == "paper"
     assert capsys.readouterr().err == ""
 

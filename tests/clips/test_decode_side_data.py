@@ -174,7 +174,7 @@ def test_colors_of_unknown_number_are_read_and_of_another_model_refused_in_words
     files = [
         filtered(
             tmp_path / f"{number}.mkv",
-            f"h264_metadata=matrix_coefficients={number}:color_primaries={number}"
+            f"h264_metadata=matrix_coefficients={number}:colour_primaries={number}"
             f":transfer_characteristics={number}",
             "yuv444p",
         )

@@ -192,10 +192,8 @@ def test_a_part_of_the_script_writes_two_files_and_tells_what_failed(tmp_path):
     asked = [
         line for line in (tmp_path / "out" / "step.txt").read_text().splitlines() if line.startswith("ran")
     ]
-    assert [line.split()[1] for line in asked] == [
-        "vglann_fast/experiments/parity.py",
-        *["bench/bench_glo_step.py"] * 2,
-    ]
+    names = ["vglann_fast.experiments.parity", *["bench/bench_glo_step.py"] * 2]
+    assert all(name in line for name, line in zip(names, asked, strict=True))
     assert all(line.endswith("/a b") for line in asked)
     done = subprocess.run([*command, "kernel"], env=environment, capture_output=True, text=True, check=False)
     assert "no part kernel" in done.stderr

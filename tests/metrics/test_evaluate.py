@@ -215,7 +215,7 @@ def test_the_spread_is_over_disjoint_quarters():
     real, made = torch.randn(67, 3, dtype=torch.float64), torch.randn(70, 3, dtype=torch.float64) + 1
     figures = compare(real, made)
     assert figures["n"] == 67
-    assert any("67 real and 70 made" in line for line in figures["warnings"])
+    assert any("67 real and 70 generated" in line for line in figures["warnings"])
     pairs = [(real[i * 16 : i * 16 + 16], made[i * 16 : i * 16 + 16]) for i in range(4)]
     expected = [frechet_distance(FeatureMoments.of(a), FeatureMoments.of(b)) for a, b in pairs]
     assert figures["quarters"]["values"] == pytest.approx(expected)

@@ -64,7 +64,7 @@ class PackReport:
     """Counts of one `pack`.
 
     static: clips dropped for lack of motion. repeated: clips already there. unstable: clips that could not be
-    stabilised, listed in rejected.jsonl.
+    stabilized, listed in rejected.jsonl.
     """
 
     folder: str
@@ -87,7 +87,7 @@ class PackReport:
         if self.repeated:
             dropped += f", {self.repeated} repeated clips dropped"
         if self.unstable:
-            dropped += f", {self.unstable} clips could not be stabilised"
+            dropped += f", {self.unstable} clips could not be stabilized"
         return (
             f"{self.folder}: {self.clips} clips ({self.train} train, {self.test} test) of {self.shots} shots "
             f"in {self.sources} videos; {dropped}; {self.seconds:.1f} s"
@@ -238,7 +238,7 @@ def _write(
                 entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
                 for clip, pixels in cut(video, shots, source.first_frame, options, repeat_last=source.strip):
                     if pixels is None:
-                        reason = "a clip could not be stabilised"
+                        reason = "a clip could not be stabilized"
                         unstable.append({"source": source.name, "reason": reason, "clip": clip})
                     elif _motion(pixels) < options.min_motion:
                         counts["static"] += 1
@@ -339,7 +339,7 @@ def _check_enough(
         more = ", ..." if len(rejected) > 3 else ""
         raise VglannError(f"{len(rejected)} of {sources} videos cannot be used, remove them: {named}{more}")
     if not clips:
-        dropped = {"were static": counts["static"], "could not be stabilised": counts["unstable"]}
+        dropped = {"were static": counts["static"], "could not be stabilized": counts["unstable"]}
         why = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
         raise VglannError(
             f"no clip in {sources} videos: {why or f'no shot has {options.span} frames'}; give other videos, "

@@ -99,13 +99,7 @@ def remove_strays(folder: Path, *, replaced: bool = False) -> None:
                 continue
             if not replaced and os.path.isdir(stray / "old"):
                 continue
-            # Never made here: its process may be about to make it.
-            lock = os.open(stray / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            # A process that was killed in between, or one that tries another folder if this one is gone.
-            with suppress(OSError):
-                stray.rmdir()
-            continue
+            lock = _open_lock(stray)
         except OSError:  # another user's
             continue
         try:
