@@ -16,7 +16,7 @@ from vglann_fast.glo.train import train as train_run
 from vglann_fast.interface.arguments import check_names, checked_seed, typed, whole
 from vglann_fast.interface.machine import computing, torch_device
 from vglann_fast.interface.run import Run, warn
-from vglann_fast.options.fields import options_to_json
+from vglann_fast.options.fields import flag_of, options_to_json
 from vglann_fast.options.presets import preset as preset_named
 from vglann_fast.options.training import OnMismatch, PresetName, TrainOptions
 from vglann_fast.run.folder import RunDir
@@ -122,7 +122,8 @@ def resume(
         device, kernels, log_every, checkpoint_every, keep_checkpoints, tensorboard: see `train`.
         latents_on_mismatch: for clips that have changed: "error" raises, "keep" keeps the latents of clips that are
             still there, "init" initializes all latents again.
-        options: learning rates and options of the machine, e.g. lr_generator=0.0005, precision="fp32".
+        options: learning rates and options of the machine, e.g. lr_generator=0.0005, precision="fp32". Others,
+            preset and seed must have the values that the run began with.
 
     Returns:
         The trained run. A `Run` that was loaded before keeps the state it was loaded with.
@@ -175,13 +176,22 @@ def resumed_run(path: str | Path, clips: str | Path | ClipSet | None, options: M
     run = RunDir.open(path)
     if run.options["clips"] is None:
         raise VglannError(f"{path} was imported: it has no training to continue; train a new run")
-    free = [field.name for field in fields(TrainOptions) if field.metadata["resumable"]]
-    if fixed := sorted({field.name for field in fields(TrainOptions)} & options.keys() - set(free)):
+    names = [field.name for field in fields(TrainOptions)]
+    check_names(options, [*names, *_OTHERS, "latents_on_mismatch", "clips"], "train")
+    before = {**run.options["train"], "preset": run.options["preset"], "seed": run.options["seed"]}
+    fixed = {field.name for field in fields(TrainOptions) if not field.metadata["resumable"]} | {
+        "preset",
+        "seed",
+    }
+    changed = [name for name in options if name in fixed and options[name] != before.get(name)]
+    if changed:
+        given = ", ".join(f"{flag_of(name)} {options[name]}" for name in changed)
         raise VglannError(
-            f"--resume: {', '.join(fixed)} cannot change after the start of a run; leave it out, or train a new run"
+            f"--resume: {path} was begun with other values than {given}; remove these (only CLIPS, learning rates "
+            "and options of the machine may change after the start), or train a new run"
         )
-    check_names(options, [*free, *_OTHERS, "latents_on_mismatch", "clips"], "train")
-    run.options["train"].update(typed(options, TrainOptions()))
+    free = {name: value for name, value in options.items() if name not in fixed}
+    run.options["train"].update(typed(free, TrainOptions()))
     if clips is not None:
         run.options["clips"] = str(_folder(clips).absolute())
     return run

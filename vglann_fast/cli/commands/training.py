@@ -1,7 +1,7 @@
 """Training the generator and the latents: `vglann train | profile`, and runs from checkpoints of others."""
 
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from vglann_fast.cli.arguments import (
 from vglann_fast.cli.device import device_and_kernels
 from vglann_fast.cli.parser import Parser, command
 from vglann_fast.errors import VglannError
-from vglann_fast.options.fields import flag_of, options_to_json
+from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import OnMismatch, PresetName, TrainOptions, Variant
 from vglann_fast.run.environment import launched
@@ -110,19 +110,19 @@ def _train(a: Namespace) -> None:
 
 
 def _resume(a: Namespace, given: dict[str, Any]) -> None:
-    """Continue a run with the options in `given`, of which only some may differ from its own."""
+    """Continue a run, with the options in `given` changed."""
     from vglann_fast.interface.training import resume, resumed_run
-    from vglann_fast.run.folder import RunDir
 
-    own = RunDir.open(a.resume).options
-    free = _free_options(a, given, own)
+    if a.out is not None:
+        raise VglannError("--resume continues a run in its own folder; remove --out")
+    given |= {name: value for name in ("preset", "seed") if (value := getattr(a, name)) is not None}
     if a.dry_run:
-        options = resumed_run(a.resume, a.clips, free).options
+        options = resumed_run(a.resume, a.clips, given).options
         record = {name: options[name] for name in ("preset", "seed", "clips")}
         print_config(a, {**record, **options["train"]})
         return
     mismatch = a.latents_on_mismatch
-    run = resume(a.resume, a.clips, latents_on_mismatch=mismatch, **_machine(a), **free)
+    run = resume(a.resume, a.clips, latents_on_mismatch=mismatch, **_machine(a), **given)
     _say_trained(run.path)
 
 
@@ -135,26 +135,6 @@ def _machine(a: Namespace) -> dict[str, Any]:
 def _say_trained(path: Path) -> None:
     if launched().rank == 0:
         print(f"trained: {path}")
-
-
-def _free_options(a: Namespace, given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return the options in `given` that a resumed run, with options `own`, may change.
-
-    Raises `VglannError` for others, unless they have the value that the run has.
-    """
-    if a.out is not None:
-        raise VglannError("--resume continues a run in its own folder; remove --out")
-    free = {f.name for f in fields(TrainOptions) if f.metadata["resumable"]}
-    fixed = {name: value for name, value in given.items() if name not in free}
-    fixed |= {name: value for name in ("preset", "seed") if (value := getattr(a, name)) is not None}
-    before = {**own["train"], "preset": own["preset"], "seed": own["seed"]}
-    changed = [f"{flag_of(name)} {value}" for name, value in fixed.items() if before.get(name) != value]
-    if changed:
-        raise VglannError(
-            f"--resume: {a.resume} was begun with other values than {', '.join(changed)}; remove these (only CLIPS, "
-            "learning rates and options of the machine may change)"
-        )
-    return {name: value for name, value in given.items() if name in free}
 
 
 @command("profile", "take a few training steps of a run and show where the time goes", "vglann profile run")
