@@ -44,6 +44,8 @@ MISTAKES = {
     "no run": (["map", "{tmp}"], "is not a run"),
     "no mapping": (["sample", "{run}", "--kind", "imle"], "vglann map"),
     "unknown kind": (["map", "{run}", "--kind", "gan"], "--kind"),
+    "a value of two dashes": (["train", "x", "--out", "y", "--epochs=--"], "--epochs: expected a value"),
+    "a rate beyond all bounds": (["map", "{run}", "--lr", "9223372036854775807"], "lower --lr"),
     "log never": (["train", "x", "--out", "y", "--log-every", "0"], "--log-every"),
     "negative seed": (["train", "x", "--out", "y", "--seed", "-1"], "--seed"),
     "huge seed": (["sample", "{run}", "--seed", "99999999999999999999"], "--seed"),

@@ -77,6 +77,10 @@ class Command:
             os.kill(self.pid, number)
         return self._code is None
 
+    def running(self) -> bool:
+        """Return True until the command has ended."""
+        return self._poll() is None
+
     def ended(self) -> Ended:
         """Wait for the end. Raises TimeoutError if it does not come."""
         while self._poll() is None:

@@ -167,7 +167,7 @@ def test_no_test_has_a_network():
     assert subprocess.run([sys.executable, "-c", CONNECT], check=False).returncode == 0
 
 
-SHORT = ["kills", "operations", "full_disk", "permissions"]
+SHORT = ["kills", "operations", "full_disk", "permissions", "fuzz_options"]
 
 
 @pytest.fixture(scope="module")

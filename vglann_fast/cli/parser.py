@@ -73,6 +73,10 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Return the arguments in `words`. Raises `VglannError`."""
+        # argparse of Python 3.11 and 3.12 makes an empty list of such a value.
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                raise VglannError(f"{word[:-3]}: expected a value, got '--'; see `{self.prog} --help`")
         try:
             values, rest = self.parse_known_args(words)
         except argparse.ArgumentError as error:

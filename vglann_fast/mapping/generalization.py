@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import nearest_rows
 
+from vglann_fast.errors import VglannError
 from vglann_fast.mapping.base import LatentSampler
 
 SAMPLES = 4096
@@ -29,8 +30,13 @@ MAX_LATENTS = 4096  # of either part
 def measure_gap(
     mapping: LatentSampler, fitted: Tensor, held_out: Tensor | None, generator: torch.Generator
 ) -> dict[str, Any]:
-    """The record for latents [N, d] the mapping was fitted to and [n, d] set aside, with samples from `generator`."""
+    """Return the record for latents [N, d] that were fitted and [n, d] held out, with samples from `generator`.
+
+    Raises `VglannError` when the samples are not finite.
+    """
     samples = F.normalize(mapping.sample(SAMPLES, generator), dim=1)
+    if not torch.isfinite(samples).all():
+        raise VglannError(f"{mapping.kind}: the fitted mapping makes latents that are not finite; lower --lr")
 
     def part(latents: Tensor) -> dict[str, Any]:
         rows = F.normalize(latents[:MAX_LATENTS], dim=1)

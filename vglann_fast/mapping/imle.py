@@ -186,10 +186,15 @@ class IMLE(LatentSampler[ImleOptions]):
 
     @torch.no_grad()
     def _map_pool(self, pool: Tensor) -> Tensor:
-        """pool [blocks, B, noise_dim] -> latents [blocks, B, d], each block with BatchNorm statistics of its own."""
+        """Map pool [blocks, B, noise_dim] to latents [blocks, B, d], each block with its own BatchNorm statistics.
+
+        Raises `VglannError` when they are not finite.
+        """
         at_once = MAPPED_AT_ONCE if pool.is_cuda else MAPPED_AT_ONCE_ON_CPU
         parts = pool.split(max(1, at_once // pool.shape[1]))
         mapped = torch.cat([self.network.forward_blocks(part) for part in parts])
+        if not torch.isfinite(mapped).all():
+            raise VglannError("imle: the network's latents are not finite; lower --lr")
         return F.normalize(mapped, dim=2) if self.options.normalize else mapped
 
     @torch.no_grad()
