@@ -45,8 +45,8 @@ def small(monkeypatch):
 
 
 def test_rows_lead_from_preset_paper_to_preset_modern():
-    for end in ablation.ENDS:
-        expected = replace(PRESETS[end].train, width=ablation.WIDTH, epochs=ablation.EPOCHS)
+    for end, preset in zip(ablation.ENDS, ("paper", "modern-2026a"), strict=True):
+        expected = replace(PRESETS[preset].train, width=ablation.WIDTH, epochs=ablation.EPOCHS)
         assert ablation.options_of(end) == expected
     rows = [ablation.options_of(row) for row in CHANGES]
     assert all(one != other for one, other in itertools.pairwise(rows))

@@ -20,7 +20,7 @@ from vglann_fast.options.presets import preset
 from vglann_fast.report.evaluation import shown
 from vglann_fast.report.table_page import COLUMN, as_markdown, distance_tables, read_table, write_table_page
 
-TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3", "--epochs", "2"]
+TINY = ["--width=4", "--latent-dim=8", "--levels=2", "--batch-size=3", "--epochs=2", "--background-share=0"]
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ WRITERS = (
     "weights import",
 )
 VOLATILE = {".lock", "environment.json", "history.jsonl"}
-SHAPE = ["--width", "2", "--latent-dim", "4", "--levels", "1", "--batch-size", "2"]
+SHAPE = ["--width", "2", "--latent-dim", "4", "--levels", "1", "--batch-size", "2", "--background-share", "0"]
 TRAIN = ["--epochs", "4", "--checkpoint-every", "1", "--log-every", "1", "--device", "cpu"]
 
 Words = list[str | Path]

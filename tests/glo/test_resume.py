@@ -19,7 +19,7 @@ from vglann_fast.glo.train import train
 from vglann_fast.glo.training import Training
 from vglann_fast.run.folder import RunDir
 
-TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
+TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2", "--background-share", "0"]
 
 
 @pytest.fixture(scope="module")

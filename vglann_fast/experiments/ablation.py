@@ -51,7 +51,8 @@ from vglann_fast.samples.sample import render
 
 # Options without effect on the trainings here: they matter to what comes after one, or to another generator or loss.
 UNUSED: dict[str, Any] = {"batchnorm": "eval", "reuse_norms": False, "perceptual": "fixed"}
-# Row -> what it changes in the row before it. The first is preset `paper`, the last has to be preset `modern`.
+# Row -> what it changes in the row before it. The first is preset `paper`. The last is preset
+# `modern-2026a`, which was called `modern` when this study was made.
 CHANGES: dict[str, dict[str, Any]] = {
     "paper": {},
     "+ schedule": {"schedule": "cosine"},
@@ -92,7 +93,7 @@ class PlannedTraining(NamedTuple):
 
 def options_of(row: str) -> TrainOptions:
     """The options of a row: those of all rows up to it, at the size of this study."""
-    options = PRESETS["modern" if row in VARIANTS else "paper"].train
+    options = PRESETS["modern-2026a" if row in VARIANTS else "paper"].train
     if row in VARIANTS:
         options = replace(options, **VARIANTS[row])
     else:
@@ -161,7 +162,7 @@ def train_one(wanted: PlannedTraining, clips: ClipSet, folder: Path, clips_folde
     """One training, with a checkpoint at its end alone."""
     options = options_of(wanted.row)
     record = {
-        "preset": "paper" if wanted.row == "paper" else "modern",
+        "preset": "paper" if wanted.row == "paper" else "modern-2026a",
         "seed": wanted.seed,
         "clips": str(clips_folder.absolute()),
         "frames": clips.frames,

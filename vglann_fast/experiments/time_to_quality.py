@@ -1,4 +1,5 @@
-"""Seconds to reach a reconstruction PSNR: preset `paper` by its author's step, and by ours, and preset `modern`.
+"""Seconds to reach a reconstruction PSNR: preset `paper` by its author's step and by ours, and preset `modern-2026a`,
+which was called `modern` when the study was made.
 
     python -m vglann_fast.experiments.time_to_quality CLIPS RUNS OUT
 

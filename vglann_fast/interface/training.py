@@ -61,7 +61,7 @@ def train(
     Args:
         clips: a clip folder, or the `ClipSet` of one. The train clips of the folder are used.
         out: run folder to make. It must not exist or be empty.
-        preset: "modern", "paper" or "demo": the values of all `options` that are not given.
+        preset: "modern", "modern-2026a", "paper" or "demo": the values of all `options` that are not given.
         seed: seed of the first parameters, the first latents and the order of the clips, 0 to below 2^63.
         device: "cpu", "cuda" or "cuda:N". Default: "cuda" if there is a GPU, else "cpu".
         kernels: "auto", "triton" or "reference", with exceptions such as "reference,nearest=faiss".

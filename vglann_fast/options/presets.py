@@ -1,7 +1,9 @@
-"""The presets `paper`, `modern` and `demo`: one named set of options for every stage that trains.
+"""The presets `paper`, `modern`, `modern-2026a` and `demo`: named sets of options for every stage that trains.
 
 `paper` reproduces the GLANN-VIDEO code, the published program of the paper's author, including its quirks.
-`modern` is the same model with those quirks fixed. `demo` is `modern`, small enough for two CPU cores.
+`modern-2026a` is the same model with those quirks fixed, and the defaults of all options. `modern` trains that model
+by another recipe: Muon, the background first, and L2 beside the pyramid. `demo` is `modern-2026a`, small enough for
+two CPU cores.
 """
 
 from collections.abc import Mapping
@@ -29,7 +31,13 @@ class Preset:
     map: Mapping[str, MapOptions]  # by kind
 
 
-_MODERN = Preset(train=TrainOptions(), map={kind: options() for kind, options in MAP_OPTIONS.items()})
+_MODERN_2026A = Preset(train=TrainOptions(), map={kind: options() for kind, options in MAP_OPTIONS.items()})
+# On 218 clips of a film, 16 frames of 32 x 32, width 16, 20 epochs: 23.2 dB and a motion R^2 of 0.37, where
+# modern-2026a has 19.3 dB and 0.05.
+_MODERN = Preset(
+    train=TrainOptions(optimizer="muon", background_share=0.15, lr_latents=0.01, loss="laplacian:1,l2:2"),
+    map=_MODERN_2026A.map,
+)
 
 # The GLANN-VIDEO code has no flows. They are as in `modern`; like every mapping of `paper` they fit all latents.
 _PAPER_MAP: dict[str, MapOptions] = {
@@ -63,16 +71,21 @@ _PAPER = Preset(
 
 # The demo has too few latents to hold any out.
 _DEMO_MAP: dict[str, MapOptions] = {
-    **_MODERN.map,
+    **_MODERN_2026A.map,
     "imle": ImleOptions(epochs=400, batch_size=32, pool_factor=100, lr=3e-3),
     "gmm": GmmOptions(components="1", holdout_fraction=0.0),
 }
 _DEMO = Preset(
-    train=replace(_MODERN.train, width=32, batch_size=5, epochs=150, lr_latents=0.01),
+    train=replace(_MODERN_2026A.train, width=32, batch_size=5, epochs=150, lr_latents=0.01),
     map={kind: replace(options, holdout_fraction=0.0) for kind, options in _DEMO_MAP.items()},
 )
 
-PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "modern": _MODERN, "demo": _DEMO}
+PRESETS: dict[PresetName, Preset] = {
+    "paper": _PAPER,
+    "modern": _MODERN,
+    "modern-2026a": _MODERN_2026A,
+    "demo": _DEMO,
+}
 
 
 def preset(name: str) -> Preset:

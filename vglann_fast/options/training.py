@@ -1,4 +1,4 @@
-"""Options of the training: a frozen dataclass that checks itself. The defaults are preset `modern`.
+"""Options of the training: a frozen dataclass that checks itself. The defaults are preset `modern-2026a`.
 
 Each field carries its help text; the command line is made from it.
 """
@@ -10,7 +10,7 @@ from vglann_fast.options.fields import check_choices, option, require
 
 Variant = Literal["original", "expanded"]
 LatentNorm = Literal["projected", "detached"]
-PresetName = Literal["paper", "modern", "demo"]
+PresetName = Literal["paper", "modern", "modern-2026a", "demo"]
 OnMismatch = Literal["error", "keep", "init"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
@@ -23,7 +23,8 @@ PERCEPTUAL = (
 )  # losses by features of a network
 # Upper bounds: larger values are typos or damaged files and would only fail later, out of memory.
 MAXIMA = {"width": 4096, "latent_dim": 65_536, "epochs": 10**9, "batch_size": 65_536, "accumulate": 65_536}
-# Cost of a background step as a share of a full one, measured at width 16 and 32: 0.04 with Adam, 0.05 with Muon.
+# Cost of a background step as a share of a full one, at width 32 and 32 frames of 64 x 64 on a CPU: 0.04 with Adam,
+# 0.05 with Muon. Smaller clips pay more: 0.15 to 0.2 at width 16 and 16 frames of 32 x 32.
 BACKGROUND_COST = 0.05
 # Beyond this many passes the background gains little, however long the run.
 MAX_BACKGROUND_PASSES = 100
@@ -55,7 +56,7 @@ def loss_terms(spec: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """GLO: the generator, the latents and how they are trained together. Defaults: preset `modern`."""
+    """GLO: the generator, the latents and how they are trained together. Defaults: preset `modern-2026a`."""
 
     variant: Variant = option("original", "generator network", group=MODEL)
     width: int = option(64, "of the generator's last hidden layer", group=MODEL, metavar="CHANNELS")
@@ -182,10 +183,10 @@ class TrainOptions:
     def background_passes(self) -> int:
         """Passes over the clips in which the background alone learns.
 
-        They take `background_share` of the cost of `epochs` full passes, and never more than 100 passes: each latent
-        is visited once in a pass, whatever the number of clips, and 40 passes were enough for 218 clips. With a share
-        of 0.25, 20 epochs on 218 clips have 100 background passes for 5 of those epochs; 150 epochs on 20 clips, or
-        200 on 2,000 or 50,000, have 100 for 5, which is then less than the share.
+        They take `background_share` of the cost of `epochs` full passes, and never more than 100 passes: a pass
+        visits each latent once, whatever the number of clips, and 30 to 60 passes were tried on 218 clips. With a
+        share of 0.15, 20 epochs, which suit 218 clips, have 60 background passes and 17 full ones. 150 epochs on 20
+        clips have 100 and 145; 200 epochs on 2,000 or 50,000 clips have 100 and 195, a fortieth of the cost.
         """
         return min(MAX_BACKGROUND_PASSES, round(self.background_share * self.epochs / BACKGROUND_COST))
 
