@@ -19,7 +19,7 @@ from vglann_fast.glo.train import train
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     clips = write_clip_folder(folder / "clips", moving_squares(6))
-    run = new_run(folder / "run", clips, tiny_options("modern", epochs=2, width=8))
+    run = new_run(folder / "run", clips, tiny_options("modern-2026a", epochs=2, width=8))
     train(ClipSet.open(clips, "train"), run)
     return run
 

@@ -15,6 +15,8 @@ from vglann_fast.run.files import sha256
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples import sample
 
+# Three passes of 3 steps for the background, then 4 full ones.
+PHASES = ["--background-share", "0.0375"]
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "2"]
 
 
@@ -24,7 +26,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     clips = write_clip_folder(folder / "clips", moving_squares(6))
     run, cpu = str(folder / "run"), ["--device", "cpu"]
-    assert main(["train", str(clips), "--out", run, *TINY, "--epochs", "4", "--seed", "3", *cpu]) == 0
+    assert (
+        main(["train", str(clips), "--out", run, *TINY, "--epochs", "4", "--seed", "3", *PHASES, *cpu]) == 0
+    )
     stop_at(RunDir.open(run), 7)
     for command in (
         ["train", "--resume", run, "--lr-latents", "0.002"],
@@ -57,16 +61,16 @@ def verdicts(capsys):
 def test_everything_comes_out_the_same(made, tmp_path, capsys):
     capsys.readouterr()
     assert main(["replay", str(made / "run"), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
-    parts = [f"checkpoint 12, {part}" for part in ("generator", "latents", "optimizer")]
-    artifacts = ["checkpoint 12", *parts, "metrics", "mapping/imle", "media/samples", "media/nearest"]
+    parts = [f"checkpoint 21, {part}" for part in ("generator", "latents", "optimizer")]
+    artifacts = ["checkpoint 21", *parts, "metrics", "mapping/imle", "media/samples", "media/nearest"]
     assert verdicts(capsys) == dict.fromkeys([*artifacts, "media/interpolation"], "SAME")
-    assert RunDir.open(tmp_path / "again").checkpoints.load()[0]["step"] == 12
+    assert RunDir.open(tmp_path / "again").checkpoints.load()[0]["step"] == 21
 
 
 def test_what_was_changed_is_named(made, tmp_path, capsys):
     """A latent, a metric and a video, and a picture that nobody recorded."""
     run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))
-    checkpoint = run.path / "checkpoints" / "step-00000012"
+    checkpoint = run.path / "checkpoints" / "step-00000021"
     tensors = load_file(checkpoint / "latents.safetensors")
     tensors["rows"][1, 2] += 1e-6
     save_file(tensors, checkpoint / "latents.safetensors")
@@ -80,8 +84,8 @@ def test_what_was_changed_is_named(made, tmp_path, capsys):
     capsys.readouterr()
     assert main(["replay", str(run.path), "--device", "cpu"]) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert "SAME checkpoint 12, generator" in printed
-    assert any(line.startswith("DIFF checkpoint 12, latents: 1 of 6 tensors, by up to 1") for line in printed)
+    assert "SAME checkpoint 21, generator" in printed
+    assert any(line.startswith("DIFF checkpoint 21, latents: 1 of 6 tensors, by up to 1") for line in printed)
     assert any(line.startswith("DIFF metrics: ") for line in printed)
     assert "DIFF media/interpolation: 1 of" in "\n".join(printed)
     assert "SKIP media/reconstruction: no record of the command that made it" in printed
@@ -147,7 +151,7 @@ def test_an_older_run_without_metrics(made, tmp_path, capsys):
     assert main(["replay", str(run.path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "SKIP metrics: no common lines" in printed
-    assert "SAME checkpoint 12, generator" in printed
+    assert "SAME checkpoint 21, generator" in printed
 
 
 def test_each_step_is_deterministic_or_not_as_recorded(made, tmp_path, capsys, monkeypatch):
