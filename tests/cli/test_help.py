@@ -62,7 +62,7 @@ def test_the_overview_names_every_command(capsys):
 def test_an_option_shows_the_defaults_of_the_presets(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     text = " ".join(printed(["train", "--help"], capsys).split())
-    assert "[0.03; paper, demo 0.01]" in text
+    assert "[0.002; paper 0.001]" in text
     assert "[cosine; paper halve-every-tenth]" in text
     for field in fields(TrainOptions):
         value = getattr(PRESETS["modern"].train, field.name)

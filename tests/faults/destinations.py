@@ -288,10 +288,12 @@ def calls_that_fail(route: Route, writer: Writer, whole: dict[str, str], tries: 
         place = writer.place(route.root / "place")
         fails = partial(_arm, call, getattr(errno, name), turn, place)
         ended = run(writer.words(place), route.log, fails)
-        problem = ended.not_one_line() if ended.code else None
-        if problem is None:
-            again = run(writer.continued(place), route.log)
-            problem = done(again, place, whole) if not _is_kept(ended) else None
+        if ended.code == 0:
+            problem = done(ended, place, whole)
+        else:
+            problem = ended.not_one_line()
+            if problem is None and not _is_kept(ended):
+                problem = done(run(writer.continued(place), route.log), place, whole)
         problems.append(problem and f"{name} of {call} {turn}: {problem}")
     note = "exit code 0, or 2 and one line; then the same command again: as undisturbed"
     return case(f"one call fails once under {writer.name}", problems, note)

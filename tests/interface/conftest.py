@@ -5,7 +5,15 @@ import pytest
 import vglann_fast as vf
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 
-TINY = {"preset": "demo", "width": 4, "latent_dim": 8, "levels": 2, "batch_size": 3, "epochs": 3}
+TINY = {
+    "preset": "demo",
+    "width": 4,
+    "latent_dim": 8,
+    "levels": 2,
+    "batch_size": 3,
+    "epochs": 3,
+    "background_share": 0.0,
+}
 
 
 @pytest.fixture(scope="session")

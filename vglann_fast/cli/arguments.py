@@ -19,7 +19,9 @@ FEATURES = "transnetv2,lite0,lite0-step"
 SEED = whole(0, 2**63 - 1)
 POSITIVE = whole(1)
 ALL_KINDS = "all kinds"
-BRACKETS = "In brackets: the value of preset modern, then of presets that have another."
+# Presets whose values --help shows; `vglann train … --preset NAME --dry-run` prints those of any.
+_SHOWN: tuple[PresetName, ...] = ("paper", "modern", "demo")
+BRACKETS = "In brackets: the value of preset modern, then of paper and demo where they have another."
 
 
 def add_run(parser: Parser) -> None:
@@ -73,7 +75,7 @@ def add_config(parser: Parser) -> None:
 
 def add_preset(parser: Parser, default: str) -> None:
     """Add --preset; `default` says which one it is in words."""
-    add_choice(parser, "--preset", get_args(PresetName), f"for options not given [{default}]")
+    add_choice(parser, "--preset", get_args(PresetName), f"[{default}]")
 
 
 def print_config(a: Namespace, options: Mapping[str, Any]) -> None:
@@ -115,7 +117,7 @@ def add_train_options(parser: Parser, *, without: Sequence[str] = (), show: bool
             if title == MACHINE:
                 add_machine(groups[title], deterministic=False)
         if field.name not in without:
-            values = {name: getattr(preset.train, field.name) for name, preset in PRESETS.items()}
+            values = {name: getattr(PRESETS[name].train, field.name) for name in _SHOWN}
             text = _help(field, hints[field.name], _defaults(values)) if show else SUPPRESS
             _add_field(groups[title], field, hints[field.name], text)
 

@@ -79,7 +79,7 @@ def add_train(parser: Parser) -> None:
         metavar="N",
         type=POSITIVE,
         default=2,
-        help="newest to keep; with 1 there is no spare one [%(default)s]",
+        help="newest to keep [%(default)s]",
     )
     data.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
     add_train_options(parser)
