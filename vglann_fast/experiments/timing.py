@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -264,8 +265,8 @@ def machine() -> dict[str, str]:
     """Return the device and the versions that a time depends on."""
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU (small shapes)"
     try:
-        from triton import __version__ as triton
-    except ImportError:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
         triton = "none"
     return {"device": name, "torch": torch.__version__, "triton": triton}
 
