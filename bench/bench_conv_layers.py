@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from vglann_fast.experiments.timing import DEVICE, DTYPE, SHAPES, Contender, agree
+from vglann_fast.experiments.timing import DEVICE, DTYPE, SHAPES, Contender, Group
 
 # in and out channels, input grid of a video of 32 x 64 x 64
 LAYERS = {
@@ -87,13 +87,11 @@ def kernels_of(contender: Contender) -> list[str]:
 def test_convolution(benchmark, timing, shape, layer, which):
     batch = shape[0]
     calls = {name: one_pass(layer, batch, which, *how) for name, how in CONTENDERS.items()}
-    agree(calls, 2e-2)
     (channels, out), positions = channels_of(layer), batch * math.prod(LAYERS[layer][2])
     dimensions = len(LAYERS[layer][2])
     weights = channels * out * 4**dimensions
     moved = (
         positions * channels + weights + positions * 2**dimensions * out
     )  # in every pass two of them in, one out
-    timing.record(benchmark, calls, moved * DTYPE.itemsize, 2 * positions * weights)
-    for name, contender in calls.items():
-        benchmark.extra_info["rows"][name]["kernels"] = kernels_of(contender)
+    group = Group(calls, 2e-2, moved * DTYPE.itemsize, 2 * positions * weights)
+    timing.record(benchmark, group, kernels_of)

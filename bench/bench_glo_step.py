@@ -1,24 +1,31 @@
 """The whole training step, from the author's to the fastest, one change at a time.
 
     python bench/bench_glo_step.py --clips CLIPS [--batch 15] [--width 64] [--steps 5] [--device cpu]
+                                   [--json FILE.jsonl] [--same-process]
     pytest bench/bench_glo_step.py --benchmark-only
 
 The first prints the waterfall, each row in a process of its own on the same clips and with the same loss (preset
-`paper`); a row that cannot run says why. The second compares the author's step with ours, in turns in one process,
-at the size given by VGLANN_BENCH_CLIPS, VGLANN_BENCH_BATCH and VGLANN_BENCH_WIDTH, small by default.
+`paper`); a row that cannot run says why, and exit code 1 tells that a row failed. Band matrices of the PyTorch
+reference are kept: made in each step, they would flatter the kernels. --same-process saves the starts of the
+processes. --json appends a line for each row as soon as it is known. The second compares the author's step with ours,
+in turns in one process, at the size given by VGLANN_BENCH_CLIPS, VGLANN_BENCH_BATCH and VGLANN_BENCH_WIDTH, small by
+default.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from vglann_kernels import ImplUnavailable, use_impl
+from vglann_kernels import ImplUnavailable
+from vglann_kernels.impl import using_impl
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import psnr, to_uint8
@@ -26,9 +33,10 @@ from vglann_fast.errors import VglannError
 
 # This file is a script and a pytest module: neither finds its neighbors by itself.
 from vglann_fast.experiments.step_rows import ROWS, WARM_UP, Step, author_and_ours, open_clips, seconds_of
+from vglann_fast.experiments.timing import append_line, in_one_line, keep_band_matrices, machine
 from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training
-from vglann_fast.runtime.memory import peak_memory
+from vglann_fast.runtime.memory import forget_peak, peak_memory
 from vglann_fast.runtime.numerics import numerics
 
 
@@ -66,14 +74,35 @@ def measure_row(
 ) -> dict[str, Any]:
     """One row of the waterfall. A row that cannot run has "why_not" alone."""
     changes, kernels = ROWS[name]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    forget_peak(device)
     try:
-        if kernels:
-            use_impl(kernels)
-        author, ours, training = author_and_ours(clips, batch, width, device, changes)
+        with using_impl(kernels or None):
+            author, ours, training = author_and_ours(clips, batch, width, device, changes)
+            with training_numerics(training.options, device):
+                return _measured_row(name, author if name == "author" else ours, training, steps)
     except (VglannError, ImplUnavailable) as error:
         return {"row": name, "why_not": " ".join(str(error).split())}
-    with training_numerics(training.options, device):
-        return _measured_row(name, author if name == "author" else ours, training, steps)
+    except Exception as error:  # the other rows may run
+        return {"row": name, "failed": in_one_line(error)}
+
+
+def measure_in_a_process(name: str) -> dict[str, Any]:
+    """`measure_row` in a process of its own, with the arguments of this one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    return json.loads(last[0]) if last else {"row": name, "failed": f"exit code {done.returncode}"}
+
+
+def append(path: Path, row: dict[str, Any], batch: int) -> None:
+    """Append a row to a file of results, which `report.py` reads."""
+    values = {key: value for key, value in row.items() if key not in ("row", "why_not")}
+    if "why_not" in row:
+        values["cannot_run"] = row["why_not"]
+    append_line(path, {"group": f"step {batch}", **machine(), "rows": {row["row"]: values}})
 
 
 def _measured_row(name: str, step: Step, training: Training, steps: int) -> dict[str, Any]:
@@ -118,14 +147,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     base = rows[0].get("ms")
     for row in rows:
-        if "why_not" in row:
-            lines.append(f"| {row['row']} | {row['why_not']} | | | | | | | |")
+        if "ms" not in row:
+            lines.append(f"| {row['row']} | {row.get('why_not') or row['failed']} | | | | | | | |")
             continue
+        times = f"{base / row['ms']:.2f}" if base else ""
         quality = "" if row["psnr"] is None else f"{row['psnr']:.2f}"
         lines.append(
             f"| {row['row']} | {row['ms']:.1f} | {row['videos_per_second']:.1f} | {row['launches'] or ''} | "
             f"{row['peak_gb']:.2f} | {row['first_loss']:.4f} {row['last_loss']:.4f} | {quality} | "
-            f"{row['matmul_share']:.1%} | {base / row['ms']:.2f} |"
+            f"{row['matmul_share']:.1%} | {times} |"
         )
     return "\n".join(lines)
 
@@ -160,8 +190,8 @@ def test_step_against_the_author(benchmark):
     benchmark.pedantic(lambda: fp32(WARM_UP + 5), rounds=1)
 
 
-def main() -> None:
-    """Print the waterfall."""
+def main() -> int:
+    """Print the waterfall and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,21 +202,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--one", choices=ROWS, help="measure this row here and print it as JSON")
+    parser.add_argument("--same-process", action="store_true", help="measure all rows in this process")
+    parser.add_argument("--json", type=Path, metavar="FILE.jsonl", help="append each row to this file")
     a = parser.parse_args()
+    keep_band_matrices()
+    clips = open_clips(a.clips, a.batch) if a.one or a.same_process else None
     if a.one:
-        clips = open_clips(a.clips, a.batch)
         print(json.dumps(measure_row(a.one, clips, a.batch, a.width, a.steps, torch.device(a.device))))
-        return
+        return 0
     rows = []
     for name in a.rows:
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-        rows.append(json.loads(last[0]) if last else {"row": name, "why_not": f"exit code {done.returncode}"})
-        found = rows[-1]
-        print(f"{name}: {found.get('why_not') or format(found['ms'], '.1f') + ' ms'}", file=sys.stderr)
+        if a.same_process:
+            row = measure_row(name, clips, a.batch, a.width, a.steps, torch.device(a.device))
+        else:
+            row = measure_in_a_process(name)
+        rows.append(row)
+        if a.json:
+            append(a.json, row, a.batch)
+        print(f"{name}: {row.get('why_not') or row.get('failed') or row['ms']}", file=sys.stderr, flush=True)
     print(table(rows))
+    return 1 if any("failed" in row for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ sizes are small.
 
 import argparse
 import inspect
-import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from vglann_kernels import ImplUnavailable, nearest_rows
 
+from vglann_fast.experiments.timing import append_line, in_one_line, machine
+
 CHECKED = 4096
+OURS = ("reference", "faiss", "triton")
 WARM_UP = 2
 Search = Callable[[Tensor, Tensor], Tensor]  # queries, database -> index [N]
 
@@ -176,8 +179,11 @@ def compare(queries: Tensor, database: Tensor, rounds: int, checked: int = CHECK
         except CannotRun as error:
             rows.append({"contender": name, "why_not": " ".join(str(error).split())})
             continue
+        except Exception as error:  # the others may run
+            rows.append({"contender": name, "failed": in_one_line(error)})
+            continue
         row = {"contender": name, "agreement": (answer[:checked] == exact).double().mean().item()}
-        if name in ("reference", "faiss", "triton"):
+        if name in OURS:
             stats = nearest_rows(queries, database, impl=name, return_stats=True)[2]
             row |= {key: value for key, value in stats.items() if key != "impl"}
         rows.append(row)
@@ -197,8 +203,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = ["| contender | ms | agrees | certified | candidates | scratch MB |", "|---|---|---|---|---|---|"]
     for row in rows:
-        if "why_not" in row:
-            lines.append(f"| {row['contender']} | {row['why_not']} | | | | |")
+        if "ms" not in row:
+            lines.append(f"| {row['contender']} | {row.get('why_not') or row['failed']} | | | | |")
             continue
         own = ""
         if "certified" in row:
@@ -215,7 +221,8 @@ def test_nearest_rows_against_the_others(benchmark):
     for name, queries, database in data_sets(n, m, 100, device, None):
         rows = compare(queries, database, rounds=3, checked=200)
         for row in rows:
-            if row["contender"] in ("reference", "faiss", "triton") and "agreement" in row:
+            assert "failed" not in row, (name, row)
+            if row["contender"] in OURS and "agreement" in row:
                 assert row["agreement"] == 1, (name, row)
         results[name] = rows
     assert "ms" in results["uniform"][0]
@@ -223,8 +230,17 @@ def test_nearest_rows_against_the_others(benchmark):
     benchmark.pedantic(lambda: nearest_rows(queries, database), rounds=1)
 
 
-def main() -> None:
-    """Print one table for each size and data set."""
+def append(path: Path, group: str, rows: list[dict[str, Any]]) -> None:
+    """Append a table to a file of results, which `report.py` reads."""
+    by_name = {row["contender"]: {k: v for k, v in row.items() if k != "contender"} for row in rows}
+    for row in by_name.values():
+        if "why_not" in row:
+            row["cannot_run"] = row.pop("why_not")
+    append_line(path, {"group": group, **machine(), "rows": by_name})
+
+
+def main() -> int:
+    """Print one table for each size and data set; return 1 where a contender failed or ours was not exact."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -238,25 +254,31 @@ def main() -> None:
         "--checked", type=int, default=CHECKED if on_gpu else 256, help="queries against float64"
     )
     parser.add_argument(
-        "--json", type=Path, help="also write the tables to this file, one JSON object a line"
+        "--json",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="append each table to this file as soon as it is known",
     )
+    parser.add_argument("--data", nargs="+", help="data sets by name, default: all")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     a = parser.parse_args()
     device = torch.device(a.device)
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    found: list[str] = []
+    failed = False
     for d in a.d:
         for m in a.m:
             for name, queries, database in data_sets(a.n, m, d, device, a.run):
+                if a.data and name not in a.data:
+                    continue
                 rows = compare(queries, database, a.rounds, a.checked)
                 size = {"n": len(queries), "m": len(database), "d": queries.shape[1]}
                 print(f"\n{name}, {size}, {where}\n\n{table(rows)}", flush=True)
                 if a.json:
-                    found.append(json.dumps({"device": where, "data": name, **size, "rows": rows}))
-                    a.json.write_text(
-                        "\n".join(found) + "\n"
-                    )  # after each: an interruption leaves the others
+                    append(a.json, f"nearest {name} {len(queries)}x{m}x{d}", rows)
+                failed |= any(row.get("agreement", 1) < 1 for row in rows if row["contender"] in OURS)
+                failed |= any("failed" in row for row in rows)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,12 +5,14 @@ The weights are the user's where imported, else random numbers; the row "weights
 on them.
 """
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vglann_fast.errors import VglannError
-from vglann_fast.experiments.timing import DEVICE, SHAPES, agree
+from vglann_fast.experiments.timing import DEVICE, SHAPES, Group, disagreements
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.perceptual import FeatureLoss
 from vglann_fast.nets.efficientnet_lite0 import EfficientNetLite0
@@ -75,9 +77,10 @@ def test_perceptual(benchmark, timing, name, shape):
         for how, kept in KEPT.items()
     }
     for precision in losses:
-        agree({name: call for name, call in calls.items() if name.startswith(precision)}, 1e-5)
+        alike = {name: call for name, call in calls.items() if name.startswith(precision)}
+        assert not disagreements(Group(alike, 1e-5, 1))
     with FlopCounterMode(display=False) as counted:
         calls["fp32 kept"]()()
     moved = clips.numel() + 2 * video.numel() * video.element_size()
     benchmark.extra_info["weights"] = origin
-    timing.record(benchmark, calls, moved, counted.get_total_flops())
+    timing.record(benchmark, Group(calls, math.inf, moved, counted.get_total_flops()))

@@ -1,4 +1,4 @@
-"""What the benchmarks of the ops share: they find `interleaved`, and one `Timing` serves a session."""
+"""What the benchmarks of the ops share: one `Timing` serves a session."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from vglann_fast.experiments.timing import Timing, keep_band_matrices
 
 @pytest.fixture(scope="session")
 def timing() -> Timing:
-    """Times a group of contenders in turns, beside a copy and a matrix product."""
+    """Times a group of contenders interleaved, beside a copy and a matrix product."""
     keep_band_matrices()
     return Timing()

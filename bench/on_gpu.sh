@@ -1,86 +1,148 @@
 #!/bin/bash
-# Everything that needs a GPU, on a machine with torch, triton, numpy, safetensors, tqdm, pytest, pytest-benchmark:
-#     bench/on_gpu.sh OUT [layers] [kernels] [step] [nearest]
-# Each of the four parts (all, if none is named) ends within 9 minutes and writes OUT/PART.txt and OUT/PART.json:
-#   layers   copy and matrix product of this card; every transposed convolution and BatchNorm by itself
-#   kernels  every Triton kernel against float64, then its times
-#   step     300 steps of training in float32, in bfloat16, with kernels, with a graph: as good to 0.3 dB; then the
-#            waterfall of the training step at 15 and at 256 videos
-#   nearest  the search beside the others', and an epoch of IMLE
-# Every benchmark compares its contenders before it times them. Exit code 1 when something failed; the rest runs all
-# the same. PYTHON names the interpreter, SECONDS_A_PART the time (540), CLIPS a folder of `vglann clips pack` for
-# the steps, which take made-up moving squares without: reading it needs no video decoder, so pack it elsewhere.
+# Measures on a machine with an NVIDIA GPU, in one call of at most nine minutes:
+#     bench/on_gpu.sh OUT [PART ...]
+# Parts, the most useful ones first; all but `layers` if none is named:
+#   verify    every Triton kernel against float64, in parallel processes
+#   step      the training step at 15 and at 256 videos: the GLANN-VIDEO step, bf16, kernels, CUDA graph
+#   kernels   the kernels beside their PyTorch references (bench/kernel_groups.py)
+#   counters  hardware counters of the two losses, with ncu
+#   nearest   the search in 1,000,000 rows
+#   twin      trainings that differ in how they compute: as good to 0.3 dB (vglann_fast/experiments/parity.py)
+#   layers    a second call: every transposed convolution and BatchNorm by itself, what cuDNN can fuse, an epoch of IMLE
+#
+# OUT holds NAME.txt, what was said; *.jsonl, each result synced as soon as it is known; summary.txt, one line as each
+# command ends; tables.md, the tables. Killed at any moment it leaves what was measured. Then, anywhere,
+# `python bench/report.py OUT/*.jsonl --fill` writes the figures into the READMEs.
+# Exit code 1 when anything failed or was left out for lack of time; the rest runs anyway.
+#
+# Needs torch, triton, numpy, safetensors, pytest, pytest-benchmark; no network. PYTHON names the interpreter, TOTAL the
+# seconds (510), CLIPS a folder of `vglann clips pack` for steps and trainings, which take moving squares without it.
+# TINY=1 runs everything at tiny size on a CPU, to test this script.
 set -u -o pipefail
-: "${1:?usage: bench/on_gpu.sh OUT [layers] [kernels] [step] [nearest]}"
+: "${1:?usage: bench/on_gpu.sh OUT [PART ...]}"
 out=$(realpath -m "$1") && mkdir -p "$out" || exit 1
 shift
-[ -z "${CLIPS:-}" ] || CLIPS=$(realpath -m "$CLIPS")
+[ $# -gt 0 ] || set -- verify step kernels counters nearest twin
+for part in "$@"; do
+    case $part in
+        verify | step | kernels | counters | nearest | twin | layers) ;;
+        *) echo "no part $part; choose from verify, step, kernels, counters, nearest, twin, layers" >&2 && exit 1 ;;
+    esac
+done
+clips=()
+[ -z "${CLIPS:-}" ] || clips=(--clips "$(realpath -m "$CLIPS")")
 cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH="$PWD/kernels:$PWD" VGLANN_KERNELS=auto PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" VGLANN_KERNELS=auto PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-failed=()
+end=$((SECONDS + ${TOTAL:-510}))
 
-run() { # SECONDS COMMAND...: output to OUT/PART.txt; interrupted after SECONDS, killed 10 s later
-    local limit=$1 left=$((end - SECONDS - 10)) started=$SECONDS code=0
-    shift
-    if [ "$left" -lt 5 ]; then
-        failed+=("$part: no time left for $*")
+# Sizes: of verify, of the two steps, of their models, of the search, of the trainings.
+verify=(--batch 2 --frames 4)
+step_15=(--batch 15 --steps 30 --rows author bf16 "bf16 kernels" "bf16 kernels graph")
+step_256=(--batch 256 --steps 10 --rows "bf16 kernels graph" "bf16 kernels" bf16 author)
+search=(--m 1000000 --d 100 --rounds 3 --checked 256 --data "unit sphere" "clusters of 0.01")
+twin=(--steps 150)
+epoch=(--preset paper)
+if [ -n "${TINY:-}" ]; then
+    verify=(--impl reference --device cpu --batch 1 --frames 1 --size 32)
+    step_15=(--batch 2 --steps 1 --width 4 --device cpu --rows author bf16)
+    step_256=(--batch 3 --steps 1 --width 4 --device cpu --rows bf16)
+    search=(--n 20 --m 500 --d 8 --rounds 1 --data "unit sphere" --device cpu)
+    twin=(--steps 2 --width 4 --batch 2 --device cpu)
+    epoch=(--preset paper --n 200 --rounds 1 --device cpu)
+else
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "PyTorch of $python sees no NVIDIA GPU, so nothing was measured" >&2
+        exit 1
+    }
+fi
+: > "$out/summary.txt"
+
+say() { # NAME WHAT: a line of the summary; all but "ok" and "left out" make the exit code 1
+    printf '%s: %s\n' "$1" "$2" | tee -a "$out/summary.txt"
+}
+
+run() { # SECONDS NAME COMMAND...: output to OUT/NAME.txt; interrupted after SECONDS, killed 5 s later
+    local limit=$1 name=$2 left=$((end - SECONDS)) started=$SECONDS code=0
+    shift 2
+    if [ "$left" -lt 8 ]; then
+        say "$name" "no time"
         return
     fi
-    printf '\n$ %s\n' "$*" >> "$out/$part.txt"
-    timeout --signal INT --kill-after 10 $((limit < left ? limit : left)) "$@" >> "$out/$part.txt" 2>&1 || code=$?
-    [ "$code" -eq 0 ] || failed+=("$part: $* ($code)")
-    echo "$part: $((SECONDS - started)) s, exit code $code: $*"
+    timeout --signal INT --kill-after 5 $((limit < left ? limit : left)) "$@" > "$out/$name.txt" 2>&1 || code=$?
+    case $code in
+        0) say "$name" "ok, $((SECONDS - started)) s" ;;
+        124 | 137) say "$name" "not finished after $((SECONDS - started)) s" ;;
+        *) say "$name" "failed with exit code $code after $((SECONDS - started)) s" ;;
+    esac
 }
 
-benchmarks() { # SECONDS FILE...: timed to OUT/PART.json, then tabled
-    local limit=$1
+run_verify() { # NAME OPTION...
+    local name=$1
     shift
-    run "$limit" "$python" -m pytest -q -p no:cacheprovider --benchmark-only --benchmark-quiet \
-        --benchmark-json "$out/$part.json" "$@"
-    [ ! -s "$out/$part.json" ] || run 30 "$python" bench/report.py "$out/$part.json"
+    run 75 "verify-$name" "$python" -m vglann_kernels.verify "${verify[@]}" "$@" &
 }
 
-layers() {
-    benchmarks 500 bench/bench_conv_layers.py bench/bench_batchnorm.py
-}
-
-kernels() {
-    run 120 "$python" -m vglann_kernels.verify
-    run 90 "$python" -m vglann_kernels.verify --blur seed
-    benchmarks 320 bench/bench_laplacian.py bench/bench_composite_laplacian.py bench/bench_composite.py \
-        bench/bench_latent_adam.py
+verify() { # what takes the time is compiling, so it is spread over the cores
+    local op dtype
+    for op in laplacian composite_laplacian; do
+        for dtype in bfloat16 float16 float32; do
+            run_verify "$op-$dtype" --op $op --dtype $dtype
+        done
+        run_verify "$op-paper" --op $op --dtype bfloat16 --blur paper
+    done
+    for op in composite latent_adam nearest; do
+        run_verify $op --op $op
+    done
+    wait
 }
 
 step() {
-    local clips=()
-    [ -z "${CLIPS:-}" ] || clips=(--clips "$CLIPS")
-    run 110 "$python" -m vglann_fast.experiments.parity "${clips[@]}"
-    run 210 "$python" bench/bench_glo_step.py --batch 15 --steps 50 "${clips[@]}"
-    run 400 "$python" bench/bench_glo_step.py --batch 256 --steps 20 "${clips[@]}"  # what is left of the time
+    local file=(--same-process --json "$out/step.jsonl")
+    rm -f "$out/step.jsonl"
+    run 60 step-15 "$python" bench/bench_glo_step.py "${step_15[@]}" "${file[@]}" "${clips[@]}"
+    run 60 step-256 "$python" bench/bench_glo_step.py "${step_256[@]}" "${file[@]}" "${clips[@]}"
+}
+
+kernels() {
+    rm -f "$out/kernels.jsonl"
+    run 110 kernels "$python" bench/kernel_groups.py "$out/kernels.jsonl"
+}
+
+counters() { # the two losses of one group, called once each; some virtual machines refuse
+    if ! command -v ncu > "$out/counters.txt" || [ -n "${TINY:-}" ]; then
+        say counters "left out, no ncu here"
+        return
+    fi
+    run 45 counters ncu --clock-control none --kernel-name 'regex:laplacian' --launch-count 2 \
+        --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy \
+        "$python" bench/kernel_groups.py --once "$out/once.jsonl" "composite_laplacian full 256"
 }
 
 nearest() {
-    run 60 "$python" bench/bench_imle_epoch.py --preset paper
-    run 420 "$python" bench/bench_nearest.py --json "$out/nearest.json"
+    rm -f "$out/nearest.jsonl"
+    run 45 nearest "$python" bench/bench_nearest.py "${search[@]}" --json "$out/nearest.jsonl"
 }
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-    || { echo "PyTorch of $python sees no NVIDIA GPU, so nothing was measured" >&2; exit 1; }
-[ $# -gt 0 ] || set -- layers kernels step nearest
+twin() {
+    run 100 twin "$python" -m vglann_fast.experiments.parity "${twin[@]}" "${clips[@]}"
+}
+
+layers() {
+    rm -f "$out/layers.jsonl"
+    run 30 cudnn "$python" bench/cudnn_probe.py
+    run 40 epoch "$python" bench/bench_imle_epoch.py "${epoch[@]}"
+    VGLANN_BENCH_JSONL="$out/layers.jsonl" run 430 layers "$python" -m pytest -q -p no:cacheprovider \
+        --benchmark-only --benchmark-quiet bench/bench_conv_layers.py bench/bench_batchnorm.py
+}
+
 for part in "$@"; do
-    case $part in
-        layers | kernels | step | nearest) ;;
-        *) echo "no part $part; the parts are layers, kernels, step and nearest" >&2 && exit 1 ;;
-    esac
-done
-for part in "$@"; do
-    end=$((SECONDS + ${SECONDS_A_PART:-540}))
-    : > "$out/$part.txt"
     "$part"
 done
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "what the failed ones said: $out/PART.txt"
-    printf 'failed: %s\n' "${failed[@]}"
-    exit 1
+# A moment's work, done even when the time is up: the figures are on disk.
+shopt -s nullglob
+results=("$out"/*.jsonl)
+if [ ${#results[@]} -gt 0 ]; then
+    "$python" bench/report.py "${results[@]}" > "$out/tables.md" 2> "$out/tables.txt" || say tables "failed"
 fi
+! grep -qvE ': (ok|left out)' "$out/summary.txt"

@@ -1,7 +1,16 @@
-"""Benchmark JSON to Markdown tables: `python bench/report.py FILE.json ... [--plot PLOT.png]`.
+"""Benchmark results to Markdown tables: `python bench/report.py FILE ... [--fill [ROOT]] [--plot PLOT.png]`.
 
-Reads extra_info only. The plot, which needs matplotlib, has a bar for each contender: how many times faster than the
-eager reference, in the same run.
+A FILE.json is of pytest-benchmark (extra_info only is read). A FILE.jsonl has one result a line, as bench/on_gpu.sh
+writes them: {"group", "device", "torch", "triton", "rows": {contender: {"ms", ...} or {"cannot_run"} or {"failed"}}}.
+
+--fill writes the figures into the READMEs and docs/step.md under ROOT (default: this repository), between the lines
+`<!-- measured -->` and `<!-- end of measured -->`. There the first cell of a row names a group. A column headed by a
+contender gets its time, "times" the first contender's time over the last one's, "share of copy" what the last one
+reaches of the bandwidth of a copy. Columns headed by a word in FIXED stay. What the files have no figure for is "not
+measured", and results without a GPU are not figures.
+
+The plot, which needs matplotlib, has a bar for each contender: how many times faster than the eager reference, in the
+same run.
 """
 
 import argparse
@@ -10,15 +19,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+START, END = "<!-- measured -->", "<!-- end of measured -->"
+NOT_MEASURED = "not measured"
+# Headings of columns that are not times of a contender, and beginnings of headings whose columns stay.
+FIGURES, FIXED = ("times", "share of copy"), ("floor", "what")
+# Documents that are filled.
+FILLED = ("README.md", "kernels/README.md", "docs/step.md", "kernels/vglann_kernels/*/README.md")
+
 
 def groups(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of a benchmark -> its extra_info, for those of a pytest-benchmark file that timed a group."""
-    found = {b["name"]: b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]}
-    return {name: info for name, info in found.items() if "rows" in info and "floor_bytes" in info}
+    """Name of a group -> its result. Lines of one group, which have a row each, are joined."""
+    if path.suffix != ".jsonl":
+        results = {b["name"]: b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]}
+        return {name: info for name, info in results.items() if "rows" in info}
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            info = json.loads(line)
+        except ValueError:  # cut off where the writer was killed
+            continue
+        rows = found.get(info["group"], {}).get("rows", {})
+        found[info["group"]] = info | {"rows": rows | info.get("rows", {})}
+    return found
 
 
 def table(name: str, info: dict[str, Any]) -> str:
     """One Markdown table; a contender that could not run says why."""
+    if "floor_bytes" not in info:
+        return plain_table(name, info)
     clocks = info["clocks"]
     seen = clocks.get("not_sampled") or (
         f"SM {clocks['sm_mhz'][0]} to {clocks['sm_mhz'][1]} MHz, throttle reasons: "
@@ -34,8 +62,8 @@ def table(name: str, info: dict[str, Any]) -> str:
     ]
     eager = info["rows"].get("reference", {}).get("ms")
     for contender, row in info["rows"].items():
-        if "cannot_run" in row:
-            lines.append(f"| {contender} | {row['cannot_run']} | | | | | |")
+        if "ms" not in row:
+            lines.append(f"| {contender} | {row.get('cannot_run') or row['failed']} | | | | | |")
             continue
         faster = f"{eager / row['ms']:.1f}x" if eager else ""
         product = f"{row['share_of_matmul']:.1%}" if "share_of_matmul" in row else ""
@@ -46,6 +74,81 @@ def table(name: str, info: dict[str, Any]) -> str:
     named = [(name, row["kernels"]) for name, row in info["rows"].items() if row.get("kernels")]
     lines += [""] * bool(named) + [f"- {name} ran {', '.join(kernels)}" for name, kernels in named]
     return "\n".join([*lines, ""])
+
+
+def plain_table(name: str, info: dict[str, Any]) -> str:
+    """One Markdown table of times alone: of a step, of a search, of a group that failed."""
+    lines = [f"### {name}\n", f"{info['device']}, torch {info['torch']}\n"]
+    if "failed" in info:
+        return "\n".join([*lines, f"failed: {info['failed']}\n"])
+    lines += ["| contender | ms |", "|---|---|"]
+    for contender, row in info["rows"].items():
+        value = f"{row['ms']:.4f}" if "ms" in row else row.get("cannot_run") or row["failed"]
+        lines.append(f"| {contender} | {value} |")
+    return "\n".join([*lines, ""])
+
+
+def fill(text: str, found: dict[str, dict[str, Any]]) -> str:
+    """Return a document with the measured columns between its markers written from the results."""
+    parts = text.split(START)
+    for number, part in enumerate(parts[1:], 1):
+        inside, end, after = part.partition(END)
+        if not end:
+            raise ValueError(f"a line {START} without a line {END}")
+        parts[number] = filled_block(inside, found) + END + after
+    return START.join(parts)
+
+
+def filled_block(block: str, found: dict[str, dict[str, Any]]) -> str:
+    """Return what stands between two markers: a line that says where it was measured, and the table."""
+    header: list[str] = []
+    rows, seen = [], []
+    for line in block.splitlines():
+        if not line.startswith("|"):
+            continue
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if header and not set(line) <= set("|-: "):
+            info = found.get(cells[0].strip("`"), {})
+            on_gpu = not info.get("device", "CPU").startswith("CPU")
+            seen += [info] * (on_gpu and "failed" not in info)
+            cells = filled_row(header, cells, info if on_gpu else {})
+            line = f"| {' | '.join(cells)} |"
+        header = header or cells
+        rows.append(line)
+    conditions = {
+        f"{info['device']}, torch {info['torch']}, Triton {info.get('triton', 'unknown')}" for info in seen
+    }
+    where = f"Measured on {'; '.join(sorted(conditions))}." if conditions else "No GPU has measured this yet."
+    return "\n".join(["", "", where, "", *rows, "", ""])
+
+
+def filled_row(header: list[str], cells: list[str], info: dict[str, Any]) -> list[str]:
+    """Return the cells of one row; a column in FIXED, or the first one, stays."""
+    rows = info.get("rows", {})
+    contenders = [title for title in header[1:] if title not in FIGURES and not title.startswith(FIXED)]
+    times = [rows.get(title, {}).get("ms") for title in contenders]
+    first, last = times[0], times[-1]
+    out = cells[:1]
+    for title, old in zip(header[1:], [*cells[1:], *[""] * len(header)], strict=False):
+        if title == "times":
+            out.append(f"{first / last:.2f}x" if first and last else NOT_MEASURED)
+        elif title == "share of copy":
+            share = rows.get(contenders[-1], {}).get("share_of_copy")
+            out.append(NOT_MEASURED if share is None else f"{share:.0%}")
+        elif title in contenders:
+            out.append(cell(rows.get(title, {}), info))
+        else:
+            out.append(old)
+    return out
+
+
+def cell(row: dict[str, Any], info: dict[str, Any]) -> str:
+    """Return a time with three digits and its unit, or "failed", or "not measured"."""
+    if "failed" in row or "failed" in info:
+        return "failed"
+    if "ms" not in row:
+        return NOT_MEASURED
+    return f"{1e3 * row['ms']:.3g} µs" if row["ms"] < 0.9995 else f"{row['ms']:.3g} ms"
 
 
 def plot(found: dict[str, dict[str, Any]], out: Path) -> None:
@@ -79,9 +182,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--fill", type=Path, nargs="?", const=Path(__file__).parents[1], metavar="ROOT")
     a = parser.parse_args(arguments)
     found = {name: info for path in a.files for name, info in groups(path).items()}
     print("\n".join(table(name, info) for name, info in found.items()))
+    if a.fill:
+        for path in sorted(path for pattern in FILLED for path in a.fill.glob(pattern)):
+            text = path.read_text()
+            if START in text:
+                path.write_text(fill(text, found))
+                print(f"filled {path}", file=sys.stderr)
     if a.plot:
         try:
             plot(found, a.plot)

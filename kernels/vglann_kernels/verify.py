@@ -1,7 +1,7 @@
 """Compare the ops with float64 on this machine: `python -m vglann_kernels.verify`.
 
     python -m vglann_kernels.verify [--batch 4] [--frames 8] [--size 64] [--blur binomial] [--levels 3]
-                                    [--latent-dim 100] [--device cuda]
+                                    [--latent-dim 100] [--device cuda] [--op OP ...] [--dtype DTYPE] [--impl triton]
 
 prints one line per op, dtype, layout and quantity: the kernel's error, the reference's own error in the same
 dtype, the limit, and whether the kernel keeps it. Errors are relative L2, ||x - exact|| / ||exact||, against
@@ -11,7 +11,7 @@ the difference is 0, so its values that hang on a band within float32 rounding o
 how many, see `undecided`. `nearest` must agree in every row, with every implementation that can run here. Exits with
 1 when a line is over its limit, with 2 when no kernel can run here.
 
-`report` with `impl="reference"` compares the reference alone, in each dtype, against itself in float64: all that
+`--impl reference` compares the reference alone, in each dtype, against itself in float64: all that
 can be shown where Triton does not run. Its limit is 16 rounding steps of the case's dtype.
 On a machine without a GPU it runs under TRITON_INTERPRET=1 (slow; without bfloat16, which the interpreter does
 not compute right). Needs torch, triton and numpy only.
@@ -19,7 +19,7 @@ not compute right). Needs torch, triton and numpy only.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ class Line:
 class Shapes:
     """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
 
-    `impl` is what is compared with float64: "triton", or "reference" alone. `seed` draws the random inputs.
+    `dtype` is the one dtype of the videos to verify; "" stands for all. `impl` is what is compared with float64:
+    "triton", or "reference" alone. `seed` draws the random inputs.
     """
 
     batch: int = 4
@@ -79,6 +80,7 @@ class Shapes:
     device: str = "cuda"
     impl: str = "triton"
     seed: int = 0
+    dtype: str = ""
 
 
 def relative_l2(x: Tensor, exact: Tensor) -> float:
@@ -141,7 +143,9 @@ def lines(
         yield Line(op, case, name, relative_l2(ours, good), reference_error, limit, left_out)
 
 
-def _dtypes() -> list[torch.dtype]:
+def _dtypes(shapes: Shapes) -> list[torch.dtype]:
+    if shapes.dtype:
+        return [getattr(torch, shapes.dtype)]
     half = [torch.float16] if interpreted() else [torch.bfloat16, torch.float16]
     return [torch.float32, *half]
 
@@ -170,7 +174,7 @@ def _name(dtype: torch.dtype, last: bool) -> str:
 
 def composite(shapes: Shapes) -> Iterator[Line]:
     """`mask_composite`, its outputs and both gradients."""
-    for dtype in _dtypes():
+    for dtype in _dtypes(shapes):
         for last in (False, True):
             head, background = _logits(shapes, dtype, last)
             upstream = torch.randn(head[:, :3].shape, device=head.device).to(dtype)
@@ -194,7 +198,7 @@ def _gradients(*leaves: Tensor) -> list[Tensor]:
 def laplacian(shapes: Shapes) -> Iterator[Line]:
     """`laplacian_pyramid_loss` with a uint8 and a floating target: loss and gradients."""
     options: dict[str, Any] = {"levels": shapes.levels, "blur": shapes.blur}
-    for dtype in _dtypes():
+    for dtype in _dtypes(shapes):
         for last in (False, True):
             video = _logits(shapes, dtype, last)[0][:, :3].tanh()
             target = _clips(shapes)[: shapes.batch]
@@ -210,6 +214,8 @@ def laplacian(shapes: Shapes) -> Iterator[Line]:
             (out,) = undecided(x - _in_range(target), [x], shapes, bound)
             case = f"{_name(dtype, last)} uint8"
             yield from lines("laplacian", case, "loss grad_video", shapes.impl, run, {"grad_video": out})
+    if torch.float32 not in _dtypes(shapes):
+        return
     video, other = (torch.randn(2, 3, shapes.size, shapes.size).to(shapes.device) for _ in range(2))
 
     def run_float(impl: str, exact: Any) -> list[Tensor]:
@@ -245,7 +251,7 @@ def composite_laplacian(shapes: Shapes) -> Iterator[Line]:
     options |= {"mask_weight": 0.1, "reduction": "sum"}
     clips = _clips(shapes)
     index = torch.randint(0, len(clips), (shapes.batch,), device=clips.device)
-    for dtype in _dtypes() if shapes.impl != "reference" else [torch.float32]:
+    for dtype in _dtypes(shapes) if shapes.impl != "reference" else [torch.float32]:
         for last in (False, True):
             head, background = _logits(shapes, dtype, last)
 
@@ -313,18 +319,21 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
             yield Line("nearest", f"{impl}, {case}", "distance", relative_l2(squared, best), 0.0, 1e-6)
 
 
-def verify(shapes: Shapes) -> Iterator[Line]:
-    """Every op at these shapes. Raises nothing: a kernel that fails to run ends with its own error."""
+OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest)}
+
+
+def verify(shapes: Shapes, ops: Sequence[str] = tuple(OPS)) -> Iterator[Line]:
+    """Every op of `ops` at these shapes. Raises nothing: a kernel that fails to run ends with its own error."""
     torch.manual_seed(shapes.seed)
-    for op in (composite, laplacian, composite_laplacian, latent_adam, nearest):
-        yield from op(shapes)
+    for op in ops:
+        yield from OPS[op](shapes)
 
 
-def report(shapes: Shapes) -> int:
+def report(shapes: Shapes, ops: Sequence[str] = tuple(OPS)) -> int:
     """Print the comparison at these shapes; returns how many lines are over their limit."""
     print(f"{'op':20} {'case':34} {'quantity':16} {'error':>9} {'reference':>9} {'limit':>9}")
     wrong = 0
-    for line in verify(shapes):
+    for line in verify(shapes, ops):
         print(line, flush=True)
         wrong += not line.ok
     if interpreted():
@@ -342,12 +351,18 @@ def main(arguments: list[str] | None = None) -> int:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=default, help=f"default {default}")
     parser.add_argument("--blur", default="binomial", choices=(*BLURS, *FORMER_BLURS))
-    shapes = Shapes(**vars(parser.parse_args(arguments)))
-    why = why_no_triton(torch.device(shapes.device))
+    parser.add_argument("--impl", default="triton", choices=("triton", "reference"), help="default triton")
+    parser.add_argument(
+        "--dtype", default="", choices=("float32", "bfloat16", "float16"), help="default: all"
+    )
+    parser.add_argument("--op", nargs="+", default=tuple(OPS), choices=tuple(OPS), help="default: all")
+    values = vars(parser.parse_args(arguments))
+    ops, shapes = values.pop("op"), Shapes(**values)
+    why = why_no_triton(torch.device(shapes.device)) if shapes.impl == "triton" else None
     if why:
         print(f"verify: no Triton kernel runs here: {why}", file=sys.stderr)
         return 2
-    return 1 if report(shapes) else 0
+    return 1 if report(shapes, ops) else 0
 
 
 if __name__ == "__main__":

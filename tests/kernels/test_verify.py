@@ -55,8 +55,7 @@ def stand_in(wrong=0.0):
 
 def test_gradients_in_bfloat16_are_compared_where_they_are_decided(monkeypatch):
     """What a GPU will show: the reference rounds the video and turns signs, a kernel does not and keeps its limit."""
-    shapes = verify.Shapes(batch=2, frames=2, size=64, device="cpu")
-    monkeypatch.setattr(verify, "_dtypes", lambda: [torch.bfloat16])
+    shapes = verify.Shapes(batch=2, frames=2, size=64, device="cpu", dtype="bfloat16")
     monkeypatch.setattr(verify, "composite_laplacian_loss", stand_in())
     torch.manual_seed(0)
     gradients = [line for line in verify.composite_laplacian(shapes) if line.quantity.startswith("grad")]
@@ -68,8 +67,7 @@ def test_gradients_in_bfloat16_are_compared_where_they_are_decided(monkeypatch):
 
 
 def test_one_wrong_value_of_a_gradient_is_found(monkeypatch):
-    shapes = verify.Shapes(batch=1, frames=1, size=32, device="cpu")
-    monkeypatch.setattr(verify, "_dtypes", lambda: [torch.float32])
+    shapes = verify.Shapes(batch=1, frames=1, size=32, device="cpu", dtype="float32")
     monkeypatch.setattr(verify, "composite_laplacian_loss", stand_in(wrong=1e-4))
     lines = list(verify.composite_laplacian(shapes))
     assert not any(line.ok for line in lines if line.quantity == "grad_head")
@@ -103,6 +101,14 @@ def test_a_search_that_errs_is_found(monkeypatch):
     wrong = [line.case for line in verify.nearest(shapes) if not line.ok]
     assert {case.split(", ")[0] for case in wrong} >= {"reference"}
     assert all(case.endswith("ties") for case in wrong)
+
+
+def test_one_op_in_one_dtype(capsys):
+    command = ["--impl", "reference", "--device", "cpu", "--batch", "1", "--frames", "1", "--size", "32"]
+    assert verify.main([*command, "--op", "composite", "laplacian", "--dtype", "bfloat16"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert {line[0] for line in lines} == {"composite", "laplacian"}
+    assert {line[1] for line in lines} == {"bfloat16"}
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -1,18 +1,26 @@
-"""Time the contenders of a group in turns, on the device, and say what the times mean.
+"""Time the contenders of a group interleaved, on the device, and say what the times mean.
 
 On a GPU `n` calls are captured in a CUDA graph and its replay is timed between two events, so that the gaps between
 launches do not count. A contender that cannot be captured (it waits for the host) is timed between events as it is,
-and its row says so. The calls follow each other on the same inputs: L2 holds what fits of them.
+and its row says so. Calls that follow each other on the same inputs find in L2 what fits; copies of the inputs
+prevent it. A contender that raises has a row that says so, and the others are timed.
 Without a GPU the times are of the host clock and the shapes small; the Triton rows then say why they cannot run.
 """
 
+import json
+import math
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from vglann_kernels import ImplUnavailable
 from vglann_kernels.laplacian import reference as laplacian_reference
 
 from vglann_fast.experiments.clocks import Clocks
@@ -23,6 +31,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SHAPES = [(15, 32, 64), (256, 32, 64)] if DEVICE == "cuda" else [(1, 4, 64)]  # videos, frames, size
 LAYOUTS = {"contiguous": False, "channels-last": True}
+# Names the file to which each group of `pytest --benchmark-only` is appended.
+VARIABLE = "VGLANN_BENCH_JSONL"
 MODES = ("fwd", "bwd", "full")
 Call = Callable[[], Any]
 Contender = Callable[[], Call]  # does what is not timed, and gives one call that is
@@ -30,6 +40,20 @@ Contender = Callable[[], Call]  # does what is not timed, and gives one call tha
 
 class CannotRun(RuntimeError):
     """A contender cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders for one result: the first is the reference, the others agree with it to `tolerance` (relative L2).
+
+    floor_bytes: what the op must move: each input read once, each output written once.
+    flops: what it does on the matrix units, if anything.
+    """
+
+    contenders: dict[str, Contender]
+    tolerance: float
+    floor_bytes: int
+    flops: int = 0
 
 
 def in_mode(mode: str, forward: Callable[[], Tensor], inputs: list[Tensor], upstream: Tensor) -> Contender:
@@ -93,14 +117,19 @@ def between_events(work: Call, clocks: Clocks | None = None) -> float:
 
 
 class Timed:
-    """A contender, warmed up and, on a GPU, captured. `timing` says how it is timed, `calls` how many at once."""
+    """A contender, warmed up and, on a GPU, captured. `timing` says how it is timed, `calls` how many at once.
 
-    def __init__(self, contender: Contender) -> None:
-        self._contender = contender
-        for _ in range(WARM_UP):
-            contender()()
-        once = between_events(contender())
-        self.calls = max(1, min(MAX_CALLS, round(WANTED_MS / max(once, 1e-3))))
+    Several copies of it, on copies of the inputs, are called one after the other.
+    """
+
+    def __init__(self, *copies: Contender) -> None:
+        self._copies = copies
+        for copy in copies:
+            for _ in range(WARM_UP):
+                copy()()
+        once = between_events(copies[0]())
+        wanted = max(1, min(MAX_CALLS, round(WANTED_MS / max(once, 1e-3))))
+        self.calls = math.ceil(wanted / len(copies)) * len(copies)
         self._graph: Any = None
         self.timing = "host clock"
         if DEVICE == "cuda":
@@ -115,8 +144,9 @@ class Timed:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
-            self._contender()()
-            self._held = [self._contender() for _ in range(self.calls)]
+            for copy in self._copies:
+                copy()()
+            self._held = self._prepared()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
@@ -126,11 +156,14 @@ class Timed:
         torch.cuda.synchronize()
         self._graph = graph
 
+    def _prepared(self) -> list[Call]:
+        return [self._copies[number % len(self._copies)]() for number in range(self.calls)]
+
     def milliseconds(self, clocks: Clocks) -> float:
         """Of one call, the mean of `calls` in a row."""
         if self._graph is not None:
             return between_events(self._graph.replay, clocks) / self.calls
-        calls = [self._contender() for _ in range(self.calls)]
+        calls = self._prepared()
 
         def work() -> None:
             for call in calls:
@@ -145,8 +178,8 @@ class Timing:
     A copy (bytes read plus bytes written) and a product of square matrices, of random numbers: zeros are faster.
     """
 
-    def __init__(self) -> None:
-        self.clocks = Clocks()
+    def __init__(self, rounds: int = ROUNDS) -> None:
+        self.clocks, self._rounds = Clocks(), rounds
         megabytes, n = (1024, 8192) if DEVICE == "cuda" else (32, 512)
         source = torch.randint(0, 256, (megabytes << 20,), dtype=torch.uint8, device=DEVICE)
         target = torch.empty_like(source)
@@ -155,77 +188,133 @@ class Timing:
         self._copy = Timed(lambda: lambda: target.copy_(source))
         self._product = Timed(lambda: lambda: a @ b)
 
-    def group(self, contenders: dict[str, Contender], floor_bytes: int, flops: int = 0) -> dict[str, Any]:
-        """Everything that reports read: the rows by contender, the ceilings, clocks, versions and the state of L2.
+    def group(self, group: Group, *copies: Group) -> dict[str, Any]:
+        """Return everything that reports read: the rows by contender, the ceilings, clocks, versions, state of L2.
 
-        Args:
-            floor_bytes: what the op must move: each input read once, each output written once.
-            flops: what it does on the matrix units, if anything.
-
-        A row is {"ms", "range_ms", "timing", "calls", "gb_per_s", "share_of_copy"[, "share_of_matmul"]}, the median
-        of the rounds, or {"cannot_run": why}.
+        `copies` are the same group on copies of its inputs. A row is {"ms", "range_ms", "timing", "calls",
+        "gb_per_s", "share_of_copy"[, "share_of_matmul"]}, the median of the rounds, or {"cannot_run": why}, or
+        {"failed": what it raised, or how far its result is off}.
         """
+        wrong = disagreements(group)
         rows: dict[str, dict[str, Any]] = {}
         ready: dict[str, Timed] = {}
-        for name, contender in contenders.items():
+        for name in group.contenders:
+            if name in wrong:
+                rows[name] = {"failed": wrong[name]}
+                continue
             try:
-                ready[name] = Timed(contender)
-            except (ValueError, RuntimeError) as error:
+                ready[name] = Timed(*(every.contenders[name] for every in (group, *copies)))
+            except (CannotRun, ImplUnavailable) as error:
                 rows[name] = {"cannot_run": str(error).splitlines()[0]}
+            except Exception as error:  # the others may run
+                rows[name] = {"failed": in_one_line(error)}
         times: dict[str, list[float]] = {name: [] for name in (*ready, "copy", "product")}
         self.clocks.taken()
-        for _ in range(ROUNDS):
+        for _ in range(self._rounds):
             for name, timed in (*ready.items(), ("copy", self._copy), ("product", self._product)):
                 times[name].append(timed.milliseconds(self.clocks))
         copy = self._copy_bytes / median(times["copy"]) / 1e6
         product = self._product_flops / median(times["product"]) / 1e9
         for name, timed in ready.items():
             ms = median(times[name])
-            rate = floor_bytes / ms / 1e6
+            rate = group.floor_bytes / ms / 1e6
             rows[name] = {"ms": ms, "range_ms": [min(times[name]), max(times[name])], "timing": timed.timing}
             rows[name] |= {"calls": timed.calls, "gb_per_s": rate, "share_of_copy": rate / copy}
-            if flops:
-                rows[name]["share_of_matmul"] = flops / ms / 1e9 / product
+            if group.flops:
+                rows[name]["share_of_matmul"] = group.flops / ms / 1e9 / product
         return {
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU (small shapes)",
-            "torch": torch.__version__,
+            **machine(),
             "dtype": str(DTYPE).removeprefix("torch."),
-            "floor_bytes": floor_bytes,
+            "floor_bytes": group.floor_bytes,
             "copy_gb_per_s": copy,
             "matmul_tflop_per_s": product,
-            "l2": _l2(floor_bytes),
+            "l2": _l2(group.floor_bytes, 1 + len(copies)),
             "clocks": self.clocks.taken(),
-            "rows": {name: rows[name] for name in contenders},
+            "rows": {name: rows[name] for name in group.contenders},
         }
 
     def record(
-        self, benchmark: Any, contenders: dict[str, Contender], floor_bytes: int, flops: int = 0
+        self, benchmark: Any, group: Group, kernels: Callable[[Contender], list[str]] | None = None
     ) -> None:
-        """Put the group into pytest-benchmark's extra_info; its own number is one call of the first contender."""
-        benchmark.extra_info.update(self.group(contenders, floor_bytes, flops))
-        benchmark.pedantic(next(iter(contenders.values()))(), rounds=1, iterations=1)
+        """Put the group into pytest-benchmark's extra_info; its own number is one call of the first contender.
+
+        `kernels` names the kernels that a contender ran. The result is appended to the file in VGLANN_BENCH_JSONL,
+        too: pytest-benchmark writes when all is done. Raises AssertionError after that where a contender failed.
+        """
+        info = self.group(group)
+        for name, row in info["rows"].items():
+            if kernels and "ms" in row:
+                row["kernels"] = kernels(group.contenders[name])
+        benchmark.extra_info.update(info)
+        if VARIABLE in os.environ:
+            append_line(Path(os.environ[VARIABLE]), {"group": benchmark.name, **info})
+        benchmark.pedantic(next(iter(group.contenders.values()))(), rounds=1, iterations=1)
+        failed = {name: row["failed"] for name, row in info["rows"].items() if "failed" in row}
+        assert not failed, failed
 
 
-def _l2(floor_bytes: int) -> str:
-    """The state of the cache in words."""
+def append_line(path: Path, result: dict[str, Any]) -> None:
+    """Append a result to a file of JSON lines and sync it: it is kept, whatever happens next."""
+    with path.open("a") as out:
+        out.write(json.dumps(result) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def machine() -> dict[str, str]:
+    """Return the device and the versions that a time depends on."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU (small shapes)"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return {"device": name, "torch": torch.__version__, "triton": triton}
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the name and the start of the message of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def copies_beyond_l2(floor_bytes: int) -> int:
+    """Return the number of copies of a group that together are more than three times L2; one without a GPU."""
+    if DEVICE == "cpu":
+        return 1
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(1, min(MAX_CALLS, math.ceil(3 * size / floor_bytes)))
+
+
+def _l2(floor_bytes: int, copies: int) -> str:
+    """Return the state of the cache in words."""
     if DEVICE == "cpu":
         return "caches warm"
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    held = "fits in" if floor_bytes <= size else "is more than"
-    return (
-        f"warm: calls in a row on the same inputs; {floor_bytes / 1e6:.0f} MB {held} L2 ({size / 1e6:.0f} MB)"
-    )
+    inputs = "the same inputs" if copies == 1 else f"{copies} copies of the inputs"
+    held = "fits in" if copies * floor_bytes <= size else "is more than"
+    return f"calls in a row on {inputs}; {copies * floor_bytes / 1e6:.0f} MB {held} L2 ({size / 1e6:.0f} MB)"
 
 
-def agree(contenders: dict[str, Contender], tolerance: float) -> None:
-    """Every contender that can run gives what the first gives: each tensor within `tolerance`, relative L2."""
+def disagreements(group: Group) -> dict[str, str]:
+    """Return what is wrong with each contender that gives another result than the first one.
+
+    A contender that raises is not named: it will raise again where it is timed. None as a result is not compared.
+    """
     expected: list[Tensor] = []
-    for name, contender in contenders.items():
+    wrong = {}
+    for name, contender in group.contenders.items():
         try:
             values = contender()()
-        except (ValueError, RuntimeError):
-            continue  # its row will say why
+        except Exception:
+            continue
+        if values is None:
+            continue
         values = [v.detach().double() for v in ([values] if isinstance(values, Tensor) else values)]
         expected = expected or values
-        for value, right in zip(values, expected, strict=True):
-            assert (value - right).norm() <= tolerance * right.norm(), name
+        off = [
+            float((value - right).norm() / right.norm())
+            for value, right in zip(values, expected, strict=True)
+            if not (value - right).norm() <= group.tolerance * right.norm()
+        ]
+        if off:
+            wrong[name] = f"differs from the first contender: relative L2 {max(off):.2e}"
+    return wrong

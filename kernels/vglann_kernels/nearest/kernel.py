@@ -106,8 +106,8 @@ def _pack_kernel(
             behind = tl.where((column == d + 1)[None, :], -half_2[:, None], behind)
         x_high = tl.where(inside, x_high, behind.to(tl.float16))
         tl.store(high_ptr + packed_offset, x_high, mask=(column < K)[None, :])
-    # 2^-23 for each product that is added.
-    summing = (K + 24) * 1.1920929e-07
+    # Tensor cores cut off up to 2^-23 of each of four products, and of their sum.
+    summing = (1.25 * K + 24) * 1.1920929e-07
     if QUERIES:
         length = tl.sqrt(kept) + tl.sqrt(second)
         tl.store(multiplier_ptr + slot, factor.to(tl.float32))
