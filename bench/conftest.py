@@ -1,4 +1,4 @@
-"""What the benchmarks of the ops share: one `Timing` serves a session."""
+"""The fixture that the benchmarks of the ops share: one `Timing` serves a session."""
 
 import pytest
 

@@ -129,6 +129,16 @@ def test_a_graph_with_accumulation_is_refused_before_anything_is_loaded(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_an_option_that_an_earlier_version_did_not_write_is_fixed_at_its_default(untouched, tmp_path, capsys):
+    run = shutil.copytree(untouched / "run", tmp_path / "run")
+    options = json.loads((run / "options.json").read_text())
+    del options["train"]["optimizer"]
+    (run / "options.json").write_text(json.dumps(options))
+    assert main(["train", "--resume", str(run), "--optimizer", "adam", "--dry-run"]) == 0
+    assert main(["train", "--resume", str(run), "--optimizer", "muon", "--dry-run"]) == 2
+    assert "--optimizer muon" in capsys.readouterr().err
+
+
 def test_a_nan_in_the_latents_is_named(untouched, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(untouched / "run", run)

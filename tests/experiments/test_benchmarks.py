@@ -129,7 +129,7 @@ def broken():
 
 
 class Benchmark:
-    """What pytest-benchmark hands to a test."""
+    """A stand-in for the fixture that pytest-benchmark hands to a test."""
 
     name = "test_group"
 

@@ -297,14 +297,17 @@ def _l2(floor_bytes: int, copies: int) -> str:
 def disagreements(group: Group) -> dict[str, str]:
     """Return what is wrong with each contender that gives another result than the first one.
 
-    A contender that raises is not named: it will raise again where it is timed. None as a result is not compared.
+    What one that raises said is wrong, too. One that cannot run here is not named, and None is not compared.
     """
     expected: list[Tensor] = []
     wrong = {}
     for name, contender in group.contenders.items():
         try:
             values = contender()()
-        except Exception:
+        except (CannotRun, ImplUnavailable):
+            continue
+        except Exception as error:  # the others may run
+            wrong[name] = in_one_line(error)
             continue
         if values is None:
             continue

@@ -16,7 +16,7 @@ from vglann_fast.glo.train import train as train_run
 from vglann_fast.interface.arguments import check_names, checked_seed, typed, whole
 from vglann_fast.interface.machine import computing, torch_device
 from vglann_fast.interface.run import Run, warn
-from vglann_fast.options.fields import flag_of, options_to_json
+from vglann_fast.options.fields import flag_of, options_from_json, options_to_json
 from vglann_fast.options.presets import preset as preset_named
 from vglann_fast.options.training import OnMismatch, PresetName, TrainOptions
 from vglann_fast.run.folder import RunDir
@@ -178,12 +178,12 @@ def resumed_run(path: str | Path, clips: str | Path | ClipSet | None, options: M
         raise VglannError(f"{path} was imported: it has no training to continue; train a new run")
     names = [field.name for field in fields(TrainOptions)]
     check_names(options, [*names, *_OTHERS, "latents_on_mismatch", "clips"], "train")
-    before = {**run.options["train"], "preset": run.options["preset"], "seed": run.options["seed"]}
-    fixed = {field.name for field in fields(TrainOptions) if not field.metadata["resumable"]} | {
-        "preset",
-        "seed",
-    }
-    changed = [name for name in options if name in fixed and options[name] != before.get(name)]
+    # Options that an earlier version did not write have their defaults.
+    own = options_to_json(options_from_json(TrainOptions, run.options["train"]))
+    before = {**own, "preset": run.options["preset"], "seed": run.options["seed"]}
+    resumable = {field.name for field in fields(TrainOptions) if field.metadata["resumable"]}
+    fixed = before.keys() - resumable
+    changed = [name for name in options if name in fixed and options[name] != before[name]]
     if changed:
         given = ", ".join(f"{flag_of(name)} {options[name]}" for name in changed)
         raise VglannError(

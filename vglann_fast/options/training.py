@@ -86,7 +86,7 @@ class TrainOptions:
     optimizer: Literal["adam", "muon"] = option("adam", "of the transposed convolutions", group=OPTIMIZATION)
     lr_muon: float = option(0.005, "of Muon at the start", group=OPTIMIZATION, metavar="RATE", rate=True)
     background_share: float = option(
-        0.0, "of the cost, for the mean frames first", group=OPTIMIZATION, metavar="PART"
+        0.0, "of the cost, to learn stills first", group=OPTIMIZATION, metavar="PART"
     )
     ema: float = option(
         0.0, "of a generator averaged over steps; 0: none", group=OPTIMIZATION, metavar="DECAY"

@@ -161,7 +161,7 @@ def on_tensor_cores(q, c, block, extra):
 
 
 def scanned_on_tensor_cores(q, c, parts, block, extra):
-    """What `kernel.scan` gives, [groups,queries], where tensor cores sum."""
+    """Return the result of `kernel.scan`, [groups,queries], where tensor cores sum."""
     q_high, q_low, c_high, c_low = (x.numpy() for x in (q.high, q.low, c.high, c.low))
     scores = on_tensor_cores(q_high, c_high, block, extra).astype(np.float32)
     if parts == 2:
