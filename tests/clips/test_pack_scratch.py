@@ -15,6 +15,7 @@ pytest.importorskip("cv2")
 from decoding import pictures  # noqa: E402
 from video_files import write_video  # noqa: E402
 
+from vglann_fast.clips import decode as decode_module  # noqa: E402
 from vglann_fast.clips import pack as pack_module  # noqa: E402
 from vglann_fast.clips.dataset import ClipSet  # noqa: E402
 from vglann_fast.clips.decode import DecodeJob, DecodeLimits, decode_all  # noqa: E402
@@ -98,6 +99,22 @@ def test_results_that_nobody_took_are_removed(tmp_path, renamed):
     results.close()
     assert renamed == []
     assert not list((tmp_path / "scratch").glob("*.tiles"))
+
+
+def test_files_of_a_child_whose_pipe_was_closed_in_the_middle_are_removed(tmp_path, monkeypatch):
+    """The thread that waits for the child then sees an error of the pipe, not an answer."""
+
+    def closed(_, request):
+        for file in request["outputs"]:
+            Path(file).touch()
+        raise ValueError("I/O operation on closed file")
+
+    monkeypatch.setattr(decode_module._Child, "_ask", closed)
+    (tmp_path / "scratch").mkdir()
+    results = decode_all([DecodeJob(tmp_path / "a.mkv")], tmp_path / "scratch", DecodeLimits(), 1)
+    with pytest.raises(ValueError, match="closed file"):
+        next(results)
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_a_scratch_folder_that_stays_does_not_lose_the_clips(tmp_path, monkeypatch):

@@ -234,6 +234,17 @@ class _Child:
 
     def decode(self, job: DecodeJob, stem: Path) -> DecodedVideo | Rejected:
         files = tuple(stem.with_suffix(suffix) for suffix in (".tiles", ".thumbnails", ".motions"))
+        result = None
+        try:
+            result = self._decoded(job, files)
+        finally:
+            # A child may be killed in the middle, and the wait for its answer then ends with any error of a pipe.
+            if not isinstance(result, DecodedVideo):
+                for file in files:
+                    file.unlink(missing_ok=True)
+        return result
+
+    def _decoded(self, job: DecodeJob, files: tuple[Path, ...]) -> DecodedVideo | Rejected:
         request = {
             **dataclasses.asdict(job),
             "path": str(job.path.absolute()),
@@ -243,12 +254,10 @@ class _Child:
         }
         reply = self._ask(request)
         if "errno" in reply:
-            raise OSError(reply["errno"], os.strerror(reply["errno"]), str(stem.parent))
+            raise OSError(reply["errno"], os.strerror(reply["errno"]), str(files[0].parent))
         if "machine" in reply:
             raise _not_working(reply["machine"])
         if "reason" in reply:
-            for file in files:
-                file.unlink(missing_ok=True)
             return Rejected(reply["reason"], reply.get("sha256", ""))
         frames, tile_shape = reply.pop("frames"), reply.pop("tile_shape")
         tiles = np.memmap(files[0], np.uint8, "r", shape=(frames, *tile_shape, 3))
