@@ -75,8 +75,6 @@ def _pyramid(blur: str, pixels: float = 0.0) -> Any:
 
 
 def _laplacian() -> Iterator[Configuration]:
-    import torch
-
     from .laplacian import kernel
 
     for size, blur, dtype, pixels in (
@@ -86,17 +84,16 @@ def _laplacian() -> Iterator[Configuration]:
         (64, "binomial", "bf16", 0.5),
     ):
         strides = (96 * size * size, 32 * size * size, size * size, size, 1)
-        pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32", "*fp16")
-        options = kernel.kernel_options(
-            _pyramid(blur, pixels), torch.float32 if dtype == "fp32" else torch.bfloat16
-        )
+        pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32")
+        constants = kernel.tile_options(size, _pyramid(blur, pixels))
+        warps = constants.pop("num_warps")
         yield Configuration(
             "laplacian",
             f"{blur} {dtype} {size}x{size}" + (" l1 l2" if pixels else ""),
             kernel._laplacian_fwd_kernel,
-            (*pointers, (0.5,) * 6, 3, 32, *strides * 3, -1.0, 2 / 255, 0.5, 0.5, 0),
-            {"N": size, "WITH_GRAD": True, **options},
-            kernel.warps(size, blur),
+            (*pointers, 0.5, 0.5, 0.5, (0.5,) * 6, (0.5,) * 6, 3, 32, *strides * 3, -1.0, 2 / 255, 0),
+            {"N": size, "WITH_GRAD": True, **constants},
+            warps,
         )
     yield Configuration(
         "laplacian",
@@ -111,7 +108,7 @@ def _composite_laplacian() -> Iterator[Configuration]:
     import torch
 
     from .composite_laplacian import kernel
-    from .laplacian.kernel import kernel_options, warps
+    from .composite_laplacian.matrices import kernel_options, warps
 
     for blur in ("binomial", "paper"):
         for size in (32, 64, 128):

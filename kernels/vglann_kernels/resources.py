@@ -155,8 +155,9 @@ def disassembly(cubin: bytes) -> list[str]:
 def source_hash() -> str:
     """Return the sha256 (16 digits) of the kernels in the table."""
     ops = sorted({configuration.op for configuration in configurations(TARGETS[0])})
-    files = [Path(__file__).parent / op / "kernel.py" for op in ops]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    files = [file for op in ops for file in sorted((Path(__file__).parent / op).glob("*.py"))]
+    sources = [file.read_bytes() for file in files]
+    return hashlib.sha256(b"".join(s for s in sources if b"@triton.jit" in s)).hexdigest()[:16]
 
 
 def triton_version() -> str:

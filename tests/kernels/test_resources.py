@@ -38,6 +38,19 @@ def test_the_defaults_do_not_spill(targets, limit):
         assert row.stack <= limit, row
 
 
+def test_the_laplacian_stays_in_registers_and_off_the_matrix_units():
+    """Straight code: a program runs each instruction once, in every warp."""
+    rows = [row for row in ROWS if row.op == "laplacian" and not row.configuration.startswith("scaling")]
+    for row in [row for row in rows if row.target in map(str, TARGETS)]:
+        assert row.stack <= (8 if row.configuration.endswith("l1 l2") else 0), row
+        assert row.mma == 0, row
+    limits = {"binomial bf16 64x64": 6_700, "paper bf16 64x64": 9_000, "binomial bf16 64x64 l1 l2": 8_000}
+    limits |= {"binomial bf16 32x32": 2_500, "binomial bf16 128x128": 27_000}
+    for row in rows:
+        if row.target in ("89", "90") and row.configuration in limits:
+            assert row.instructions * row.warps <= limits[row.configuration], row
+
+
 SHARED_MEMORY = {
     "80": 163,
     "86": 99,

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..composite.kernel import load_head, sigmoid, store_head, sum_parts, tanh
-from ..laplacian.kernel import PRESCALE, band_tables, kernel_options, plane_loss, warps
 from ..laplacian.pyramid import Pyramid
 from ..launch import LAUNCH, dense, device_guard, is_channels_last, laid_out_as
+from .matrices import PRESCALE, band_tables, kernel_options, plane_loss, warps
 
 # Pixels of a block in the second part.
 PIXELS = 512

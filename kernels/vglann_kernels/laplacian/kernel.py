@@ -1,14 +1,13 @@
-"""`laplacian_pyramid_loss` in Triton: a program owns one plane, with all levels of its pyramid on chip.
+"""`laplacian_pyramid_loss` in Triton: a program owns one plane, with all levels of its pyramid in registers.
 
 One read of video and target gives the loss and, in the same pass, its gradient: the adjoint of the pyramid
 applied to the signs of its bands. Level l contributes s_l = w_l sign(band_l) / n_l and
 g_l = s_l - B^T (s_l - U g_{l+1}) B, with B the band matrix of the blur and U a quarter of the nearest
-upsampling.
-
-Products run on the matrix units with float16 operands and float32 sums. Float32 values are split into two
-float16 parts, high and low, which keep 21 bits; so are taps that float16 cannot hold. Planes of fewer than 16
-rows are filtered in plain float32.
+upsampling. All is float32. How a plane lies in the threads: see `stencil`.
 """
+
+# A tuple that grows in a kernel changes its type.
+# mypy: disable-error-code="assignment, misc"
 
 import torch
 import triton
@@ -17,168 +16,118 @@ from torch import Tensor
 
 from ..launch import LAUNCH, device_guard, processors
 from .pyramid import Pyramid
-from .reference import band_matrix, blur_taps
+from .reference import blur_taps
+from .stencil import blurred, join_values, split_values, threads_of
 
 SCALE_BLOCK = 4096
-# Differences are multiplied by this before they are split in float16 parts: up to 65504 / 16 they do not
-# overflow, and down to 2^-29 they do not vanish.
-PRESCALE = tl.constexpr(16.0)
-
-# Tables in memory that no captured graph uses.
-MAX_TABLES = 64
-_tables: dict[tuple[int, int, str, float, torch.device], Tensor] = {}
-_captured: set[tuple[int, int, str, float, torch.device]] = set()
+# A value of less than 1 / LARGE counts in proportion and not by its sign alone.
+LARGE = tl.constexpr(1e25)
 
 
 @triton.jit
-def _parts(x, PARTS: tl.constexpr):
-    """Return (high, low) float16 parts of x; with PARTS == 1 x rounded, and a low part that nobody reads."""
-    if PARTS == 2:
-        # Cutting the last 13 bits off leaves a float32 that float16 holds: cheaper than rounding.
-        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        low = (x - high).to(tl.float16)
-    else:
-        high = x
-        low = x.to(tl.float16)
-    return high.to(tl.float16), low
+def _absolute_sum(values, COUNT: tl.constexpr):
+    total = tl.abs(values[0])
+    for i in tl.static_range(1, COUNT):
+        total += tl.abs(values[i])
+    return total
 
 
 @triton.jit
-def _matrix(bands_ptr, N: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Load matrix number PART of one level's table, [N,N] float16."""
-    matrix = tl.load(bands_ptr + PART * N * N + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :])
-    if TRANSPOSED:
-        matrix = tl.trans(matrix)
-    return matrix
+def _positive(x):
+    """Return 0, 1/2 or 1 for a negative x, 0 and a positive x: one instruction, a saturating multiply-add."""
+    return tl.clamp(tl.fma(x, LARGE, 0.5), 0.0, 1.0)
 
 
 @triton.jit
-def _filtered(
-    x, bands_ptr, zero, minus, N: tl.constexpr, HIGH: tl.constexpr, ADJOINT: tl.constexpr,
-    PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
+def _tile_loss(
+    p, threads, share, loss_weights, gradient_weights, LEVEL: tl.constexpr, LEVELS: tl.constexpr,
+    T: tl.constexpr, STEP: tl.constexpr, SUM: tl.constexpr, WITH_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Return B x B^T - minus, or B^T x B - minus for ADJOINT; x [N,N] float32, B matrix HIGH of the table.
+    """Return (loss of each thread [G,G], gradient of the tile) of the pyramid from level LEVEL, the tile p, down.
 
-    PARTS and TAP_PARTS say in how many float16 parts x and B are used; the low part of B is matrix HIGH + 1.
+    Calls itself for the next level, as the formula does. Sums of products times `share` are the blur. The next
+    level is made of sums of four such sums, so that the values of level l are too large by (4 / share)^l.
     """
-    right = _matrix(bands_ptr, N, HIGH, not ADJOINT)
-    again = bands_ptr + zero
-    # Fewer than 16 rows are too few for the matrix units.
-    if N < 16:
-        rows = right.to(tl.float32)
-        columns = _matrix(again, N, HIGH, ADJOINT).to(tl.float32)
-        if TAP_PARTS == 2:
-            rows += _matrix(bands_ptr, N, HIGH + 1, not ADJOINT).to(tl.float32)
-            columns += _matrix(again, N, HIGH + 1, ADJOINT).to(tl.float32)
-        y = tl.sum(x[:, :, None] * rows[None, :, :], axis=1)
-        z = tl.sum(columns[:, :, None] * y[None, :, :], axis=1) - minus
-    else:
-        x_high, x_low = _parts(x, PARTS)
-        y = tl.dot(x_high, right)
-        if PARTS == 2:
-            y = tl.dot(x_low, right, y)
-        if TAP_PARTS == 2:
-            y = tl.dot(x_high, _matrix(bands_ptr, N, HIGH + 1, not ADJOINT), y)
-        y_high, y_low = _parts(y, PARTS)
-        left = _matrix(again, N, HIGH, ADJOINT)
-        z = tl.dot(left, y_high)
-        if PARTS == 2:
-            z = tl.dot(left, y_low, z)
-        if TAP_PARTS == 2:
-            z = tl.dot(_matrix(again, N, HIGH + 1, ADJOINT), y_high, z)
-        z -= minus
-    return z
-
-
-@triton.jit
-def _blurred(
-    x, bands_ptr, zero, N: tl.constexpr, ADJOINT: tl.constexpr, PARTS: tl.constexpr,
-    TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Return the blur of a plane, or its adjoint. `bands_ptr` holds four [N,N]: high and low part of B, then of Q.
-
-    The paper's kernel has rank two: B x B^T - Q x Q^T. The taps of Q are small and sum to 0: except for
-    float32 one part is enough (EXACT). `zero` is 0, unknown when compiling: matrices are loaded again for
-    each product, from L1, so that they do not sit in registers in between.
-    """
-    minus = tl.zeros([N, N], tl.float32)
-    if SECOND:
-        PARTS_OF_Q: tl.constexpr = PARTS if EXACT else 1
-        minus = _filtered(x, bands_ptr, zero, minus, N, 2, ADJOINT, PARTS_OF_Q, PARTS_OF_Q)
-    return _filtered(x, bands_ptr, zero, minus, N, 0, ADJOINT, PARTS, TAP_PARTS)
-
-
-@triton.jit
-def _sign(x):
-    # The sign bit of x on a 1: fewer instructions than two comparisons.
-    signed = ((x.to(tl.int32, bitcast=True) & -2147483648) | 0x3F800000).to(tl.float32, bitcast=True)
-    return tl.where(x == 0, 0.0, signed)
-
-
-@triton.jit
-def pyramid_l1(
-    plane, bands_ptr, weights, zero, LEVEL: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
-    ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
-):  # fmt: skip
-    """Return (loss, gradient [N,N]) of the pyramid from `plane` [N,N] at LEVEL down to the residual.
-
-    weights: a tuple that starts with LEVELS + 1 values w_l 4^l / unit, see `Pyramid.kernel_weights`. Loss and
-    gradient are in this unit. Calls itself for the next level, as the formula does. `zero`: see `_blurred`.
-    """
-    weight = weights[LEVEL]
+    COUNT: tl.constexpr = T * T
+    loss_weight = loss_weights[LEVEL] * (1.0 / (STEP * STEP))
+    # 2 * weight * _positive(x) - weight is weight * sign(x).
+    weight = threads.zero + gradient_weights[LEVEL]
     if LEVEL == LEVELS:
-        loss = weight * tl.sum(tl.abs(plane))
-        gradient = weight * _sign(plane)
+        signs = ()
+        for i in tl.static_range(COUNT):
+            signs = signs + (tl.fma(_positive(p[i]), 2 * weight, -weight),)
+        return loss_weight * _absolute_sum(p, COUNT), signs
     else:
-        EXACT: tl.constexpr = ADJOINT_PARTS == 2
-        low = _blurred(plane, bands_ptr, zero, N, False, 2, TAP_PARTS, SECOND, EXACT)
-        band = plane - low
-        # Half the registers until it is used.
-        sign = _sign(band).to(tl.float16)
-        HALF: tl.constexpr = N // 2
-        # [HALF,HALF]
-        smaller = tl.sum(tl.sum(tl.reshape(low, [HALF, 2, HALF, 2]), axis=3), axis=1) * 0.25
-        loss, below = pyramid_l1(
-            smaller, bands_ptr + 4 * N * N, weights, zero, LEVEL + 1, LEVELS, HALF,
-            ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD,
+        low = blurred(p, threads, T, STEP, SUM, False)
+        band = ()
+        for i in tl.static_range(COUNT):
+            band = band + (tl.fma(low[i], -share, p[i]),)
+        HALF: tl.constexpr = max(T // 2, 1)
+        if T == 1:
+            pair = low[0] + tl.gather(low[0], threads.row ^ STEP, 0)
+            smaller = (pair + tl.gather(pair, threads.column ^ STEP, 1),)
+        else:
+            smaller = ()
+            for r in tl.static_range(HALF):
+                for c in tl.static_range(HALF):
+                    upper = low[2 * r * T + 2 * c] + low[2 * r * T + 2 * c + 1]
+                    lower = low[(2 * r + 1) * T + 2 * c] + low[(2 * r + 1) * T + 2 * c + 1]
+                    smaller = smaller + (upper + lower,)
+        loss, below = _tile_loss(
+            smaller, threads, share, loss_weights, gradient_weights, LEVEL + 1, LEVELS,
+            HALF, STEP * 2 if T == 1 else 1, SUM, WITH_GRAD,
         )  # fmt: skip
-        loss += weight * tl.sum(tl.abs(band))
+        loss += loss_weight * _absolute_sum(band, COUNT)
         gradient = band
         if WITH_GRAD:
-            spread = tl.broadcast_to((0.25 * below)[:, None, :, None], [HALF, 2, HALF, 2])
-            s = weight * sign.to(tl.float32)
-            inner = s - tl.reshape(spread, [N, N])
-            # Signs rounded to one part need taps no finer than that.
-            ADJOINT_TAP_PARTS: tl.constexpr = TAP_PARTS if EXACT else 1
-            adjoint = _blurred(
-                inner, bands_ptr + 2 * zero, zero, N, True, ADJOINT_PARTS, ADJOINT_TAP_PARTS, SECOND, EXACT
-            )
-            gradient = s - adjoint
-    return loss, gradient
+            signs, inner = (), ()
+            for i in tl.static_range(COUNT):
+                signs = signs + (_positive(band[i]),)
+            spread = ()
+            for i in tl.static_range(HALF * HALF):
+                spread = spread + (tl.fma(below[i], -0.25, -weight),)
+            for r in tl.static_range(T):
+                for c in tl.static_range(T):
+                    inner = inner + (tl.fma(signs[r * T + c], 2 * weight, spread[(r // 2) * HALF + c // 2]),)
+            adjoint = blurred(inner, threads, T, STEP, SUM, True)
+            gradient = ()
+            for i in tl.static_range(COUNT):
+                gradient = gradient + (tl.fma(adjoint[i], -share, tl.fma(signs[i], 2 * weight, -weight)),)
+        return loss, gradient
 
 
 @triton.jit
-def plane_loss(
-    x, bands_ptr, weights, loss_unit, gradient_scale, zero, N: tl.constexpr, LEVELS: tl.constexpr,
-    ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr, SECOND: tl.constexpr, WITH_GRAD: tl.constexpr,
-    WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
+def _plane_loss(
+    d, outer, middle, share, loss_weights, gradient_weights, zero, N: tl.constexpr, T: tl.constexpr,
+    LEVELS: tl.constexpr, SUM: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
 ):  # fmt: skip
-    """Return (loss, gradient [N,N] times gradient_scale) of the difference x [N,N], which comes times PRESCALE.
+    """Return (loss, gradient [T,G,G,T]) of the difference d [T,G,G,T]: rows of a tile, tiles, columns of a tile.
 
-    weights: see `Pyramid.kernel_weights`. What is added to the pyramid's loss costs no other read of the planes.
+    The weights come from `stencil_weights`. What is added to the pyramid's loss costs no other read of the planes.
     """
-    loss, g = pyramid_l1(
-        x, bands_ptr, weights, zero, 0, LEVELS, N, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD
+    G: tl.constexpr = N // T
+    p = split_values(tl.reshape(tl.permute(d, (1, 2, 0, 3)), [G, G, T * T]), T * T)
+    threads = threads_of(outer, middle, zero, G)
+    share = threads.zero + share
+    losses, tile = _tile_loss(
+        p, threads, share, loss_weights, gradient_weights, 0, LEVELS, T, 1, SUM, WITH_GRAD
     )
-    # The sign of NaN is 0, as in the reference.
-    g *= tl.where(loss - loss == 0, gradient_scale, 0.0)
+    loss = tl.sum(losses)
+    g = d
+    if WITH_GRAD:
+        g = tl.permute(tl.reshape(join_values(tile, 0, 1, T * T), [G, G, T, T]), (2, 0, 1, 3))
+        # The sign of NaN is 0, as in the reference.
+        g = tl.where(loss - loss == 0, g, 0.0)
     if WITH_L1:
-        loss += weights[LEVELS + 1] * tl.sum(tl.abs(x))
-        g += tl.where(x == x, _sign(x), 0.0) * (weights[LEVELS + 1] * gradient_scale)
+        loss += loss_weights[LEVELS + 1] * tl.sum(tl.abs(d))
+        if WITH_GRAD:
+            weight = gradient_weights[LEVELS + 1]
+            g += tl.where(d == d, tl.fma(_positive(d), 2 * weight, -weight), 0.0)
     if WITH_L2:
-        loss += weights[LEVELS + 2] * (tl.sum(x * x) / PRESCALE)
-        g += x * (weights[LEVELS + 2] * gradient_scale * (2.0 / PRESCALE))
-    return loss * (loss_unit / PRESCALE), g
+        loss += loss_weights[LEVELS + 2] * tl.sum(d * d)
+        if WITH_GRAD:
+            g += d * gradient_weights[LEVELS + 2]
+    return loss, g
 
 
 @triton.jit
@@ -189,38 +138,35 @@ def _offset(plane, n1, n2, s0_stride, s1_stride, s2_stride):
 
 @triton.jit
 def _laplacian_fwd_kernel(
-    video_ptr, target_ptr, gradient_ptr, losses_ptr, bands_ptr, weights, n1, n2,
+    video_ptr, target_ptr, gradient_ptr, losses_ptr, outer, middle, share, loss_weights, gradient_weights, n1, n2,
     video_n0_stride, video_n1_stride, video_n2_stride,
     video_row_stride: tl.constexpr, video_column_stride: tl.constexpr,
     target_n0_stride, target_n1_stride, target_n2_stride,
     target_row_stride: tl.constexpr, target_column_stride: tl.constexpr,
     gradient_n0_stride, gradient_n1_stride, gradient_n2_stride,
     gradient_row_stride: tl.constexpr, gradient_column_stride: tl.constexpr,
-    target_low, target_scale, loss_unit, gradient_scale, zero,
-    N: tl.constexpr, LEVELS: tl.constexpr, ADJOINT_PARTS: tl.constexpr, TAP_PARTS: tl.constexpr,
-    SECOND: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
+    target_low, target_scale, zero,
+    N: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, SUM: tl.constexpr,
+    WITH_GRAD: tl.constexpr, WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
 ):  # fmt: skip
     # video, gradient [n0,n1,n2,N,N]: one float dtype. target [n0,n1,n2,N,N]: uint8 or float.
-    # float32: losses [n0 * n1 * n2]. float16: bands, see `band_tables`.
+    # float32: losses [n0 * n1 * n2]. Tuples of floats: loss_weights, gradient_weights.
+    G: tl.constexpr = N // T
     plane = tl.program_id(0).to(tl.int64)
-    row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    # [T,G,G,T]: a thread takes consecutive columns, neighboring threads neighboring tiles.
+    row = tl.arange(0, T)[:, None, None, None] + T * tl.arange(0, G)[None, :, None, None]
+    column = T * tl.arange(0, G)[None, None, :, None] + tl.arange(0, T)[None, None, None, :]
     video_ptr += _offset(plane, n1, n2, video_n0_stride, video_n1_stride, video_n2_stride)
     target_ptr += _offset(plane, n1, n2, target_n0_stride, target_n1_stride, target_n2_stride)
     x = tl.load(video_ptr + row * video_row_stride + column * video_column_stride).to(tl.float32)
     y = tl.load(target_ptr + row * target_row_stride + column * target_column_stride).to(tl.float32)
-    # Still 0; as a product it also keeps addresses out of registers (sm_86, sm_120).
-    zero = (plane * zero).to(tl.int32)
-    loss, g = plane_loss(
-        tl.fma(y, -target_scale * PRESCALE, x * PRESCALE - target_low * PRESCALE),
-        bands_ptr, weights, loss_unit, gradient_scale, zero,
-        N, LEVELS, ADJOINT_PARTS, TAP_PARTS, SECOND, WITH_GRAD, WITH_L1, WITH_L2,
+    loss, g = _plane_loss(
+        tl.fma(y, -target_scale, x - target_low), outer, middle, share, loss_weights, gradient_weights, zero,
+        N, T, LEVELS, SUM, WITH_GRAD, WITH_L1, WITH_L2,
     )  # fmt: skip
     tl.store(losses_ptr + plane, loss)
     if WITH_GRAD:
         gradient_ptr += _offset(plane, n1, n2, gradient_n0_stride, gradient_n1_stride, gradient_n2_stride)
-        # Indices, too, are made again rather than kept.
-        row += zero
-        column += zero
         tl.store(gradient_ptr + row * gradient_row_stride + column * gradient_column_stride, g)
 
 
@@ -245,67 +191,41 @@ def _scale_kernel(
         _scale_values(second_ptr, scale, second_count, BLOCK)
 
 
-def band_tables(size: int, options: Pyramid, device: torch.device) -> Tensor:
-    """Return level by level four [n,n] float16 matrices: high and low part of B, then of Q of the paper's kernel.
+def stencil_taps(options: Pyramid) -> tuple[float, float, float]:
+    """Return the outer and the middle tap divided by the tap at the center, and the share of a sum in the blur."""
+    taps = blur_taps(options.blur, options.sigma)[0][0]
+    total = sum(taps) / taps[2]
+    # The kernel of the paper's code has the entries g_i + g_j: their sum is 2 * 5 * sum(g).
+    share = 1 / (10 * total if options.blur == "paper" else total**2)
+    return taps[0] / taps[2], taps[1] / taps[2], share
 
-    Tables are kept. A CUDA graph holds a pointer into its table, so a table that was asked for while a graph was
-    captured is kept for ever (43 KB for planes of 64 rows). A table first made in a capture belongs to that graph.
+
+def stencil_weights(
+    options: Pyramid, size: int, gradient_scale: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the weights of one value of each level, then of the plain and the squared difference.
+
+    The first are those in the loss of a plane. The kernel's values of level l are too large by (4 / share)^l, and
+    a plane of level l has 4^l times fewer. The second are those in the gradient, in units of 1 / `gradient_scale`.
     """
-    key = (size, options.levels, options.blur, options.sigma, device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if key not in _tables:
-        table = _new_band_tables(*key)
-        if capturing:
-            return table
-        kept = [name for name in _tables if name not in _captured]
-        if len(kept) >= MAX_TABLES:
-            del _tables[kept[0]]
-        _tables[key] = table
-    if capturing:
-        _captured.add(key)
-    return _tables[key]
+    share = stencil_taps(options)[2]
+    weights, _ = options.kernel_weights(size)
+    levels = [weight * share**level for level, weight in enumerate(options.weights)]
+    loss = tuple(weight / size**2 for weight in (*levels, options.l1_weight, options.l2_weight))
+    *linear, squared = (weight * gradient_scale for weight in weights)
+    return loss, (*linear, 2 * squared)
 
 
-def _new_band_tables(size: int, levels: int, blur: str, sigma: float, device: torch.device) -> Tensor:
-    """Make the tables on the device: a copy from the host would wait for it and cannot be captured.
-
-    B G B^T - Q G Q^T is the blur of the reference. The paper's (g, box / 2) + (box / 2, g) is (p, p) - (q, q)
-    with p = (g + box) / 2 and q = (g - box) / 2, whose taps sum to 0.
-    """
-    terms = blur_taps(blur, sigma)
-    first, second = terms[0][0], [0.0] * 5
-    if blur == "paper":
-        g, half_box = terms[0]
-        first = [a / 2 + b for a, b in zip(g, half_box, strict=True)]
-        second = [a / 2 - b for a, b in zip(g, half_box, strict=True)]
-    like = torch.empty(0, dtype=torch.float64, device=device)
-    parts = []
-    for level in range(levels):
-        for taps in (first, second):
-            matrix = band_matrix(size >> level, taps, like)
-            parts += [matrix.half(), (matrix - matrix.half().double()).half()]
-    return torch.cat([part.flatten() for part in parts])
-
-
-def warps(size: int, blur: str) -> int:
-    """Return the warps per program for planes of `size` rows; the paper's two products need more registers.
-
-    Planes of 128 rows spill whatever the number; with 8 warps the assembler also takes minutes.
-    """
-    if size > 64:
-        return 16
-    return 8 if blur == "paper" else 4
-
-
-def kernel_options(options: Pyramid, dtype: torch.dtype) -> dict[str, int | bool]:
-    """Return the compile-time choices of `plane_loss` for the options and the dtype of the gradient."""
+def tile_options(size: int, options: Pyramid) -> dict[str, int | bool]:
+    """Return the compile-time choices of `_plane_loss`, and the warps: one thread per tile."""
+    tile = 4 if size == 32 else 8
     return {
-        "ADJOINT_PARTS": 1 if dtype == torch.bfloat16 else 2,
-        "TAP_PARTS": 1 if options.blur == "binomial" else 2,
-        "SECOND": options.blur == "paper",
+        "T": tile,
         "LEVELS": options.levels,
+        "SUM": options.blur == "paper",
         "WITH_L1": options.l1_weight != 0,
         "WITH_L2": options.l2_weight != 0,
+        "num_warps": (size // tile) ** 2 // 32,
     }
 
 
@@ -327,15 +247,13 @@ def laplacian_fwd(
     views = [_five_dimensions(x) for x in (video, target, gradient if with_gradient else video)]
     n0, n1, n2, size, _ = views[0].shape
     low, high = options.target_range if target.dtype == torch.uint8 else (0.0, 255.0)
-    weights, loss_unit = options.kernel_weights(size)
+    loss_weights, gradient_weights = stencil_weights(options, size, gradient_scale)
     with device_guard(video):
         _laplacian_fwd_kernel[(n0 * n1 * n2,)](
-            views[0], views[1], gradient, losses,
-            band_tables(size, options, video.device), weights,
+            views[0], views[1], gradient, losses, *stencil_taps(options), loss_weights, gradient_weights,
             n1, n2, *views[0].stride(), *views[1].stride(), *views[2].stride(),
-            low, (high - low) / 255, loss_unit, gradient_scale, 0,
-            N=size, WITH_GRAD=with_gradient, num_warps=warps(size, options.blur),
-            **kernel_options(options, video.dtype), **LAUNCH,
+            low, (high - low) / 255, 0, N=size, WITH_GRAD=with_gradient,
+            **tile_options(size, options), **LAUNCH,
         )  # fmt: skip
     return losses, gradient
 
