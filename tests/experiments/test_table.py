@@ -219,7 +219,15 @@ def test_something_else_in_its_place_stays(clips, tmp_path, capsys):
 
 
 def table_of(folder, title, losses, mappings):
-    figures = {"n": 2048, "frechet": 300.0, "quarters": {"mean": 400.0, "sd": 3.0}, "warnings": []}
+    quarters = {"n": 512, "mean": 400.0, "sd": 3.0}
+    figures = {
+        "n": 2048,
+        "dimensions": 400,
+        "mmd": 0.25,
+        "frechet": 300.0,
+        "quarters": quarters,
+        "warnings": [],
+    }
     one = {"features": {title: {"generated": figures, "floor": {**figures, "frechet": 200.0}}}}
     runs = {loss: {"records": dict.fromkeys(mappings, one)} for loss in losses}
     content = {"format": "vglann-table", "version": 1, "losses": losses, "mappings": mappings, "runs": runs}
@@ -231,13 +239,14 @@ def test_the_papers_values_stand_beside_fvd_alone(tmp_path):
     losses, mappings = ["laplacian", "resnext101-3d", "l1"], ["imle", "vae", "gmm", "gaussian"]
     (found,) = distance_tables(table_of(tmp_path, "FVD", losses, mappings))
     paper = [i for i, name in enumerate(found.head) if name == COLUMN]
-    assert [found.head[i - 2] for i in paper] == ["laplacian", "resnext101-3d"]
+    assert [found.head[i - 3] for i in paper] == ["laplacian", "resnext101-3d"]
     values = {row[0]: [row[i] for i in paper] for row in found.rows}
     assert values["imle"] == ["2,651", "2,305"]
     assert values["vae"] == ["2,891", "2,422"]
     assert values["gmm"] == ["2,701", "2,587"]
     assert values["gaussian"] == values["real clips (floor)"] == ["–", "–"]
-    assert found.rows[0][2] == "400 ± 3"
+    assert found.rows[0][1:4] == ["0.25", "200", "400 ± 3 †"]
+    assert not found.best
     for title in ("frechet[i3d, 16 videos]", "frechet[transnetv2]"):
         (found,) = distance_tables(table_of(tmp_path, title, losses, mappings))
         assert COLUMN not in found.head
