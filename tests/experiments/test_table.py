@@ -67,15 +67,37 @@ def test_every_cell_is_there(made):
     assert len(np.load(made / "samples" / "real" / "video.npy")) == 7
 
 
-def test_the_best_mapping_under_each_loss_is_bold(made):
+def test_without_a_truth_nothing_is_bold(made):
+    """Seven real clips have no halves with five neighbors in them."""
     (found,) = distance_tables(read_table(made, []))
-    assert found.head == ["frechet[lite0], n = 7", "laplacian", "l1"]
-    assert [row[0] for row in found.rows] == ["real clips (floor)", "training-latents", "imle", "gaussian"]
-    for column in (1, 2):
-        (best,) = (row for row, at in found.best if at == column)
-        values = [float(row[column].replace(",", "")) for row in found.rows]
-        assert values[best] == min(values[2:])
-    assert len(re.findall(r"\*\*[\d.,]+\*\*", (made / "table.md").read_text())) == 2
+    assert found.head == ["frechet[lite0], n = 7", "laplacian", "Fréchet", "l1", "Fréchet"]
+    names = ["real clips (floor)", "real against real (truth)", "training-latents", "imle", "gaussian"]
+    assert [row[0] for row in found.rows] == names
+    assert all(row[2].endswith("†") for row in found.rows if row[2] != "–")  # 7 videos, 4 features
+    assert not found.best
+    assert not re.search(r"\*\*[\d.,]+", (made / "table.md").read_text())
+
+
+def test_the_mapping_nearest_to_the_truth_is_bold_and_not_the_one_of_the_least_distance(tmp_path):
+    def one(mmd):
+        splits = {"n": 20, "splits": 20, "mmd": {"mean": mmd, "sd": 0.5}}
+        figures = {"n": 40, "dimensions": 4, "mmd": mmd, "frechet": 10 - mmd, "splits": splits}
+        truth = {"n": 20, "splits": 20, "mmd": {"mean": 2.0, "sd": 0.1}}
+        return {"features": {"x": {"generated": figures, "floor": figures, "truth": truth}}}
+
+    records = {"imle": one(0.5), "vae": one(2.25), "gmm": one(9.0), "training-latents": one(2.0)}
+    content = {
+        "format": "vglann-table",
+        "losses": ["l1"],
+        "mappings": ["imle", "vae", "gmm"],
+        "runs": {"l1": {"records": records}},
+    }
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    table = read_table(tmp_path, [])
+    ((found,), text) = distance_tables(table), as_markdown(table)
+    ((row, column),) = found.best
+    assert (found.rows[row][0], found.head[column]) == ("vae", "of splits")
+    assert "**2.25 ± 0.5**" in text
 
 
 def test_the_pages_show_it(made):
