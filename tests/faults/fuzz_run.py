@@ -29,6 +29,8 @@ KINDS = {
     "vae": {"hidden": 4, "epochs": 1},
     "flow": {"hidden": 4, "epochs": 1, "transforms": 1, "bins": 2},
     "autoregressive": {"hidden": 4, "epochs": 1, "transforms": 1},
+    "drifting": {"hidden": 4, "epochs": 1, "noise_dim": 2},
+    "flow-matching": {"hidden": 4, "epochs": 1, "steps": 1},
 }
 
 

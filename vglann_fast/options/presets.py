@@ -11,6 +11,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.options.mapping import (
     MAP_OPTIONS,
     AutoregressiveOptions,
+    DriftingOptions,
+    FlowMatchingOptions,
     FlowOptions,
     GaussianOptions,
     GmmOptions,
@@ -31,7 +33,8 @@ class Preset:
 
 _MODERN = Preset(train=TrainOptions(), map={kind: options() for kind, options in MAP_OPTIONS.items()})
 
-# The GLANN-VIDEO code has no flows. They are as in `modern`; like every mapping of `paper` they fit all latents.
+# The GLANN-VIDEO code has neither flows nor drifting. They are as in `modern`; like every mapping of `paper` they fit
+# all latents.
 _PAPER_MAP: dict[str, MapOptions] = {
     "imle": ImleOptions(
         pool_factor=2, schedule="halve-every-50", normalize=False, adam_state="per-epoch", batchnorm="train"
@@ -41,6 +44,8 @@ _PAPER_MAP: dict[str, MapOptions] = {
     "gaussian": GaussianOptions(),
     "flow": FlowOptions(),
     "autoregressive": AutoregressiveOptions(),
+    "drifting": DriftingOptions(),
+    "flow-matching": FlowMatchingOptions(),
 }
 _PAPER = Preset(
     train=TrainOptions(
