@@ -1,7 +1,7 @@
 """Flow matching: a network that says how noise moves to latents, followed in a few steps when sampling.
 
 Lipman, Chen, Ben-Hamu, Nickel and Le, "Flow Matching for Generative Modeling", 2023; Liu, Gong and Liu, "Flow
-Straight and Fast", 2023. Between standard normal noise a and a latent b lies the straight path x(t) = (1 - t) a + t b.
+Straight and Fast", 2023. From standard normal noise a to a latent b leads the straight path x(t) = (1 - t) a + t b.
 The network v(x, t) is fitted to b - a by squared error, with t uniform in [0, 1]. Samples follow dx/dt = v from t = 0
 to t = 1.
 

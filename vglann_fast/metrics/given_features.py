@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vglann_fast.errors import VglannError
 from vglann_fast.metrics.compare import compare
@@ -34,19 +35,19 @@ def compare_files(real: str | Path, generated: str | Path, protocol: str | None 
     Returns what `compare.compare` returns, with "splits" and "truth" (see `truth.py`; None for fewer than 12 rows),
     "jedi" if asked for, and its warning among "warnings". Raises `VglannError` that names the file.
     """
-    sides = [read_features(path) for path in (real, generated)]
-    if sides[0].shape[1] != sides[1].shape[1]:
+    first, second = (torch.from_numpy(read_features(path)) for path in (real, generated))
+    if first.shape[1] != second.shape[1]:
         raise VglannError(
-            f"{FLAG}: {real} has {sides[0].shape[1]} numbers a row, {generated} has {sides[1].shape[1]}; take both "
-            "from one network"
+            f"{FLAG}: {real} has {first.shape[1]} numbers a row, {generated} has {second.shape[1]}; take both from "
+            "one network"
         )
     try:
-        figures = compare(*sides)
-        truth = Truth(sides[0], most=len(sides[1]))
+        figures = compare(first, second)
+        truth = Truth(first, most=len(second))
         figures["truth"] = truth.figures() if truth.enough else None
-        figures["splits"] = truth.figures_of(sides[1]) if truth.enough else None
+        figures["splits"] = truth.figures_of(second) if truth.enough else None
         if protocol == "jedi":
-            figures["jedi"] = jedi_distance(*sides)
+            figures["jedi"] = jedi_distance(first, second)
     except VglannError as error:
         raise VglannError(f"{FLAG}: {error}") from error
     if protocol == "jedi" and figures["n"] < JEDI_VIDEOS:

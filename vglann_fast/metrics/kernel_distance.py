@@ -72,8 +72,10 @@ def unbiased_from_sums(real: Tensor, generated: Tensor, between: Tensor, n: int,
 
 def _unbiased(real: Tensor, generated: Tensor) -> float:
     n, m = len(real), len(generated)
-    within = (_sum(rows, rows, cubic_kernel, without_diagonal=True) for rows in (real, generated))
-    return unbiased_from_sums(*within, _sum(real, generated, cubic_kernel), n, m).item()
+    real_sum, generated_sum = (
+        _sum(rows, rows, cubic_kernel, without_diagonal=True) for rows in (real, generated)
+    )
+    return unbiased_from_sums(real_sum, generated_sum, _sum(real, generated, cubic_kernel), n, m).item()
 
 
 def _standard_error(real: Tensor, generated: Tensor) -> float | None:

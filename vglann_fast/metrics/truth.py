@@ -114,7 +114,7 @@ def _figures(distances: list[Tensor], kernels: list[Tensor]) -> dict[str, float]
     balls = between < real.kthvalue(BALL_K + 1, dim=1).values
     within = [kernel.sum() - kernel.diagonal().sum() for kernel in kernels[:2]]
     return {
-        "mmd": unbiased_from_sums(*within, kernels[2].sum(), n, n).item(),
+        "mmd": unbiased_from_sums(within[0], within[1], kernels[2].sum(), n, n).item(),
         "precision": (between <= manifolds[0]).any(1).double().mean().item(),
         "recall": (manifolds[1] >= between.T).any(1).double().mean().item(),
         "density": balls.sum().item() / (BALL_K * n),

@@ -74,7 +74,7 @@ class ImleOptions(MapOptions):
     )
     rematch: float = option(
         1.0,
-        "match again below this part of the distance; 1: always",
+        "match again below this part of the distance",
         metavar="FRACTION",
     )
     lr: float = option(1e-3, LR, metavar="RATE")
@@ -198,7 +198,7 @@ class DriftingOptions(MapOptions):
     batch_size: int = option(256, "latents, and as many samples, per step", metavar="LATENTS")
     temperatures: str = option(
         "0.25,0.5,1",
-        "over what distance a latent attracts, in median distances to the nearest latent; drifts of several add up",
+        "reach of a latent, in median distances to the nearest one; several add up",
         metavar="T,T,...",
     )
     lr: float = option(1e-3, LR, metavar="RATE")
@@ -228,10 +228,8 @@ class FlowMatchingOptions(MapOptions):
     hidden: int = option(512, HIDDEN, metavar="UNITS")
     epochs: int = option(400, "passes over the latents", metavar="PASSES")
     batch_size: int = option(128, "latents per step", metavar="LATENTS")
-    solver: Literal["euler", "heun"] = option(
-        "heun", "rule by which samples follow the flow: one evaluation a step, or two"
-    )
-    steps: int = option(16, "from noise to a latent when sampling", metavar="STEPS")
+    solver: Literal["euler", "heun"] = option("heun", "how samples follow the flow")
+    steps: int = option(16, "from noise to a sample", metavar="STEPS")
     lr: float = option(1e-3, LR, metavar="RATE")
     weight_decay: float = option(1e-5, WEIGHT_DECAY, metavar="WEIGHT")
 

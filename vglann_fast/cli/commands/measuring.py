@@ -138,10 +138,11 @@ def _compare_files(a: Namespace) -> None:
     if a.run or a.kind or a.n:
         given = a.run or ("--kind" if a.kind else "-n")
         raise VglannError(f"{given}: --features-file compares two files and takes no run; leave {given} out")
-    figures = compare_files(*a.features_file, protocol=a.protocol)
+    real, generated = a.features_file
+    figures = compare_files(real, generated, a.protocol)
     for line in figures["warnings"]:
         say(f"vglann: warning: {line}")
-    print(file_tables(figures, *a.features_file))
+    print(file_tables(figures, real, generated))
 
 
 @command(
