@@ -85,6 +85,12 @@ def test_the_truth_row_decides_what_is_bold_and_not_the_largest_value():
     assert best == {(2, head.index("kernel distance")), (2, head.index("coverage"))}
 
 
+def test_a_kernel_distance_below_the_truth_is_not_further_from_it():
+    records = {"imle": with_splits("imle", -3.0, 0.8), "gaussian": with_splits("gaussian", 0.6, 0.8)}
+    _, (_, _, best) = number_tables(records)
+    assert {row for row, column in best if column == 1} == {1}
+
+
 def test_every_frechet_distance_of_few_videos_is_marked():
     """Also in a record of an earlier version, which has the number of features in its protocol alone, or nowhere."""
     for dimensions, marked in ((136, False), (137, True), (None, True)):

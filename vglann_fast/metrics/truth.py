@@ -8,6 +8,9 @@ of its videos. The record of either, JSON-able:
     {"n": videos on each side, "splits": 20, "mmd": {"mean", "sd"}, and the same for "precision", "recall",
      "density" and "coverage"}
 
+The kernel distance between halves is a little above 0, although it is unbiased: clips of one shot are alike, so a
+pair within a half is nearer than a pair between halves. A source with a smaller one is not further from the truth.
+
 mean and sd (over n - 1) are over the splits. Splits share videos, so the sd describes the value of one split; it is
 not the error of the mean. Of more than 2,048 videos on a side the first 2,048 take part.
 """
