@@ -160,10 +160,11 @@ def test_dry_run_shows_the_options_of_the_kind(run, capsys):
     assert "pool_factor" not in shown
 
 
-def test_other_kinds_do_not_share_their_work(run):
-    options = PRESETS["modern"].map["vae"]
-    with pytest.raises(VglannError, match="--kind vae: only imle runs in several processes"):
-        fit_mapping(run, "vae", options, ranks=Ranks(0, 2))
+@pytest.mark.parametrize("kind", ["vae", "drifting", "flow-matching"])
+def test_other_kinds_do_not_share_their_work(run, kind):
+    options = PRESETS["modern"].map[kind]
+    with pytest.raises(VglannError, match=f"--kind {kind}: only imle runs in several processes"):
+        fit_mapping(run, kind, options, ranks=Ranks(0, 2))
 
 
 class ByHeart:
