@@ -5,7 +5,7 @@ Straight and Fast", 2023. From standard normal noise a to a latent b leads the s
 The network v(x, t) is fitted to b - a by squared error, with t uniform in [0, 1]. Samples follow dx/dt = v from t = 0
 to t = 1.
 
-Latents are multiplied by √d, so that their numbers are as large as those of the noise, and samples are divided by
+Latents are multiplied by √d, which makes their numbers as large as the numbers of the noise. Samples are divided by
 their norms.
 """
 

@@ -263,7 +263,7 @@ def _known(
     truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
     if not all(truths.values()):
         warnings.append(
-            f"{sides.n} real clips cannot be split by shots into halves of more than 5: there is no truth row; "
+            f"{sides.n} real clips cannot be split by shots into halves of more than 5, so the truth row is missing; "
             "hold out more clips, or of more shots, with a larger --test-fraction"
         )
     return EvaluationTargets(sides, protocols, training, real, floors, truths)

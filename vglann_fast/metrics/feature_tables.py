@@ -98,7 +98,7 @@ def frechet_cell(figures: Mapping[str, Any]) -> str:
 
 
 def quarters_cell(figures: Mapping[str, Any]) -> str:
-    """Mean and standard deviation of the Fréchet distance over disjoint quarters, marked as that of a quarter."""
+    """Mean and standard deviation of the Fréchet distance over disjoint quarters, marked by a quarter's n."""
     mean, sd, n, d = (
         at(figures, *keys)
         for keys in (("quarters", "mean"), ("quarters", "sd"), ("quarters", "n"), ("dimensions",))

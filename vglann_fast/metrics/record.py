@@ -17,7 +17,7 @@
 
 A quality is what `reconstruction.means_of` returns, with "pca_components" and "pca_exact". The latter is true where
 PCA with as many components as a latent has numbers reproduces the training clips without an error, because there are
-so few of them; PCA is not fitted then. Figures are those of `compare.compare`, for "generated" with "splits": splits
+so few of them; PCA is not fitted then. Figures: see `compare.compare`; for "generated" with "splits": splits
 of the source at the truth's n, or null. Splits are specified in `truth.py`. Distances are {"generated", "real":
 quantiles}, without "real" where no clips are held out. The sha256 of a set of videos is that of their sorted sha256
 digests. A number that is not finite is null.
