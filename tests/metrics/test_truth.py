@@ -68,6 +68,8 @@ def test_the_nearest_to_the_truth_is_best_and_not_the_largest():
     assert nearest_to_truth(truth, {"imle": 0.88, "drifting": 0.80}) == {"drifting"}
     assert nearest_to_truth(truth, {"imle": 0.88, "a": 0.77, "b": 0.745}) == {"a", "b"}
     assert nearest_to_truth(truth, {}) == set()
+    assert nearest_to_truth(truth, {"imle": 0.88}) == set()
+    assert nearest_to_truth(truth, {"imle": 0.77}) == {"imle"}
 
 
 @pytest.mark.parametrize("n", [2, 3])

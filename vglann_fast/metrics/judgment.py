@@ -12,10 +12,10 @@ def frechet_is_doubtful(n: float, dimensions: float) -> bool:
 
 def nearest_to_truth(truth: Mapping[str, float], means: Mapping[str, float]) -> set[str]:
     """Return the sources that may be called best in one figure: the nearest to the truth and, as these cannot be
-    told from the truth, all within its spread.
+    told from the truth, all within its spread. A single source is not nearest to anything: it has to lie within it.
 
     truth: {"mean", "sd"}. means: of the sources, by name.
     """
     gaps = {name: abs(value - truth["mean"]) for name, value in means.items()}
-    least = min(gaps.values(), default=0.0)
+    least = min(gaps.values()) if len(gaps) > 1 else 0.0
     return {name for name, gap in gaps.items() if gap <= max(least, truth["sd"])}
