@@ -60,7 +60,8 @@ def performed(monkeypatch):
 @pytest.mark.parametrize(("name", "dest"), CASES)
 def test_a_good_value_is_taken(name, dest, performed):
     action = command_parser(name).arguments[dest]
-    text = [] if action.nargs == 0 else [good(action)]
+    several = action.nargs if isinstance(action.nargs, int) else 1
+    text = [good(action)] * several
     words = words_for(name)
     if not action.required:
         words += [*action.option_strings[:1], *text]
@@ -69,7 +70,7 @@ def test_a_good_value_is_taken(name, dest, performed):
     found = getattr(values, dest)
     if action.nargs == 0:
         assert found is True
-    elif action.nargs in ("+", "*"):
+    elif action.nargs in ("+", "*") or several > 1:
         assert found == text
     else:
         assert found == (action.type or str)(text[0])

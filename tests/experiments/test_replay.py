@@ -67,6 +67,19 @@ def test_everything_comes_out_the_same(made, tmp_path, capsys):
     assert RunDir.open(tmp_path / "again").checkpoints.load()[0]["step"] == 21
 
 
+def test_kinds_that_draw_at_every_step_come_out_the_same(made, tmp_path, capsys):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    kinds = ("drifting", "flow-matching")
+    for kind in kinds:
+        assert (
+            main(["map", str(run), "--kind", kind, "--epochs", "2", "--hidden", "4", "--device", "cpu"]) == 0
+        )
+    capsys.readouterr()
+    assert main(["replay", str(run), "--device", "cpu"]) == 0
+    found = verdicts(capsys)
+    assert [found[f"mapping/{kind}"] for kind in kinds] == ["SAME", "SAME"]
+
+
 def test_what_was_changed_is_named(made, tmp_path, capsys):
     """A latent, a metric and a video, and a picture that nobody recorded."""
     run = RunDir.open(shutil.copytree(made / "run", tmp_path / "run"))

@@ -67,15 +67,37 @@ def test_every_cell_is_there(made):
     assert len(np.load(made / "samples" / "real" / "video.npy")) == 7
 
 
-def test_the_best_mapping_under_each_loss_is_bold(made):
+def test_without_a_truth_nothing_is_bold(made):
+    """Seven real clips have no halves with five neighbors in them."""
     (found,) = distance_tables(read_table(made, []))
-    assert found.head == ["frechet[lite0], n = 7", "laplacian", "l1"]
-    assert [row[0] for row in found.rows] == ["real clips (floor)", "training-latents", "imle", "gaussian"]
-    for column in (1, 2):
-        (best,) = (row for row, at in found.best if at == column)
-        values = [float(row[column].replace(",", "")) for row in found.rows]
-        assert values[best] == min(values[2:])
-    assert len(re.findall(r"\*\*[\d.,]+\*\*", (made / "table.md").read_text())) == 2
+    assert found.head == ["frechet[lite0], n = 7", "laplacian", "Fréchet", "l1", "Fréchet"]
+    names = ["real clips (floor)", "real against real (truth)", "training-latents", "imle", "gaussian"]
+    assert [row[0] for row in found.rows] == names
+    assert all(row[2].endswith("†") for row in found.rows if row[2] != "–")  # 7 videos, 4 features
+    assert not found.best
+    assert not re.search(r"\*\*[\d.,]+", (made / "table.md").read_text())
+
+
+def test_the_mapping_nearest_to_the_truth_is_bold(tmp_path):
+    def one(mmd):
+        splits = {"n": 20, "splits": 20, "mmd": {"mean": mmd, "sd": 0.5}}
+        figures = {"n": 40, "dimensions": 4, "mmd": mmd, "frechet": 10 - mmd, "splits": splits}
+        truth = {"n": 20, "splits": 20, "mmd": {"mean": 2.0, "sd": 0.1}}
+        return {"features": {"x": {"generated": figures, "floor": figures, "truth": truth}}}
+
+    records = {"imle": one(3.5), "vae": one(2.25), "gmm": one(9.0), "training-latents": one(2.0)}
+    content = {
+        "format": "vglann-table",
+        "losses": ["l1"],
+        "mappings": ["imle", "vae", "gmm"],
+        "runs": {"l1": {"records": records}},
+    }
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    table = read_table(tmp_path, [])
+    ((found,), text) = distance_tables(table), as_markdown(table)
+    ((row, column),) = found.best
+    assert (found.rows[row][0], found.head[column]) == ("vae", "of splits")
+    assert "**2.25 ± 0.5**" in text
 
 
 def test_the_pages_show_it(made):
@@ -219,7 +241,15 @@ def test_something_else_in_its_place_stays(clips, tmp_path, capsys):
 
 
 def table_of(folder, title, losses, mappings):
-    figures = {"n": 2048, "frechet": 300.0, "quarters": {"mean": 400.0, "sd": 3.0}, "warnings": []}
+    quarters = {"n": 512, "mean": 400.0, "sd": 3.0}
+    figures = {
+        "n": 2048,
+        "dimensions": 400,
+        "mmd": 0.25,
+        "frechet": 300.0,
+        "quarters": quarters,
+        "warnings": [],
+    }
     one = {"features": {title: {"generated": figures, "floor": {**figures, "frechet": 200.0}}}}
     runs = {loss: {"records": dict.fromkeys(mappings, one)} for loss in losses}
     content = {"format": "vglann-table", "version": 1, "losses": losses, "mappings": mappings, "runs": runs}
@@ -231,13 +261,14 @@ def test_the_papers_values_stand_beside_fvd_alone(tmp_path):
     losses, mappings = ["laplacian", "resnext101-3d", "l1"], ["imle", "vae", "gmm", "gaussian"]
     (found,) = distance_tables(table_of(tmp_path, "FVD", losses, mappings))
     paper = [i for i, name in enumerate(found.head) if name == COLUMN]
-    assert [found.head[i - 2] for i in paper] == ["laplacian", "resnext101-3d"]
+    assert [found.head[i - 3] for i in paper] == ["laplacian", "resnext101-3d"]
     values = {row[0]: [row[i] for i in paper] for row in found.rows}
     assert values["imle"] == ["2,651", "2,305"]
     assert values["vae"] == ["2,891", "2,422"]
     assert values["gmm"] == ["2,701", "2,587"]
     assert values["gaussian"] == values["real clips (floor)"] == ["–", "–"]
-    assert found.rows[0][2] == "400 ± 3"
+    assert found.rows[0][1:4] == ["0.25", "200", "400 ± 3 †"]
+    assert not found.best
     for title in ("frechet[i3d, 16 videos]", "frechet[transnetv2]"):
         (found,) = distance_tables(table_of(tmp_path, title, losses, mappings))
         assert COLUMN not in found.head

@@ -29,6 +29,8 @@ KINDS = {
     "vae": {"hidden": 4, "epochs": 1},
     "flow": {"hidden": 4, "epochs": 1, "transforms": 1, "bins": 2},
     "autoregressive": {"hidden": 4, "epochs": 1, "transforms": 1},
+    "drifting": {"hidden": 4, "epochs": 1, "noise_dim": 2},
+    "flow-matching": {"hidden": 4, "epochs": 1, "steps": 1},
 }
 
 
@@ -47,8 +49,16 @@ def run_with_mappings(root: Path) -> Path:
         run.logs.remember("map", {"kind": kind, "seed": 0, "preset": "demo", **values})
     sample(run.path, n=2)
     run.logs.remember("sample", {"n": 2, "seed": 0, "kind": "imle"})
+    spreads = {
+        name: {"mean": 0.5, "sd": 0.1} for name in ("mmd", "precision", "recall", "density", "coverage")
+    }
+    splits = {"n": 6, "splits": 20, **spreads}
     figures = {
         "n": 8,
+        "dimensions": 3,
+        "mmd": 0.25,
+        "mmd_error": 0.1,
+        "splits": splits,
         "frechet": 2.5,
         "precision": 0.5,
         "recall": 1.0,
@@ -61,6 +71,7 @@ def run_with_mappings(root: Path) -> Path:
         "frechet[lite0]": {
             "generated": figures,
             "floor": figures,
+            "truth": splits,
             "nearest_training_clip": {"generated": {"median": 1.0}},
         }
     }

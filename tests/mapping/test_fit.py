@@ -26,6 +26,8 @@ SHORT = {
     "gaussian": [],
     "flow": ["--epochs", "2", "--transforms", "1"],
     "autoregressive": ["--epochs", "2", "--transforms", "1"],
+    "drifting": ["--epochs", "2"],
+    "flow-matching": ["--epochs", "2"],
 }
 
 
@@ -120,7 +122,7 @@ MISTAKES = {
     ),
     "an unknown kind": (
         ["--kind", "gan"],
-        "--kind: expected imle, vae, gmm, gaussian, flow or autoregressive, got 'gan'",
+        "flow, autoregressive, drifting or flow-matching, got 'gan'",
     ),
     "all set aside": (["--holdout-fraction", "1"], "--holdout-fraction: expected 0 to below 1, got 1.0"),
     "too much set aside": (["--holdout-fraction", "0.9"], "leaves fewer than 2 of 10 latents"),
@@ -128,6 +130,15 @@ MISTAKES = {
     "the paper's mixture": (["--kind", "gmm", "--preset", "paper"], "--components 100: more than there are"),
     "a negative weight": (["--kind", "vae", "--kl-weight", "-1"], "--kl-weight: expected 0 or more"),
     "one bin": (["--kind", "flow", "--bins", "1"], "--bins: expected at least 2"),
+    "no step to a sample": (["--kind", "flow-matching", "--steps", "0"], "--steps: expected 1 to"),
+    "another solver": (["--kind", "flow-matching", "--solver", "rk4"], "--solver: expected euler or heun"),
+    "a temperature of 0": (["--kind", "drifting", "--temperatures", "1,0"], "--temperatures: expected"),
+    "a negative temperature": (["--kind", "drifting", "--temperatures", "-1"], "--temperatures: expected"),
+    "a temperature that is not a number": (
+        ["--kind", "drifting", "--temperatures", "nan"],
+        "--temperatures: expected",
+    ),
+    "no temperature": (["--kind", "drifting", "--temperatures", ""], "--temperatures: expected"),
     "no steps": (["--kind", "autoregressive", "--transforms", "0"], "--transforms: expected 1 to"),
     "a batch of one": (["--kind", "vae", "--batch-size", "1"], "--batch-size: expected at least 2"),
     "a rate of nothing": (["--kind", "flow", "--lr", "0"], "--lr: expected a positive number"),
@@ -149,10 +160,11 @@ def test_dry_run_shows_the_options_of_the_kind(run, capsys):
     assert "pool_factor" not in shown
 
 
-def test_other_kinds_do_not_share_their_work(run):
-    options = PRESETS["modern"].map["vae"]
-    with pytest.raises(VglannError, match="--kind vae: only imle runs in several processes"):
-        fit_mapping(run, "vae", options, ranks=Ranks(0, 2))
+@pytest.mark.parametrize("kind", ["vae", "drifting", "flow-matching"])
+def test_other_kinds_do_not_share_their_work(run, kind):
+    options = PRESETS["modern"].map[kind]
+    with pytest.raises(VglannError, match=f"--kind {kind}: only imle runs in several processes"):
+        fit_mapping(run, kind, options, ranks=Ranks(0, 2))
 
 
 class ByHeart:

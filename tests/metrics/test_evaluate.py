@@ -68,6 +68,9 @@ def test_a_whole_evaluation(run, capsys):
     assert compared["protocol"] == COLORS.protocol
     assert compared["generated"]["n"] == compared["floor"]["n"] == 33
     assert compared["generated"]["quarters"]["n"] == 8
+    assert compared["generated"]["dimensions"] == 4
+    assert compared["generated"]["splits"]["n"] == compared["truth"]["n"] == 16
+    assert compared["truth"]["splits"] == 20
     assert len(compared["generated"]["quarters"]["values"]) == 4
 
     # the same numbers, the long way round
@@ -82,8 +85,8 @@ def test_a_whole_evaluation(run, capsys):
     assert compared["floor"]["frechet"] == pytest.approx(floor, rel=1e-9)
 
     table = printed.out
-    for source in ("real clips (floor)", "training-latents", "imle", "gaussian"):
-        assert re.search(rf"\| {re.escape(source)} +\| +[\d.]+", table), source
+    for source in ("real clips (floor)", "real against real (truth)", "training-latents", "imle", "gaussian"):
+        assert re.search(rf"\| {re.escape(source)} +\| +-?[\d.]+", table), source
     assert "frechet[lite0], n = 33" in table
     assert "FVD" not in table
     assert "held-out clips, inverted" in table

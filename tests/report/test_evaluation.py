@@ -12,7 +12,24 @@ from vglann_fast.report.plots import bars
 
 def figures(distance):
     shares = {"precision": 0.5, "recall": 0.25, "density": 1.5, "coverage": None}
-    return {"n": 273, "frechet": distance, "quarters": {"mean": 2 * distance, "sd": 0.5}, **shares}
+    quarters = {"n": 68, "mean": 2 * distance, "sd": 0.5}
+    return {
+        "n": 273,
+        "dimensions": 100,
+        "mmd": distance / 4,
+        "frechet": distance,
+        "quarters": quarters,
+        **shares,
+    }
+
+
+def splits(mmd, coverage):
+    return {
+        "n": 136,
+        "splits": 20,
+        "mmd": {"mean": mmd, "sd": 0.25},
+        "coverage": {"mean": coverage, "sd": 0.03},
+    }
 
 
 def record(distance):
@@ -38,24 +55,60 @@ RECORDS = {
 
 
 def test_tables():
-    quality, baselines, features = number_tables(RECORDS)
+    quality, baselines, features, shares = number_tables(RECORDS)
     assert quality[1] == [["training clips", "1,200", "23.46", "–", "0.7", "–", "–", "0.219", "–"]]
     assert baselines[1] == [["training clips", "1,200", "–", "24.2", "exact", "exact", "–", "–"]]
     assert features[0][0] == "frechet[lite0], n = 273"
     assert features[1] == [
-        ["real clips (floor)", "3.25", "6.5 ± 0.5", "0.5", "0.25", "1.5", "–"],
-        ["imle", "12.5", "25 ± 0.5", "0.5", "0.25", "1.5", "–"],
-        ["gaussian", "2,150", "4,300 ± 0.5", "0.5", "0.25", "1.5", "–"],
+        ["real clips (floor)", "0.8125", "3.25", "6.5 ± 0.5 †"],
+        ["imle", "3.125", "12.5", "25 ± 0.5 †"],
+        ["gaussian", "537.5", "2,150", "4,300 ± 0.5 †"],
     ]
+    assert shares[1] == [
+        [name, "0.5", "0.25", "1.5", "–"] for name in ("real clips (floor)", "imle", "gaussian")
+    ]
+    assert features[2] == shares[2] == set()
+
+
+def with_splits(name, mmd, coverage):
+    one = {**RECORDS[name]["features"]["frechet[lite0]"], "truth": splits(0.1, 0.76)}
+    one = {**one, "generated": {**one["generated"], "splits": splits(mmd, coverage)}}
+    return {"features": {"frechet[lite0]": one}}
+
+
+def test_the_truth_row_decides_what_is_bold_and_not_the_largest_value():
+    records = {"imle": with_splits("imle", 0.9, 0.88), "gaussian": with_splits("gaussian", 0.3, 0.74)}
+    _, (head, rows, best) = number_tables(records)
+    assert head[0] == "frechet[lite0], 20 splits of n = 136"
+    assert [row[0] for row in rows] == ["real against real (truth)", "imle", "gaussian"]
+    assert rows[1][head.index("coverage")] == "0.88 ± 0.03"
+    assert best == {(2, head.index("kernel distance")), (2, head.index("coverage"))}
+
+
+def test_a_kernel_distance_below_the_truth_is_not_further_from_it():
+    records = {"imle": with_splits("imle", -3.0, 0.8), "gaussian": with_splits("gaussian", 0.6, 0.8)}
+    _, (_, _, best) = number_tables(records)
+    assert {row for row, column in best if column == 1} == {1}
+
+
+def test_every_frechet_distance_of_few_videos_is_marked():
+    """Also in a record of an earlier version, which has the number of features in its protocol alone, or nowhere."""
+    for dimensions, marked in ((136, False), (137, True), (None, True)):
+        one = {**RECORDS["imle"]["features"]["frechet[lite0]"]}
+        figures_ = {key: value for key, value in one["generated"].items() if key != "dimensions"}
+        one = {"generated": figures_, "protocol": {"dimensions": dimensions}}
+        ((head, rows, _), _) = number_tables({"imle": {"features": {"x": one}}})
+        cell = rows[0][head.index("Fréchet distance")]
+        assert cell == ("12.5 †" if marked else "12.5"), dimensions
 
 
 def test_charts():
     (distances,) = distance_charts(RECORDS)
     svg = ElementTree.fromstring(distances.svg)
     widths = [float(rect.get("width")) for rect in svg.iter("rect")]
-    assert widths[0] / widths[1] == pytest.approx(12.5 / 2150, abs=1e-3)
+    assert widths[0] / widths[1] == pytest.approx(3.125 / 537.5, abs=1e-3)
     texts = [node.text for node in svg.iter("text")]
-    assert {"imle", "12.5", "gaussian", "2150", "floor 3.25"} <= set(texts)
+    assert {"imle", "3.125", "gaussian", "537.5", "floor 0.8125"} <= set(texts)
     motions = motion_charts(RECORDS)
     assert [one.title for one in motions] == ["Motion of imle", "Motion of gaussian"]
     assert all(one.labels == ["generated", "real"] for one in motions)

@@ -28,6 +28,8 @@ SMALL = {
     "vae": {"hidden": 4, "noise_dim": 2},
     "flow": {"hidden": 4, "transforms": 1, "bins": 2},
     "autoregressive": {"hidden": 4, "transforms": 1},
+    "drifting": {"hidden": 4, "noise_dim": 2},
+    "flow-matching": {"hidden": 4},
 }
 
 

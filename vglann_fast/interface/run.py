@@ -169,7 +169,7 @@ class Run:
         An earlier mapping of that kind is replaced, and the call is noted in history.jsonl for `vglann replay`.
 
         Args:
-            kind: "imle", "vae", "gmm", "gaussian", "flow" or "autoregressive".
+            kind: "imle", "vae", "gmm", "gaussian", "flow", "autoregressive", "drifting" or "flow-matching".
             preset: preset of the options that are not given. Default: the preset of the run.
             seed: seed of the fit, 0 to below 2^63.
             options: options of `vglann map` with underscores, e.g. epochs=50, holdout_fraction=0.1.

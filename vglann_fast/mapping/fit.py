@@ -8,7 +8,9 @@ import torch
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.mapping.base import MAPPING_FILE, LatentSampler
+from vglann_fast.mapping.drifting import Drifting
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
+from vglann_fast.mapping.flow_matching import FlowMatching
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.generalization import measure_gap
 from vglann_fast.mapping.gmm import GMM
@@ -23,7 +25,8 @@ from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
 
 KINDS: dict[str, type[LatentSampler]] = {
-    kind.kind: kind for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow)
+    kind.kind: kind
+    for kind in (IMLE, VAE, GMM, Gaussian, SplineFlow, AutoregressiveFlow, Drifting, FlowMatching)
 }
 
 

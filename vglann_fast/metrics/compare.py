@@ -12,6 +12,7 @@ from torch import Tensor
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.metrics.frechet import FeatureMoments, frechet_distance, frechet_warnings
+from vglann_fast.metrics.kernel_distance import kernel_distance
 from vglann_fast.metrics.prdc import density_coverage, precision_recall
 from vglann_fast.metrics.temporal import frame_steps
 from vglann_fast.progress import Progress
@@ -74,9 +75,11 @@ def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
 
     Returns, JSON-able:
 
-        n, frechet         videos on each side, the fewer if they differ, and the distance
-        quarters           {"n", "values", "mean", "sd"}: the distance over disjoint quarters of both; each is of
-                           fewer videos, so the mean lies above `frechet`; null with fewer than 32 videos
+        n, dimensions      videos on each side, the fewer if they differ, and d
+        mmd, mmd_error     the kernel distance and its standard error, see `kernel_distance`
+        frechet            the Fréchet distance; not to be ranked by where n < 2 d
+        quarters           {"n", "values", "mean", "sd"}: the Fréchet distance over disjoint quarters of both; each
+                           is of fewer videos, so the mean lies above `frechet`; null with fewer than 32 videos
         precision, recall  k = 3; density, coverage: k = 5; null with 5 videos or fewer
         warnings           what makes these figures doubtful, a line each
 
@@ -85,7 +88,13 @@ def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
     n = min(len(real), len(made))
     sides = FeatureMoments.of(real), FeatureMoments.of(made)
     distance = frechet_distance(*sides)
-    figures: dict[str, Any] = {"n": n, "frechet": distance, "quarters": _quarters(real, made)}
+    figures: dict[str, Any] = {
+        "n": n,
+        "dimensions": real.shape[1],
+        **kernel_distance(real, made),
+        "frechet": distance,
+        "quarters": _quarters(real, made),
+    }
     warnings = frechet_warnings(*sides, distance)
     enough = n > max(MANIFOLD_K, BALL_K)
     if not enough:

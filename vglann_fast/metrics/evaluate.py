@@ -1,9 +1,10 @@
 """`vglann evaluate`: what a run makes, against clips it has not seen, in numbers.
 
 The real side are held-out clips, of shots the training saw nothing of. Beside every comparison of made with real
-stands its floor: as many training clips against the same held-out clips. The made side are samples of each mapping
-and, so that generator and mapping can be told apart, videos made from the run's own training latents: a mapping
-that hits their distribution does as well as they.
+stands its floor: as many training clips against the same held-out clips. Figures without a known best value stand
+beside the truth row: halves of the real clips against each other, see `truth.py`. The made side are samples of each
+mapping and, so that generator and mapping can be told apart, videos made from the run's own training latents: a
+mapping that hits their distribution does as well as they.
 
 Nothing here depends on the batches of measuring or on the order of clips: of real and training clips those of the
 lowest ids are taken, which are hashes, and what is drawn comes from the seed. A video that is made with
@@ -25,6 +26,7 @@ from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.fit import load_mapping
+from vglann_fast.mapping.split import shot_numbers
 from vglann_fast.metrics.compare import Measurement, compare, measure
 from vglann_fast.metrics.features import Extractor, load_extractors
 from vglann_fast.metrics.kept_features import features_of_clips
@@ -32,6 +34,7 @@ from vglann_fast.metrics.prdc import nearest_distances
 from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality, training_pca
 from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
+from vglann_fast.metrics.truth import Truth
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.sample import draw_latents, render
@@ -78,13 +81,15 @@ class Sides:
 
 @dataclass(frozen=True)
 class EvaluationTargets:
-    """What all sources are compared with: both sides, measured, and the floor of each protocol by its title."""
+    """What all sources are compared with: both sides, measured, and by the title of each protocol its floor and
+    the halves of the real clips, None where they are too small."""
 
     sides: Sides
     protocols: list[Protocol]
     training: Measurement
     real: Measurement
     floors: dict[str, dict[str, Any]]
+    truths: dict[str, Truth | None]
 
     @property
     def networks(self) -> dict[str, Extractor]:
@@ -134,7 +139,7 @@ def evaluate(
 
     quality = _reconstruction(run, sides, invert, device)
     result.records[RECONSTRUCTION] = write_record(result.folder, RECONSTRUCTION, quality)
-    known = _known(sides, protocols, device)
+    known = _known(sides, protocols, device, result.warnings)
     for source in (TRAINING_LATENTS, *kinds):
         trained = load_trained(run, device)  # anew: drawing changes the generator's BatchNorm statistics
         videos = _rendered(trained, _latents(run, trained, source, sides, seed))
@@ -244,15 +249,38 @@ def _rendered(trained: Trained, latents: Tensor) -> Iterator[np.ndarray]:
         yield render(trained, block).video
 
 
-def _known(sides: Sides, protocols: list[Protocol], device: torch.device | str) -> EvaluationTargets:
-    """Measure the clips of both sides."""
+def _known(
+    sides: Sides, protocols: list[Protocol], device: torch.device | str, warnings: list[str]
+) -> EvaluationTargets:
+    """Measure the clips of both sides. Appends to `warnings`."""
     networks = {p.title: p.extractor for p in protocols}
     training = _measured("training clips", sides.training, sides.training_rows, networks)
     real = _measured("real clips", sides.real, sides.real_rows, networks, sides.training, device)
     floors = {
         p.title: _distance("the floor", p, real, training.features[p.title][sides.floor]) for p in protocols
     }
-    return EvaluationTargets(sides, protocols, training, real, floors)
+    shots = _shots(sides, warnings) if protocols else None
+    truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
+    if not all(truths.values()):
+        warnings.append(
+            f"{sides.n} real clips cannot be split by shots into halves of more than 5, so the truth row is missing; "
+            "hold out more clips, or of more shots, with a larger --test-fraction"
+        )
+    return EvaluationTargets(sides, protocols, training, real, floors, truths)
+
+
+def _shots(sides: Sides, warnings: list[str]) -> Tensor | None:
+    """The shots of the real clips, int64 [n]; None, with a warning, where they are not known."""
+    try:
+        return shot_numbers(sides.real.clips[row] for row in sides.real_rows)
+    except VglannError as error:
+        warnings.append(f"the truth row splits single clips, not shots, so it may be too good ({error})")
+        return None
+
+
+def _truth(protocol: Protocol, real: Tensor, shots: Tensor | None) -> Truth | None:
+    truth = Truth(real[: protocol.videos], shots)
+    return truth if truth.enough else None
 
 
 def _measured(
@@ -282,11 +310,16 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
         "features": {
             p.title: {
                 "protocol": p.extractor.protocol,
-                "generated": _distance(source, p, real, made.features[p.title]),
+                "generated": {
+                    **_distance(source, p, real, made.features[p.title]),
+                    "splits": truth and truth.figures_of(made.features[p.title][: p.videos]),
+                },
                 "floor": known.floors[p.title],
+                "truth": truth and truth.figures(),
                 "nearest_training_clip": _nearest(p.title, made, known),
             }
             for p in known.protocols
+            for truth in (known.truths[p.title],)
         },
         "motion": {"generated": motion_statistics(made.steps), "real": motion_statistics(real.steps)},
         "nearest_training_clip": _nearest(None, made, known),

@@ -9,7 +9,8 @@ squared and no root is taken of one, so it is right to rounding for singular cov
 matrix square roots of products are not.
 
 A distance of few samples is biased upward, the more so the fewer they are. Never average it over batches, never
-draw with replacement, and compare only values of equal n; `frechet_warnings` says when it is doubtful.
+draw with replacement, and compare only values of equal n. With n < 2 d it ranks samples of
+too little spread before samples of the right distribution: it is marked then and never ranks anything.
 """
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vglann_fast.errors import VglannError
+from vglann_fast.metrics.judgment import frechet_is_doubtful
 
 _SAME = 1e-9  # of the traces: samples of one distribution are never as near, whatever their number
 
@@ -109,12 +111,13 @@ def frechet_distance(real: FeatureMoments, made: FeatureMoments) -> float:
 
 
 def frechet_warnings(real: FeatureMoments, made: FeatureMoments, distance: float) -> list[str]:
-    """What makes this distance doubtful, a line each: n <= d, unequal n, identical sets."""
+    """What makes this distance doubtful, a line each: n < 2 d, unequal n, identical sets."""
     lines, d = [], len(real.mean)
-    if min(real.n, made.n) <= d:
+    if frechet_is_doubtful(min(real.n, made.n), d):
         lines.append(
-            f"{min(real.n, made.n)} videos for {d} features: the covariance is singular and the distance far too "
-            "large; compare it only with values of the same n"
+            f"{min(real.n, made.n)} videos for {d} features: the Fréchet distance is far too large and prefers "
+            "samples of too little spread; compare kernel distances, or take at least "
+            f"{2 * d} videos on each side"
         )
     if real.n != made.n:
         lines.append(

@@ -9,14 +9,16 @@
         training, generated          {"clips", "sha256"}
         features                     {title: {"protocol": the extractor's record (network, resize, range, frames,
                                      sha256 of its weights, dimensions), "generated": figures, "floor": figures of as
-                                     many training clips, "nearest_training_clip": distances}}
+                                     many training clips, "truth": splits of real against real or null,
+                                     "nearest_training_clip": distances}}
         motion                       {"generated", "real"}: see `temporal.motion_statistics`
         nearest_training_clip        distances in pixels: root mean square, in 1/255
         warnings                     lines
 
 A quality is what `reconstruction.means_of` returns, with "pca_components" and "pca_exact". The latter is true where
 PCA with as many components as a latent has numbers reproduces the training clips without an error, because there are
-so few of them; PCA is not fitted then. Figures are those of `compare.compare`. Distances are {"generated", "real":
+so few of them; PCA is not fitted then. Figures: see `compare.compare`; for "generated" with "splits": splits
+of the source at the truth's n, or null. Splits are specified in `truth.py`. Distances are {"generated", "real":
 quantiles}, without "real" where no clips are held out. The sha256 of a set of videos is that of their sorted sha256
 digests. A number that is not finite is null.
 """
@@ -25,6 +27,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vglann_fast.metrics.feature_tables import (
+    DOUBTFUL_NOTE,
+    FLOOR,
+    TRUTH,
+    Cells,
+    bold,
+    feature_tables,
+    is_marked,
+)
 from vglann_fast.run.files import write_json
 from vglann_fast.samples.write import finite
 
@@ -63,8 +74,12 @@ def tables(records: Mapping[str, dict[str, Any]]) -> str:
     sources = {name: record for name, record in records.items() if name != RECONSTRUCTION}
     quality = records[RECONSTRUCTION]
     parts = [*_quality_tables(quality), *verdicts(quality)]
+    shown_tables: list[Cells] = []
     for title in next(iter(sources.values()))["features"]:
-        parts.append(_feature_table(title, {name: one["features"][title] for name, one in sources.items()}))
+        shown_tables += _feature_tables(
+            title, {name: one["features"][title] for name, one in sources.items()}
+        )
+    parts += tables_with_notes(shown_tables)
     parts.append(_video_table(sources))
     return "\n\n".join(parts)
 
@@ -129,34 +144,23 @@ def _quality_cell(quality: dict[str, Any], column: str) -> str:
     return "exact" if pca_cell_is_exact(quality, column) else _number(quality.get(column))
 
 
-def _feature_table(title: str, sources: dict[str, dict[str, Any]]) -> str:
-    """A row for the floor and each source: the distance, its spread, and nearest neighbors."""
+def tables_with_notes(cells: list[Cells]) -> list[str]:
+    """Feature tables as Markdown, and what a reader has to know about them."""
+    parts = [markdown(one[0], bold(one)) for one in cells]
+    if any(best for _, _, best in cells):
+        parts.append("**Bold**: nearest to the truth row, or within its spread.")
+    return [*parts, DOUBTFUL_NOTE] if is_marked(cells) else parts
+
+
+def _feature_tables(title: str, sources: dict[str, dict[str, Any]]) -> list[Cells]:
     first = next(iter(sources.values()))
-    distances = first["nearest_training_clip"].get("real", {})
-    rows = [_feature_row("real clips (floor)", first["floor"], distances)]
-    rows += [
-        _feature_row(name, one["generated"], one["nearest_training_clip"]["generated"])
-        for name, one in sources.items()
-    ]
-    quarters = first["generated"]["quarters"]
-    spread = f"quarters of {quarters['n']}" if quarters else "quarters"
-    head = [
-        f"{title}, n = {first['generated']['n']}",
-        "distance",
-        spread,
-        "precision",
-        "recall",
-        "density",
-        "coverage",
-    ]
-    return markdown([*head, "to nearest training clip"], rows)
-
-
-def _feature_row(name: str, figures: dict[str, Any], distances: dict[str, Any]) -> list[str]:
-    quarters = figures["quarters"]
-    spread = f"{_number(quarters['mean'])} ± {_number(quarters['sd'])}" if quarters else "none"
-    shares = [_number(figures[key]) for key in ("precision", "recall", "density", "coverage")]
-    return [name, _number(figures["frechet"]), spread, *shares, _number(distances.get("median"))]
+    figures = {FLOOR: first["floor"], TRUTH: {"splits": first.get("truth")}}
+    figures |= {name: one["generated"] for name, one in sources.items()}
+    nearest = {FLOOR: first["nearest_training_clip"].get("real", {}).get("median")}
+    nearest |= {
+        name: one["nearest_training_clip"]["generated"].get("median") for name, one in sources.items()
+    }
+    return feature_tables(title, figures, nearest)
 
 
 def _video_table(sources: dict[str, dict[str, Any]]) -> str:

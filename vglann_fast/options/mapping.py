@@ -20,8 +20,10 @@ MAXIMA = {
     "starts": 65_536,
     "transforms": 1024,
     "bins": 1024,
+    "steps": 1024,
 }
 MAX_COMPONENTS = 65_536
+MAX_TEMPERATURE, MAX_TEMPERATURES = 1e6, 16
 
 # Fields that several kinds have.
 NOISE_DIM = "length of a noise vector"
@@ -47,7 +49,9 @@ class MapOptions:
             require(1 <= value <= MAXIMA[name], name, f"1 to {MAXIMA[name]:,}", value)
 
 
-def _require_steps(options: "ImleOptions | VaeOptions | AutoregressiveOptions") -> None:
+def _require_steps(
+    options: "ImleOptions | VaeOptions | AutoregressiveOptions | DriftingOptions | FlowMatchingOptions",
+) -> None:
     """Check the options shared by all mappings trained with Adam."""
     require(options.batch_size >= 2, "batch_size", "at least 2", options.batch_size)
     require(0 < options.lr < float("inf"), "lr", "a positive number", options.lr)
@@ -70,7 +74,7 @@ class ImleOptions(MapOptions):
     )
     rematch: float = option(
         1.0,
-        "match again below this part of the distance; 1: always",
+        "match again below this part of the distance",
         metavar="FRACTION",
     )
     lr: float = option(1e-3, LR, metavar="RATE")
@@ -184,6 +188,56 @@ class FlowOptions(AutoregressiveOptions):
         require(self.bins >= 2, "bins", "at least 2", self.bins)
 
 
+@dataclass(frozen=True)
+class DriftingOptions(MapOptions):
+    """Drifting: one network from noise to latents, one evaluation a sample. Defaults: preset `modern`."""
+
+    noise_dim: int = option(32, NOISE_DIM, metavar="NUMBERS")
+    hidden: int = option(512, HIDDEN, metavar="UNITS")
+    epochs: int = option(400, "passes over the latents", metavar="PASSES")
+    batch_size: int = option(256, "latents, and as many samples, per step", metavar="LATENTS")
+    temperatures: str = option(
+        "0.25,0.5,1",
+        "reach of a latent, in median distances to the nearest one; several add up",
+        metavar="T,T,...",
+    )
+    lr: float = option(1e-3, LR, metavar="RATE")
+    weight_decay: float = option(1e-5, WEIGHT_DECAY, metavar="WEIGHT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_steps(self)
+        expected = f"a number above 0, at most {MAX_TEMPERATURE:g}, or up to {MAX_TEMPERATURES} with commas"
+        require(bool(self.multiples), "temperatures", expected, self.temperatures)
+
+    @property
+    def multiples(self) -> list[float]:
+        """The temperatures, in median distances to the nearest latent; empty if the option does not hold any."""
+        try:
+            found = [float(word) for word in self.temperatures.split(",")]
+        except ValueError:
+            return []
+        good = len(found) <= MAX_TEMPERATURES and all(0 < value <= MAX_TEMPERATURE for value in found)
+        return found if good else []
+
+
+@dataclass(frozen=True)
+class FlowMatchingOptions(MapOptions):
+    """Flow matching: a network that moves noise to latents in steps. Defaults: preset `modern`."""
+
+    hidden: int = option(512, HIDDEN, metavar="UNITS")
+    epochs: int = option(400, "passes over the latents", metavar="PASSES")
+    batch_size: int = option(128, "latents per step", metavar="LATENTS")
+    solver: Literal["euler", "heun"] = option("heun", "how samples follow the flow")
+    steps: int = option(16, "from noise to a sample", metavar="STEPS")
+    lr: float = option(1e-3, LR, metavar="RATE")
+    weight_decay: float = option(1e-5, WEIGHT_DECAY, metavar="WEIGHT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_steps(self)
+
+
 MAP_OPTIONS: dict[str, type[MapOptions]] = {
     "imle": ImleOptions,
     "vae": VaeOptions,
@@ -191,6 +245,8 @@ MAP_OPTIONS: dict[str, type[MapOptions]] = {
     "gaussian": GaussianOptions,
     "flow": FlowOptions,
     "autoregressive": AutoregressiveOptions,
+    "drifting": DriftingOptions,
+    "flow-matching": FlowMatchingOptions,
 }
 MAP_KINDS = tuple(MAP_OPTIONS)
 

@@ -13,6 +13,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.options.mapping import (
     MAP_OPTIONS,
     AutoregressiveOptions,
+    DriftingOptions,
+    FlowMatchingOptions,
     FlowOptions,
     GaussianOptions,
     GmmOptions,
@@ -38,7 +40,8 @@ _MODERN = Preset(
     map=_MODERN_2026A.map,
 )
 
-# The GLANN-VIDEO code has no flows. They are as in `modern`; like every mapping of `paper` they fit all latents.
+# The GLANN-VIDEO code has neither flows nor drifting. They are as in `modern`; like every mapping of `paper` they fit
+# all latents.
 _PAPER_MAP: dict[str, MapOptions] = {
     "imle": ImleOptions(
         pool_factor=2, schedule="halve-every-50", normalize=False, adam_state="per-epoch", batchnorm="train"
@@ -48,6 +51,8 @@ _PAPER_MAP: dict[str, MapOptions] = {
     "gaussian": GaussianOptions(),
     "flow": FlowOptions(),
     "autoregressive": AutoregressiveOptions(),
+    "drifting": DriftingOptions(),
+    "flow-matching": FlowMatchingOptions(),
 }
 _PAPER = Preset(
     train=TrainOptions(

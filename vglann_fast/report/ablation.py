@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from vglann_fast.metrics.feature_tables import shown
 from vglann_fast.report.artifacts import number, read_json
-from vglann_fast.report.evaluation import Table, shown
+from vglann_fast.report.evaluation import Table
 from vglann_fast.report.plots import Chart, bars
 
 _MEASURES = {"psnr": "PSNR, dB", "psnr_last_frame": "last frame, dB", "ssim": "SSIM"}

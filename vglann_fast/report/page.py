@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from vglann_fast.errors import VglannError
+from vglann_fast.metrics.feature_tables import DOUBTFUL_NOTE, at, shown
 from vglann_fast.metrics.record import RECONSTRUCTION, verdict, verdicts
 from vglann_fast.report.ablation import ablation
 from vglann_fast.report.artifacts import Artifacts, Media, number, numbers, read_artifacts, seconds_spent
-from vglann_fast.report.evaluation import Table, at, distance_charts, motion_charts, number_tables, shown
+from vglann_fast.report.evaluation import Table, distance_charts, motion_charts, number_tables
 from vglann_fast.report.filmstrip import filmstrip
 from vglann_fast.report.gallery import MAX_CARDS, Card, Gallery, View, view
 from vglann_fast.report.mappings import Comparison, compare_mappings
@@ -77,6 +78,7 @@ def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dic
         comparison=_comparison_table(comparison, run.mappings),
         scatters=_scatters(comparison),
         evaluation_tables=number_tables(run.evaluations),
+        doubtful_note=DOUBTFUL_NOTE,
         verdicts=verdicts(run.evaluations.get(RECONSTRUCTION, {})),
         evaluation=[*distance_charts(run.evaluations), *motion_charts(run.evaluations)],
         settings=setting_rows(run.options),

@@ -12,6 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from vglann_fast.metrics.feature_tables import (
+    DOUBTFUL_NOTE,
+    FLOOR,
+    TRUTH,
+    Cells,
+    at,
+    best_sources,
+    bold,
+    frechet_cell,
+    is_marked,
+    kernel_cell,
+    quarters_cell,
+    shown,
+    spread_cell,
+)
 from vglann_fast.metrics.record import (
     RECONSTRUCTION,
     TRAINING_LATENTS,
@@ -21,16 +36,7 @@ from vglann_fast.metrics.record import (
     tables,
 )
 from vglann_fast.report.artifacts import read_array, read_json
-from vglann_fast.report.evaluation import (
-    FLOOR,
-    at,
-    by_title,
-    distance_charts,
-    motion_charts,
-    number_tables,
-    shown,
-    spread,
-)
+from vglann_fast.report.evaluation import by_title, distance_charts, motion_charts, number_tables
 from vglann_fast.report.gallery import Card, Gallery, view
 from vglann_fast.report.rendering import render_page
 from vglann_fast.run.destinations import atomic_file
@@ -49,11 +55,17 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # of a loss or mapping, and so o
 
 @dataclass(frozen=True)
 class DistanceTable:
-    """Mappings by losses, in the distances of one protocol; (row, column) of the best mapping under each loss."""
+    """Mappings by losses, in the distances of one protocol; (row, column) of the mappings that lie nearest to the
+    truth under each loss."""
 
     head: list[str]
     rows: list[list[str]]
     best: set[tuple[int, int]]
+
+    @property
+    def cells(self) -> Cells:
+        """As `feature_tables` has them."""
+        return self.head, self.rows, self.best
 
     @property
     def comparable(self) -> bool:
@@ -94,7 +106,8 @@ def read_table(folder: Path, problems: list[str]) -> Table | None:
 
 
 def distance_tables(table: Table) -> list[DistanceTable]:
-    """A table for each protocol: the floor, videos from training latents and every mapping, under every loss."""
+    """A table for each protocol: the floor, the truth, videos from training latents and every mapping, under every
+    loss."""
     by_loss = {loss: by_title(records) for loss, records in table.records.items()}
     titles = dict.fromkeys(title for found in by_loss.values() for title in found)
     return [
@@ -105,18 +118,25 @@ def distance_tables(table: Table) -> list[DistanceTable]:
 
 def _distance_table(title: str, table: Table, figures: dict[str, dict[str, Any]]) -> DistanceTable:
     n = next((at(one, "n") for sources in figures.values() for one in sources.values()), None)
-    names = [FLOOR, TRAINING_LATENTS, *table.mappings]
+    names = [FLOOR, TRUTH, TRAINING_LATENTS, *table.mappings]
     head, rows = [f"{title}, n = {shown(n)}"], [[name] for name in names]
     best: set[tuple[int, int]] = set()
     for loss, sources in figures.items():
-        values = {name: at(sources.get(name), "frechet") for name in names}
-        known = {name: v for name, v in values.items() if v is not None and name in table.mappings}
-        if len(known) > 1:
-            best.add((names.index(min(known, key=lambda name: known[name])), len(head)))
-        columns = {loss: [shown(value) for value in values.values()]}
-        spreads = [spread(sources.get(name, {})) for name in names]
-        if any(text != shown(None) for text in spreads):
-            columns["of quarters"] = spreads
+        known = {name: sources.get(name, {}) for name in names}
+        columns = {
+            loss: [kernel_cell(one) for one in known.values()],
+            "of splits": [spread_cell(one, "mmd") for one in known.values()],
+            "Fréchet": [frechet_cell(one) for one in known.values()],
+            "of quarters": [quarters_cell(one) for one in known.values()],
+        }
+        columns = {
+            name: cells for name, cells in columns.items() if name == loss or set(cells) != {shown(None)}
+        }
+        best |= {
+            (names.index(name), len(head) + list(columns).index("of splits"))
+            for name in best_sources(sources, "mmd")
+            if name in table.mappings
+        }
         if title == COMPARABLE and loss in PAPER:
             columns[COLUMN] = [shown(PAPER[loss].get(name)) for name in names]
         for name, cells in columns.items():
@@ -157,6 +177,7 @@ def write_table_page(folder: str | Path) -> Path:
         facts=table.facts,
         tables=found,
         paper_note=paper_note(found),
+        doubtful_note=DOUBTFUL_NOTE,
         real=_strips(folder, "real", "real clips", problems),
         samples={
             loss: [
@@ -186,15 +207,13 @@ def as_markdown(table: Table) -> str:
     """The whole of the results as Markdown."""
     found = distance_tables(table)
     parts = ["# Mappings by losses", escaped(", ".join(table.facts)) + "."]
-    for one in found:
-        rows = [
-            [f"**{cell}**" if (i, j) in one.best else cell for j, cell in enumerate(row)]
-            for i, row in enumerate(one.rows)
-        ]
-        parts.append(markdown(one.head, rows))
+    parts += [markdown(one.head, bold(one.cells)) for one in found]
     parts.append(
-        f"Lower is nearer to real clips, held out from training; **bold**: the nearest mapping. {paper_note(found)}"
+        "Under each loss the kernel distance to real clips, held out from training: lower is nearer, 0 is equal. "
+        f"**Bold**: what lies nearest to the truth, or within its spread. {paper_note(found)}"
     )
+    if is_marked([one.cells for one in found]):
+        parts.append(DOUBTFUL_NOTE)
     parts += [f"**But:** {escaped(line)}." for line in _warnings(table)]
     for loss, records in table.records.items():
         if RECONSTRUCTION in records and len(records) > 1:

@@ -13,6 +13,7 @@ from typing import Any
 from vglann_fast.cli.arguments import (
     FEATURES,
     POSITIVE,
+    add_choice,
     add_config,
     add_device,
     add_machine,
@@ -27,6 +28,7 @@ from vglann_fast.cli.arguments import (
 from vglann_fast.cli.device import device_and_kernels
 from vglann_fast.cli.parser import Parser, command, perform, values_for
 from vglann_fast.cli.types import names, whole
+from vglann_fast.errors import VglannError
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.mapping import MAP_KINDS
 from vglann_fast.options.presets import preset
@@ -77,9 +79,18 @@ def _features(a: Namespace) -> list[str]:
     "measure a run's reconstructions and samples against held-out clips",
     "vglann evaluate run --features none",
     "vglann evaluate run --kind imle,gaussian --features transnetv2,lite0 -n 256",
+    "vglann evaluate --features-file real.npy generated.npy --protocol jedi",
 )
 def add_evaluate(parser: Parser) -> None:
-    add_run(parser)
+    parser.usage = "vglann evaluate RUN [options]\n       vglann evaluate --features-file REAL GENERATED"
+    parser.add_argument("run", metavar="RUN", nargs="?", help="run folder")
+    parser.add_argument(
+        "--features-file",
+        metavar=("REAL", "GENERATED"),
+        nargs=2,
+        help="without RUN: compare features computed elsewhere, .npy files of numbers [videos, features]",
+    )
+    add_choice(parser, "--protocol", ("jedi",), "with --features-file: add the statistic published as JEDi")
     parser.add_argument(
         "--kind", metavar="KIND,...", type=names, help="mappings to sample from [all that were fitted]"
     )
@@ -97,6 +108,14 @@ def _evaluate(a: Namespace) -> None:
     from vglann_fast.metrics.record import doubts, tables
     from vglann_fast.run.folder import RunDir
 
+    if a.features_file:
+        _compare_files(a)
+        return
+    require_given(a, run="RUN")
+    if a.protocol:
+        raise VglannError(
+            f"--protocol {a.protocol} takes features from files; add --features-file REAL GENERATED"
+        )
     device = device_and_kernels(a)
     with RunDir.open(a.run).locked():
         result = evaluate(
@@ -111,6 +130,19 @@ def _evaluate(a: Namespace) -> None:
     for line in (*result.warnings, *doubts(result.records)):
         say(f"vglann: warning: {line}")
     print(tables(result.records), f"{result.folder}", sep="\n\n")
+
+
+def _compare_files(a: Namespace) -> None:
+    from vglann_fast.metrics.given_features import compare_files, file_tables
+
+    if a.run or a.kind or a.n:
+        given = a.run or ("--kind" if a.kind else "-n")
+        raise VglannError(f"{given}: --features-file compares two files and takes no run; leave {given} out")
+    real, generated = a.features_file
+    figures = compare_files(real, generated, a.protocol)
+    for line in figures["warnings"]:
+        say(f"vglann: warning: {line}")
+    print(file_tables(figures, real, generated))
 
 
 @command(

@@ -1,0 +1,94 @@
+"""The kernel distance against its definition, and what it says of sets with a known answer."""
+
+import numpy as np
+import pytest
+import torch
+
+from vglann_fast.errors import VglannError
+from vglann_fast.metrics import kernel_distance as module
+from vglann_fast.metrics.kernel_distance import jedi_distance, kernel_distance
+
+
+def rows(n, d, seed, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, 1.0, (n, d))
+
+
+def mean_of_pairs(x, y, kernel, different):
+    """A double loop over the rows."""
+    values = [kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(y) if not different or i != j]
+    return sum(values) / len(values)
+
+
+def test_it_is_the_double_loop(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    x, y = rows(23, 5, 0), rows(31, 5, 1, shift=0.5)
+
+    def kernel(a, b):
+        return (float(a @ b) / 5 + 1) ** 3
+
+    parts = [mean_of_pairs(*pair, kernel, pair[0] is pair[1]) for pair in ((x, x), (y, y), (x, y))]
+    expected = parts[0] + parts[1] - 2 * parts[2]
+    assert kernel_distance(x, y)["mmd"] == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_jedi_is_the_double_loop_of_its_own_kernel(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    x, y = rows(23, 5, 0), rows(31, 5, 1, shift=0.5)
+
+    def kernel(a, b):
+        return (float(a @ b) / 5) ** 2
+
+    parts = [mean_of_pairs(*pair, kernel, different=False) for pair in ((x, x), (y, y), (x, y))]
+    expected = 100 * (parts[0] + parts[1] - 2 * parts[2])
+    assert jedi_distance(x, y) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    assert jedi_distance(x, x) == pytest.approx(0, abs=1e-10)
+
+
+def test_no_block_of_the_kernel_is_larger_than_a_chunk_of_rows(monkeypatch):
+    """So 10,000 rows against 10,000 take 40 MB, and not 800."""
+    seen, kernel = [], module.cubic_kernel
+    monkeypatch.setattr(module, "cubic_kernel", lambda x, y: seen.append(len(x)) or kernel(x, y))
+    kernel_distance(rows(1500, 2, 0), rows(1100, 2, 1))
+    assert max(seen) == 512
+
+
+def test_ten_thousand_rows_on_each_side():
+    x, y = rows(10_000, 2, 0), rows(10_000, 2, 1)
+    found = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert abs(found["mmd"]) < 5 * found["mmd_error"] < 0.2
+
+
+def test_equal_distributions_are_at_zero_whatever_n_is():
+    for n in (20, 60):
+        values = [kernel_distance(rows(n, 8, 2 * i), rows(n, 8, 2 * i + 1))["mmd"] for i in range(60)]
+        assert abs(np.mean(values)) < 4 * np.std(values) / 60**0.5
+        assert min(values) < 0 < max(values)
+
+
+def test_a_shift_of_the_mean_is_many_errors_away_from_zero():
+    near, far = (kernel_distance(rows(200, 64, 0), rows(200, 64, 1, shift)) for shift in (0.0, 0.5))
+    assert abs(near["mmd"]) < 3 * near["mmd_error"]
+    assert far["mmd"] > 8 * far["mmd_error"]
+
+
+def test_the_error_is_not_too_small():
+    found = [kernel_distance(rows(100, 4, 2 * i), rows(100, 4, 2 * i + 1)) for i in range(40)]
+    assert np.std([one["mmd"] for one in found]) < 1.2 * np.mean([one["mmd_error"] for one in found])
+
+
+def test_of_nineteen_rows_there_is_no_error():
+    assert kernel_distance(rows(19, 3, 0), rows(40, 3, 1))["mmd_error"] is None
+    assert kernel_distance(rows(20, 3, 0), rows(40, 3, 1))["mmd_error"] > 0
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_one_row_is_too_few(n):
+    with pytest.raises(VglannError, match="at least 2 generated videos, got"):
+        kernel_distance(rows(5, 3, 0), rows(n, 3, 1))
+
+
+def test_other_shapes_and_overflow_are_named():
+    with pytest.raises(VglannError, match="real features have 3 numbers, generated ones 4"):
+        kernel_distance(rows(5, 3, 0), rows(5, 4, 1))
+    with pytest.raises(VglannError, match="overflows"):
+        kernel_distance(1e150 * rows(5, 3, 0), rows(5, 3, 1))
