@@ -44,7 +44,7 @@ import numpy as np
 
 import vglann_fast
 from vglann_fast.clips.numbers import real, switch, whole
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 27, 48
 # A child is replaced after this many files, so that a decoder that leaks cannot eat the machine.
@@ -257,6 +257,10 @@ class _Child:
             raise OSError(reply["errno"], os.strerror(reply["errno"]), str(files[0].parent))
         if "machine" in reply:
             raise _not_working(reply["machine"])
+        if "unreadable" in reply:
+            raise UnreadableError(
+                f"{job.path}: cannot be read ({reply['unreadable']}); see to its disk, then run the command again"
+            )
         if "reason" in reply:
             return Rejected(reply["reason"], reply.get("sha256", ""))
         frames, tile_shape = reply.pop("frames"), reply.pop("tile_shape")
@@ -327,6 +331,11 @@ class _Child:
         code = process.wait()
         if code == -signal.SIGXCPU:
             raise _OutOfTime
+        if code == -signal.SIGKILL and not self._closed:
+            raise VglannError(
+                "the process that decodes videos was killed (signal 9), as Linux does when memory runs out; "
+                "give fewer --workers, or free some memory"
+            )
         raise _Silent(f"the decoder crashed ({_exit_words(code)})")
 
     def _start(self) -> subprocess.Popen[bytes]:
