@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class VglannError(Exception):
@@ -6,4 +6,11 @@ class VglannError(Exception):
 
     The message is one line that names the file or option and says what to do. The command line prints it
     without a traceback and exits with status 2.
+    """
+
+
+class UnreadableError(VglannError):
+    """A file that is there but cannot be read now: its disk, its share or its permissions are in the way.
+
+    Nothing says that it is damaged, so no older or other file may take its place.
     """

@@ -21,7 +21,7 @@ from vglann_fast.clips.decode import (  # noqa: E402
     decode_all,
     tile_boxes,
 )
-from vglann_fast.errors import VglannError  # noqa: E402
+from vglann_fast.errors import UnreadableError, VglannError  # noqa: E402
 
 
 def decode(tmp_path, *jobs, workers=1, **limits):
@@ -299,14 +299,48 @@ def test_child_that_hangs_is_killed(tmp_path, children):
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
-def test_child_that_dies_is_replaced(tmp_path, children):
-    children.signal = signal.SIGKILL
-    file = write_video(tmp_path / "a.mkv", [quadrants()] * 3)
-    first, second = decode(tmp_path, file, file)
+def opening_in_child(monkeypatch, folder, statement):
+    """Let a decoding process run `statement` when it opens the file a.mkv."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import errno, os, pathlib, signal\n"
+        "opened = pathlib.Path.open\n"
+        "def changed(path, *arguments, **options):\n"
+        f"    if path.name == 'a.mkv': {statement}\n"
+        "    return opened(path, *arguments, **options)\n"
+        "pathlib.Path.open = changed\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_child_that_dies_is_replaced(tmp_path, monkeypatch, children):
+    opening_in_child(monkeypatch, tmp_path / "changed", "os.kill(os.getpid(), signal.SIGSEGV)")
+    files = [write_video(tmp_path / f"{name}.mkv", [quadrants()] * 3) for name in "ab"]
+    first, second = decode(tmp_path, *files)
     assert isinstance(first, Rejected)
-    assert first.reason == "the decoder crashed (signal 9)"
+    assert first.reason == "the decoder crashed (signal 11)"
     assert len(second.tiles) == 3
     assert len(children) == 2
+
+
+@pytest.mark.parametrize("moment", ["as it starts", "at work"])
+def test_child_that_is_killed_for_memory_is_not_blamed_on_the_video(tmp_path, monkeypatch, children, moment):
+    """Linux kills with signal 9 when memory runs out."""
+    if moment == "at work":
+        opening_in_child(monkeypatch, tmp_path / "changed", "os.kill(os.getpid(), signal.SIGKILL)")
+    else:
+        children.signal = signal.SIGKILL
+    file = write_video(tmp_path / "a.mkv", [quadrants()] * 3)
+    with pytest.raises(VglannError, match=r"memory.*--workers"):
+        decode(tmp_path, file)
+
+
+@pytest.mark.parametrize("name", ["EBUSY", "ESTALE", "ETIMEDOUT"])
+def test_file_that_cannot_be_read_now_is_not_rejected(tmp_path, monkeypatch, name):
+    opening_in_child(monkeypatch, tmp_path / "changed", f"raise OSError(errno.{name}, 'not now', str(path))")
+    file = write_video(tmp_path / "a.mkv", [quadrants()] * 3)
+    with pytest.raises(UnreadableError, match=r"a\.mkv.*not now"):
+        decode(tmp_path, file)
 
 
 def test_closing_early_kills_the_children(tmp_path, children):

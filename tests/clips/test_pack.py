@@ -341,6 +341,7 @@ def test_killed_leaves_no_clip_folder_and_no_process(videos, tmp_path):
         assert time.monotonic() < deadline, "a decoding process outlived its parent"
         time.sleep(0.05)
     assert pack([videos], tmp_path / "clips", frames=4, size=32).clips  # and the way is free
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
 
 
 def test_sheet_of_a_clip_folder(videos, tmp_path):

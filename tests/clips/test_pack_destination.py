@@ -74,6 +74,15 @@ def test_of_two_packs_into_one_folder_neither_is_lost(videos, tmp_path, monkeypa
     assert len(ClipSet.open(kept)) == 4
 
 
+def test_what_a_killed_pack_left_in_a_folder_goes_though_its_clips_are_reused(videos, tmp_path):
+    out = tmp_path / "clips"
+    pack(videos, out, **OPTIONS)
+    for name in (".tmp-vglann-12345678/old", ".tmp-of-another-program"):
+        (out / name).mkdir(parents=True)
+    assert pack(videos, out, **OPTIONS).reused
+    assert [path.name for path in out.glob(".tmp*")] == [".tmp-of-another-program"]
+
+
 @pytest.mark.parametrize("name", ["lost+found", ".DS_Store"])
 def test_what_the_system_puts_there_is_not_in_the_way(videos, tmp_path, name):
     out = tmp_path / "clips"

@@ -1,13 +1,17 @@
 """`vglann replay RUN`: what was made once comes out again, bit for bit, and what did not is named."""
 
+import errno
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from vglann_fast.cli.main import main
+from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.experiments.replay import _stretches
 from vglann_fast.mapping import fit
@@ -115,6 +119,29 @@ def test_moved_clips_have_to_be_given(made, tmp_path, capsys):
     other = write_clip_folder(tmp_path / "other", moving_squares(5))
     assert main(["replay", str(run.path), "--clips", str(other), "--device", "cpu"]) == 2
     assert "the clip set changed" in capsys.readouterr().err
+
+
+def test_a_full_standard_error_does_not_end_the_work(made, tmp_path, capsys, monkeypatch):
+    """What the repeated commands print goes there, and is not what was asked for."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Full())
+        assert main(["replay", str(made / "run"), "--device", "cpu"]) == 0
+    assert "media/samples" in capsys.readouterr().out
+
+
+def test_a_second_run_that_cannot_be_finished_does_not_block_the_next_try(made, tmp_path, monkeypatch):
+    words = ["replay", str(made / "run"), "--device", "cpu", "--out", str(tmp_path / "second")]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "render", lambda *_, **__: (_ for _ in ()).throw(VglannError("no room")))
+        assert main(words) == 2
+    assert not list(tmp_path.iterdir())
+    assert main(words) == 0
+    assert (tmp_path / "second" / "options.json").exists()
 
 
 def test_training_after_a_resume_from_an_older_step_is_left_out():

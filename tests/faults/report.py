@@ -41,7 +41,7 @@ everything promised was true afterwards: the artifacts equal those of an undistu
 was one line and exit code 2, and nothing half-written is ever taken for whole. Made by `make faults` from
 `tests/faults/`; this file and [faults.json](faults.json) are its output. In full that is 50 moments of each verb,
 every operation on files, more than 10,000 broken files and 100,000 steps; where a command at the end says `--share`,
-it was that part of it.
+it was that part of it. Single situations that users brought, each with its test, are in [cases.md](cases.md).
 """
 
 # What cannot be done on one machine without a GPU, or not at all by a program.

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from destination import MARKER, OTHERS, held, strays, whole, write
 from failing_calls import CALLS, ERRORS, fail_once, fail_where, without_renaming_folders
 
 from vglann_fast.errors import VglannError
+from vglann_fast.run import temporary
 from vglann_fast.run.destinations import atomic_dir, content_of, remove_dir
 from vglann_fast.run.temporary import remove_strays, temporary_folder
 
@@ -226,6 +228,26 @@ def test_what_a_dead_process_left_goes_and_what_others_left_stays(tmp_path):
     write(tmp_path / "out", "new")
     assert held(tmp_path).keys() == {".tmp-of-another-program", "target", f"{left.name}-link", "out"}
     assert held(tmp_path)["target"] == []
+
+
+def test_a_folder_that_another_program_takes_while_a_stray_is_removed_stays(tmp_path, monkeypatch):
+    """The lock is in the folder, so once it is removed another program may make and lock one of its own there."""
+    stray = tmp_path / ".tmp-vglann-12345678"
+    stray.mkdir()
+    monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "12345678")
+    rmtree, begun = shutil.rmtree, []
+
+    def removed_and_taken(folder, **options):
+        rmtree(folder, **options)
+        if not begun:
+            begun.append(temporary_folder(tmp_path / "."))
+            begun[0].__enter__()
+
+    monkeypatch.setattr(temporary.shutil, "rmtree", removed_and_taken)
+    remove_strays(tmp_path)
+    assert stray.is_dir()
+    begun[0].__exit__(None, None, None)
+    assert not strays(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL])

@@ -15,7 +15,7 @@ from typing import Any
 from vglann_fast.cli.old_names import OldNames
 from vglann_fast.cli.parser import Parser
 from vglann_fast.cli.paths import expand_user
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.run.files import open_regular
 
 MAX_BYTES = 1_000_000
@@ -41,8 +41,11 @@ def _text(path: str, where: str) -> str:
     try:
         with open_regular(Path(path)) as file:
             content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise VglannError(f"{where}cannot be read ({error.strerror})") from error
+    except UnreadableError as error:
+        raise UnreadableError(f"{where}{error}") from error
+    except (FileNotFoundError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VglannError(f"{where}cannot be read ({reason}); give a file of options") from error
     if len(content) > MAX_BYTES:
         raise VglannError(f"{where}larger than {MAX_BYTES:,} bytes; give a file of options")
     try:

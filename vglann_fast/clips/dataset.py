@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vglann_fast.errors import VglannError
+from vglann_fast.run.files import open_regular
 
 FORMAT, VERSION, INDEX_FILE = "vglann-clips", 1, "index.json"
 COUNTS = ("rejected", "shots", "static", "repeated", "unstable")
@@ -116,14 +117,13 @@ def _opened_again(folder: str, rows: np.ndarray, index_sha256: str) -> ClipSet:
 def read_index(folder: Path) -> dict[str, Any]:
     """The checked content of index.json. Raises `VglannError` naming the file and what is wrong."""
     file = folder / INDEX_FILE
-    if file.exists() and not file.is_file():  # to read a pipe or a device would block for ever
-        raise VglannError(f"{file}: not a regular file; pack the videos again")
     try:
-        index = json.loads(file.read_bytes())
+        with open_regular(file) as stream:
+            index = json.load(stream)
     except FileNotFoundError:
         advice = f"make one with `vglann clips pack VIDEOS --out {folder}`"
         raise VglannError(f"{folder}: no clip folder (no {INDEX_FILE} in it); {advice}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise VglannError(f"{file}: cannot be read as JSON ({error}); pack the videos again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise VglannError(f"{file}: not an index of {FORMAT}")
@@ -173,9 +173,7 @@ def _map_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any], verif
     try:
         if Path(os.path.realpath(file)).parent != folder.resolve():
             raise VglannError(f"{file}: leads out of the clip folder; pack the videos again")
-        if file.exists() and not file.is_file():  # to read a pipe would block for ever
-            raise ValueError("not a regular file")
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             offset = _check_header(stream.read(10 + 2**16), shape)
             expected = offset + int(np.prod(shape, dtype=object))
             if file.stat().st_size != expected:
@@ -183,10 +181,10 @@ def _map_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any], verif
             stream.seek(0)
             if verify and hashlib.file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
                 raise ValueError("its sha256 does not match the index")
-        return np.memmap(file, np.uint8, "r", offset=offset, shape=shape)
+            return np.memmap(file, np.uint8, "r", offset=offset, shape=shape)
     except FileNotFoundError:
         raise VglannError(f"{file}: missing; pack the videos again") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise VglannError(f"{file}: damaged ({error}); pack the videos again") from error
 
 

@@ -33,7 +33,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,30 +41,13 @@ from pathlib import Path
 
 import numpy as np
 
-import vglann_fast
+from vglann_fast.clips.child_command import child_command
 from vglann_fast.clips.numbers import real, switch, whole
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH = 27, 48
 # A child is replaced after this many files, so that a decoder that leaks cannot eat the machine.
 _FILES_PER_CHILD = 200
-# The child finds modules where this process does, however its sys.path came about, and this very package, wherever
-# else there may be a folder of its name. Nothing is imported from files before its sys.path is set.
-_START = """
-import sys
-memory_mb, seconds, package, *sys.path = sys.argv[1:]
-try:
-    from importlib.machinery import PathFinder
-    from importlib.util import module_from_spec
-    spec = PathFinder.find_spec("vglann_fast", [package])
-    sys.modules["vglann_fast"] = module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    from vglann_fast.clips.decode_child import main
-except (Exception, SystemExit) as error:
-    print(ascii(error))
-    sys.exit(1)
-main(int(memory_mb), int(seconds))
-"""
 READY = b"the decoder is ready\n"
 
 
@@ -257,6 +239,10 @@ class _Child:
             raise OSError(reply["errno"], os.strerror(reply["errno"]), str(files[0].parent))
         if "machine" in reply:
             raise _not_working(reply["machine"])
+        if "unreadable" in reply:
+            raise UnreadableError(
+                f"{job.path}: cannot be read ({reply['unreadable']}); see to its disk, then run the command again"
+            )
         if "reason" in reply:
             return Rejected(reply["reason"], reply.get("sha256", ""))
         frames, tile_shape = reply.pop("frames"), reply.pop("tile_shape")
@@ -327,12 +313,17 @@ class _Child:
         code = process.wait()
         if code == -signal.SIGXCPU:
             raise _OutOfTime
+        if code == -signal.SIGKILL and not self._closed:
+            raise VglannError(
+                "the process that decodes videos was killed (signal 9), as Linux does when memory runs out; "
+                "give fewer --workers, or free some memory"
+            )
         raise _Silent(f"the decoder crashed ({_exit_words(code)})")
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._kill()
         seconds = math.ceil(self._limits.seconds) + 10
-        command = [*_interpreter(), "-c", _START, str(self._limits.memory_mb), str(seconds), *_module_path()]
+        command = child_command(self._limits.memory_mb, seconds)
         try:
             # Unbuffered, because poll() does not see the lines that a buffer holds.
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
@@ -353,24 +344,6 @@ class _Child:
                         stream.close()
                     except BrokenPipeError:
                         pass  # what was still to be flushed to the dead child
-
-
-def _interpreter() -> list[str]:
-    """This Python, told to look for modules where this one was told to, but never in the current folder first."""
-    flags = [sys.executable, "-P", "-X", f"utf8={sys.flags.utf8_mode}"]
-    given = {"-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site, "-S": sys.flags.no_site}
-    return flags + [flag for flag, is_given in given.items() if is_given]
-
-
-def _module_path() -> list[str]:
-    """Where this package is, then where other modules are looked for: the current folder last, so that a json.py in
-    it stays what it is to a program that has imported json before.
-    """
-    package = Path(vglann_fast.__file__).parent.parent
-    # Import passes over anything but strings, such as pathlib.Path; a null character cannot be an argument.
-    entries = [entry for entry in sys.path if isinstance(entry, str) and "\0" not in entry]
-    here = os.path.realpath(os.curdir)
-    return [str(package), *sorted(entries, key=lambda entry: os.path.realpath(entry) == here)]
 
 
 def _not_working(why: str) -> VglannError:

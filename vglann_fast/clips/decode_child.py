@@ -28,6 +28,8 @@ from vglann_fast.clips.strips import NotAStrip, read_strip
 
 # No file descriptor is left: another video would fare no better.
 _OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE)
+# What opening and reading answer where a file may be whole, and be read another time.
+_MAY_PASS = (errno.EBUSY, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT)
 _THREADS = 4  # two that decode, and FFmpeg's own
 
 
@@ -106,6 +108,9 @@ def _answer(job: dict[str, Any], memory_mb: int, scarce: str) -> dict[str, Any]:
     except (MemoryError, OSError, av.error.FFmpegError, cv2.error) as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             return {"machine": error.strerror}
+        # FFmpeg's own errors are about the content, whatever number they have.
+        if not isinstance(error, av.error.FFmpegError) and getattr(error, "errno", None) in _MAY_PASS:
+            return {"unreadable": getattr(error, "strerror", "")}
         if not _wants_memory(error):
             reason = _words(error)
         elif scarce:

@@ -48,6 +48,7 @@ from vglann_fast.nets.weights import load_weights
 from vglann_fast.options.aliases import read_options
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir, content_of
+from vglann_fast.run.temporary import remove_strays
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
@@ -162,6 +163,7 @@ def pack(
         if not overwrite:
             existing = read_index(out)
             _check_same(out, existing, options, found)
+            remove_strays(Path(os.path.realpath(out)), replaced=True)
             return _report(out, existing, began, reused=True)
     with atomic_dir(out, INDEX_FILE, OTHER_FILES) as folder:
         index = _write(folder, found, options, limits, workers, finder)

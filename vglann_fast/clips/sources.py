@@ -14,6 +14,7 @@ writes such a file; anyone may write one by hand.
 """
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vglann_fast.clips.strips import is_strip
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
+from vglann_fast.run.files import open_regular
 
 SOURCES_FILE = "sources.json"
 # fmt: off
@@ -119,7 +121,7 @@ def _in_folder(top: Path) -> list[Source]:
         except OSError as error:
             raise VglannError(f"{folder}: cannot be listed ({error.strerror})") from error
         entries = [entry for entry in entries if not entry.name.startswith(".")]
-        folders = {entry.name: Path(entry) for entry in entries if os.path.isdir(entry)}
+        folders = {entry.name: Path(entry) for entry in entries if _is_folder(entry)}
         waiting += reversed(folders.values())
         names = [entry.name for entry in entries if entry.name not in folders]
         videos = [name for name in names if Path(name).suffix.lower() in VIDEO_EXTENSIONS]
@@ -132,6 +134,21 @@ def _in_folder(top: Path) -> list[Source]:
         elif len(images) > 1:  # a single one is a poster
             sources.append(Source(folder.absolute(), tuple(images)))
     return sources
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder, also at the end of a link.
+
+    Raises `UnreadableError` where the system does not say: what is in a folder must not be left out without a word.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise UnreadableError(
+            f"{entry.path}: cannot be read ({error.strerror}); see to its permissions, or remove the link"
+        ) from error
 
 
 def _in_list(path: Path) -> list[Source]:
@@ -166,7 +183,8 @@ def _windows(folder: Path) -> dict[str, dict]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_bytes())
+        with open_regular(file) as stream:
+            content = json.load(stream)
         if content["format"] != "vglann-sources" or content["version"] != 1:
             raise ValueError("not version 1 of vglann-sources")
         windows = {}
@@ -183,6 +201,6 @@ def _windows(folder: Path) -> dict[str, dict]:
                 "last_frame": last,
                 "credit": str(entry.get("credit", "")),
             }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RecursionError) as error:
         raise VglannError(f"{file}: not a valid list of sources ({error}); mend or remove it") from error
     return windows

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vglann_fast.clips.truncation import truncation
+from vglann_fast.run.files import open_regular
 
 SIDE = 128
 _LEAST_FRAMES = 4  # by which strips are told from frames
@@ -74,13 +75,14 @@ def frame_numbers(start: int, frames: int, stride: int, count: int) -> np.ndarra
 
 
 def _jpeg_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) from the frame header of a JPEG (ITU-T T.81, B.2.2), None for any other file."""
+    """(width, height) from the frame header of a JPEG (ITU-T T.81, B.2.2), None for any other file.
+
+    Raises `UnreadableError` as `open_regular`: no one can say then what the file is.
+    """
     try:
-        if not path.is_file():  # to read a pipe would block for ever
-            return None
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD)
-    except OSError:
+    except (FileNotFoundError, ValueError):
         return None
     if head[:2] != b"\xff\xd8":
         return None

@@ -20,7 +20,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.options.aliases import read_file_of_run
 from vglann_fast.run.environment import environment
 from vglann_fast.run.files import read_json
-from vglann_fast.run.folder import RunDir
+from vglann_fast.run.folder import RunDir, whole_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def replay(
 
     Args:
         again: runs a verb on a run.
-        out: folder for the second run, which stays; without it there is a temporary one.
+        out: folder for the second run, which stays once it is whole; without it there is a temporary one.
         clips: where the run's clips are now, if they were moved.
 
     Raises `VglannError` when the clips are gone or others, when several processes trained the run, when a resume
@@ -90,10 +90,11 @@ def replay(
 @contextmanager
 def _folder(out: str | Path | None) -> Iterator[Path]:
     if out is not None:
-        yield Path(out)
+        with whole_run(out) as folder:
+            yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="vglann-replay-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder) / "run"
+    with tempfile.TemporaryDirectory(prefix="vglann-replay-", ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch) / "run"
 
 
 @contextmanager

@@ -203,10 +203,10 @@ def check_saved_size(run: RunDir, options: TrainOptions) -> None:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that the header of a safetensors file claims; empty where it cannot be read."""
+    """Of the tensors that the header of a safetensors file claims; empty for one that is missing or damaged."""
     try:
         return tensors_header(path)[0]
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
 
 

@@ -20,7 +20,7 @@ from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import Variant
 from vglann_fast.run.files import sha256
-from vglann_fast.run.folder import RunDir
+from vglann_fast.run.folder import RunDir, whole_run
 from vglann_fast.runtime.numerics import numerics
 
 _FRAMES, _SIZE = 32, 64  # of the videos his networks make
@@ -61,7 +61,6 @@ def import_glann(
             for name, file in (("generator", generator_file), ("latents", latents_file))
         },
     }
-    run = RunDir.new(out, record).begin()
     state = {
         "epoch": 0,
         "position": 0,
@@ -70,8 +69,10 @@ def import_glann(
         "finished": True,
         "ids": [f"row-{row:06d}" for row in range(len(latents))],
     }
-    run.checkpoints.save(0, {"generator": generator.state_dict(), "latents": {"rows": latents}}, state)
-    return run
+    with whole_run(out) as folder:
+        run = RunDir.new(folder, record).begin()
+        run.checkpoints.save(0, {"generator": generator.state_dict(), "latents": {"rows": latents}}, state)
+    return RunDir.open(out)
 
 
 def read_state(file: str | Path) -> Mapping[str, Tensor]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.options.aliases import read_mapping
 from vglann_fast.options.fields import options_from_json, options_to_json
 from vglann_fast.options.mapping import MapOptions
@@ -138,14 +138,9 @@ class LatentSampler(ABC, Generic[Options]):
             mapping = cls(record["latent_dim"], options, device)
             mapping.restore(tensors)
             mapping.epochs, mapping.gap = record["epochs"], record.get("gap")
-        except (
-            VglannError,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ) as error:
+        except UnreadableError:
+            raise
+        except (VglannError, FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise VglannError(
                 f"{folder}: not a mapping that can be read ({error}); run `vglann map` again"
             ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vglann_fast.clips.of_run import open_clips
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.run.folder import RunDir
 
 log_line = logging.getLogger(__name__).warning
@@ -37,6 +37,8 @@ def run_shots(run: RunDir, ids: Sequence[str]) -> Tensor:
         if not clips.keys() >= set(ids):
             raise VglannError(f"{run.options['clips']} has not all the clips that {run.path} was trained on")
         return shot_numbers(clips[one] for one in ids)
+    except UnreadableError:
+        raise
     except VglannError as error:
         _warn_of_single_clips(str(error))
         return torch.arange(len(ids))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.metrics.compare import compare
 from vglann_fast.metrics.feature_tables import TRUTH, feature_tables
 from vglann_fast.metrics.kernel_distance import JEDI_VIDEOS, jedi_distance
@@ -61,9 +61,11 @@ def compare_files(real: str | Path, generated: str | Path, protocol: str | None 
 def read_features(path: str | Path) -> np.ndarray:
     """The array [n, d] in a .npy file, as float64. Raises `VglannError` that names the file and the remedy."""
     try:
-        open_regular(path).close()
-        # Mapped, so that a header that promises more than the file holds costs nothing.
-        array = np.lib.format.open_memmap(path, mode="r")
+        with open_regular(path):
+            # Mapped, so that a header that promises more than the file holds costs nothing.
+            array = np.lib.format.open_memmap(path, mode="r")
+    except UnreadableError as error:
+        raise UnreadableError(f"{FLAG}: {error}") from error
     except OSError as error:
         raise VglannError(f"{FLAG}: {path} cannot be read ({error.strerror or error})") from error
     except _NOT_NPY as error:

@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vglann_fast import nets
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.metrics import features
 from vglann_fast.metrics.features import Extractor, extract
 from vglann_fast.progress import Progress
@@ -137,7 +137,7 @@ def _read(file: Path, record: str, shape: tuple[int, int]) -> Tensor | None:
             raise ValueError(f"its rows are {rows.dtype} {tuple(rows.shape)}, or not finite")
         if metadata != {"record": record, "sha256": _sha256(rows)}:
             raise ValueError("it does not match its record or checksum")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, UnreadableError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s cannot be used (%s); its features are computed again", file, error)
         return None
     return rows

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.run.destinations import atomic_dir, remove_dir
 from vglann_fast.run.files import load_tensors, read_json, save_tensors, sha256
 from vglann_fast.run.os_errors import described
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CHECKPOINT_FORMAT = ("vglann-checkpoint", 1)
 STATE_FILE = "state.json"
 # What reading a damaged checkpoint raises.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, VglannError)
+_DAMAGE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, VglannError)
 
 
 class CheckpointFolders:
@@ -74,12 +74,16 @@ class CheckpointFolders:
     def load(self) -> tuple[dict[str, Any], dict[str, dict[str, "Tensor"]]]:
         """The newest whole checkpoint: (state, part -> tensors on the CPU).
 
-        A torn one is passed over for the one before it, with a line in `warnings`. Raises `VglannError` when
-        no checkpoint is whole.
+        A damaged one is passed over for the one before it, with a line in `warnings`. Raises `VglannError` when
+        no checkpoint is whole, `UnreadableError` when a file cannot be read now: the checkpoint may be whole.
         """
-        for folder in reversed(self.folders()):
+        folders = self.folders()
+        for folder in reversed(folders):
             try:
                 return _read_checkpoint(folder)
+            except UnreadableError as error:
+                older = f"; or move {folder} away, and the checkpoint before it is used"
+                raise UnreadableError(f"{error}{older if folder != folders[0] else ''}") from error
             except _DAMAGE as error:
                 self._damaged.add(folder)
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")

@@ -156,14 +156,17 @@ def _move_all(moves: Sequence[tuple[Path, Path]]) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Give a file another name, or copy it where that is not possible. Raises OSError if the name is taken."""
+    """Give a file or folder another name, or copy it where that is not possible. Raises OSError if it is taken."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, f"{target.name} came there just now", str(target))
     try:
         source.rename(target)
     except OSError as error:
-        if error.errno not in _NO_RENAME or source.is_dir():
+        if error.errno not in _NO_RENAME:
             raise
+        if source.is_dir() and not source.is_symlink():
+            _move_contents(source, target)
+            return
         try:
             shutil.copyfile(source, target, follow_symlinks=False)
             flush(target)
@@ -171,6 +174,18 @@ def _move(source: Path, target: Path) -> None:
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+
+def _move_contents(source: Path, target: Path) -> None:
+    target.mkdir()
+    try:
+        _move_all([(entry, target / entry.name) for entry in sorted(source.iterdir())])
+        flush(target)
+        source.rmdir()
+    except BaseException:
+        with suppress(OSError):
+            target.rmdir()
+        raise
 
 
 def _kept(new: Path, home: Path) -> Path:

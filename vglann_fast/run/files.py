@@ -12,11 +12,12 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vglann_fast.errors import VglannError
+from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.os_errors import actionable_os_errors
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 _MAX_DIMENSIONS = 16
+# What opening and reading answer where something else has the name, or where the file system finds a file damaged.
+_DAMAGE = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG}
 # Name in the header -> name of the dtype in torch and its size in bytes.
 _DTYPES = {
     "F64": ("float64", 8),
@@ -72,7 +75,7 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
 
 
 def load_tensors(path: str | Path, device: "torch.device | str" = "cpu") -> dict[str, "Tensor"]:
-    """Read a safetensors file. Raises `OSError` as `open_regular` and ValueError for a file that is damaged."""
+    """Read a safetensors file. Raises as `open_regular`, and ValueError for a file that is damaged."""
     import torch
 
     tensors = {}
@@ -134,18 +137,33 @@ def _check_shape(name: str, shape: Any) -> None:
         raise ValueError(f"{name} is too large")
 
 
-def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file for reading. Raises `OSError` unless it is a regular file: reading a pipe would block for ever."""
-    # Without O_NONBLOCK opening a pipe waits for a writer.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+@contextmanager
+def open_regular(path: str | Path) -> Iterator[BufferedReader]:
+    """Open a file for reading in the block.
+
+    Raises `FileNotFoundError` where there is no such file, ValueError where something else has its name (reading a
+    pipe would block for ever) or the file system finds it damaged, and `UnreadableError` for every other error of the
+    operating system in the block.
+    """
+    try:
+        # Without O_NONBLOCK opening a pipe waits for a writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("not a regular file")
+            yield file
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _DAMAGE:
+            raise ValueError(reason) from error
+        raise UnreadableError(
+            f"{path}: cannot be read ({reason}); see to its disk and its permissions, then run the command again"
+        ) from error
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file. Raises `OSError` as `open_regular`."""
+    """Hexadecimal SHA-256 of a file. Raises as `open_regular`."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -157,12 +175,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON. Raises `VglannError` that names the file when it is missing, not a regular file or not valid."""
+    """Read JSON.
+
+    Raises `VglannError` that names the file when it is missing, not a regular file or not valid, `UnreadableError` as
+    `open_regular`.
+    """
     try:
         with open_regular(path) as file:
             return json.load(file)
     except FileNotFoundError as error:
         raise VglannError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:  # not text, not JSON, or nested beyond all bounds
-        text = error.strerror if isinstance(error, OSError) else error
-        raise VglannError(f"{path} is not valid JSON: {text}") from error
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or nested beyond all bounds
+        raise VglannError(f"{path} is not valid JSON: {error}") from error

@@ -29,7 +29,7 @@ from typing import Any
 from vglann_fast.errors import VglannError
 from vglann_fast.options.aliases import read_run_options
 from vglann_fast.run.checkpoints import CheckpointFolders, is_count
-from vglann_fast.run.destinations import content_of
+from vglann_fast.run.destinations import atomic_dir, content_of
 from vglann_fast.run.environment import environment
 from vglann_fast.run.files import read_json, write_json
 from vglann_fast.run.logs import RunLogs
@@ -48,6 +48,8 @@ RUN_OPTIONS: dict[str, type | tuple[type, ...]] = {
 LOCK = ".lock"
 # What `RunDir.begin` leaves when it is killed before its last file.
 _OF_NO_RUN_YET = {LOCK, "environment.json"}
+# What may lie in a run beside options.json.
+_OF_A_RUN = (*_OF_NO_RUN_YET, "*.jsonl", "tensorboard", "checkpoints", "mapping", "evaluation", "media")
 # What flock answers on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 LOCKED_FOLDERS = (".", "checkpoints", "mapping", "evaluation")  # where only the holder of the lock writes
@@ -177,6 +179,18 @@ class RunDir:
         if not isinstance(recorded, dict):
             raise VglannError(f"{file}: not a JSON object; the file was changed, remove it")
         return recorded
+
+
+@contextmanager
+def whole_run(path: str | Path) -> Iterator[Path]:
+    """Yield a folder to make a run in; on a clean exit it is the run at `path`, otherwise nothing is left of it.
+
+    For runs that nobody can resume. Raises `VglannError` when the folder `path` holds something already.
+    """
+    if content_of(path, "options.json", _OF_A_RUN):
+        RunDir.new(path, {})
+    with atomic_dir(path, "options.json", _OF_A_RUN) as folder:
+        yield folder
 
 
 def _read_options(path: Path) -> Any:

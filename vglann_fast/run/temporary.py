@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
-        _remove_tree(folder)
+        _remove(folder, _remove_tree)
 
 
 def _new_locked_folder(parent: Path) -> tuple[Path, int]:
@@ -109,11 +109,21 @@ def remove_strays(folder: Path, *, replaced: bool = False) -> None:
             continue
         finally:
             os.close(lock)
-        _remove_tree(stray)
+        # Without the lock only an empty folder may go: another process may have locked this one meanwhile.
+        _remove(stray, _remove_empty)
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove a folder as far as that is possible.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _remove(folder: Path, attempt: Callable[[Path], None]) -> None:
+    """Remove a folder by `attempt`, as far as that is possible.
 
     On NFS and FUSE a file that is still open or mapped gets another name in place of being removed, and its folder
     can only be removed a moment after the last of them is closed.
@@ -122,7 +132,7 @@ def _remove_tree(folder: Path) -> None:
         if pause:
             gc.collect()
             time.sleep(pause)
-        shutil.rmtree(folder, ignore_errors=True)
+        attempt(folder)
         if not os.path.lexists(folder):
             return
 

@@ -28,6 +28,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.report.artifacts import NOT_NPY
 from vglann_fast.run.destinations import atomic_dir, content_of
+from vglann_fast.run.files import open_regular
 from vglann_fast.run.folder import RunDir
 from vglann_fast.samples.write import write_mp4
 from vglann_fast.study.database import FILE, Source, Study, Trial, Video, create
@@ -113,7 +114,8 @@ def _samples(run: Path) -> np.ndarray:
     if not file.is_file():
         raise VglannError(f"{run} has no samples to show; make them with `vglann sample {run}`")
     try:
-        array = np.lib.format.open_memmap(file, mode="r")
+        with open_regular(file):
+            array = np.lib.format.open_memmap(file, mode="r")
     except NOT_NPY as error:
         raise VglannError(f"{file}: damaged ({error}); run `vglann sample {run}` again") from error
     if array.dtype != np.uint8 or array.ndim != 5 or array.shape[1] != 3 or 0 in array.shape:

@@ -1,8 +1,8 @@
 """What was made, in figures and on a page: `vglann reconstruct | evaluate | table | report | replay`."""
 
+import io
 import json
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -245,8 +245,10 @@ def _replay(a: Namespace) -> int:
     def again(verb: str, options: Mapping[str, Any], run: Path) -> None:
         where = f"{a.run}/history.jsonl: the options of {verb} are damaged: "
         values = values_for(verb, [str(run)], {**options, "device": a.device}, where)
-        with redirect_stdout(sys.stderr):
+        printed = io.StringIO()
+        with redirect_stdout(printed):
             perform(values)
+        say(printed.getvalue().rstrip("\n"))
 
     verdicts = replay(a.run, again, out=a.out, clips=a.clips, device=torch_device(a.device))
     print("\n".join(map(str, verdicts)))
