@@ -29,8 +29,8 @@ class NoTensorWork(TorchDispatchMode):
 
 def inputs(dtype=torch.float32):
     torch.manual_seed(0)
-    head, background = torch.randn(2, 4, 2, 32, 32), torch.randn(2, 3, 32, 32)
-    clips = torch.randint(0, 256, (3, 3, 2, 32, 32), dtype=torch.uint8)
+    head, background = torch.randn(2, 4, 1, 32, 32), torch.randn(2, 3, 32, 32)
+    clips = torch.randint(0, 256, (3, 3, 1, 32, 32), dtype=torch.uint8)
     leaves = [x.to(dtype).requires_grad_() for x in (head, background)]
     return *leaves, clips, torch.tensor([2, 0])
 

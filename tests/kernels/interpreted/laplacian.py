@@ -35,7 +35,7 @@ def assert_close(ours, exact, tolerance=1e-6):
 
 @pytest.mark.parametrize("blur", ["binomial", "paper"])
 def test_against_float64(blur):
-    for line in verify.laplacian(verify.Shapes(batch=1, frames=2, size=32, blur=blur, device="cpu")):
+    for line in verify.laplacian(verify.Shapes(batch=1, frames=1, size=32, blur=blur, device="cpu")):
         assert line.ok, str(line)
 
 
@@ -184,7 +184,7 @@ def test_autocast_changes_nothing():
 
 
 def test_opcheck():
-    video, target = videos((2, 3, 2, 32, 32))
+    video, target = videos((1, 2, 1, 32, 32))
     video = video.detach()
     last = video.to(memory_format=torch.channels_last_3d)
     rest = (2, "binomial", 2.0, [1.0] * 3, [-1.0, 1.0])
@@ -218,13 +218,13 @@ def test_plane_offsets_are_64_bit():
 
 def test_traffic():
     """Bytes over the floor: video and target once in, gradient once out; an upstream of 1 moves nothing."""
-    video, target = videos((8, 64, 64), torch.float16)
+    video, target = videos((2, 64, 64), torch.float16)
     floor = video.numel() * (2 + 1 + 2)
     with Traffic() as forward:
         laplacian_pyramid_loss(video, target, impl="triton")
     # Nothing is read twice.
     assert floor <= forward.unique <= forward.bytes <= 1.01 * floor
-    video, target = videos((8, 64, 64))
+    video, target = videos((2, 64, 64))
     loss = laplacian_pyramid_loss(video, target, impl="triton")
     with Traffic() as backward:
         loss.backward()
