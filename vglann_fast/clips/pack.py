@@ -26,7 +26,6 @@ SHA256 being that of the source file: it does not depend on names or on the othe
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -48,6 +47,7 @@ from vglann_fast.nets.weights import load_weights
 from vglann_fast.options.aliases import read_options
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir, content_of
+from vglann_fast.runtime.processors import available
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
@@ -149,7 +149,7 @@ def pack(
         limits.max_pixels,
         named,
     )
-    workers = min(os.cpu_count() or 1, 8) if workers is None else whole("workers", workers, 1)
+    workers = min(available(), 8) if workers is None else whole("workers", workers, 1)
     overwrite = switch("overwrite", overwrite)
     for module in ("av", "cv2"):
         if importlib.util.find_spec(module) is None:
