@@ -239,3 +239,13 @@ def test_a_scaled_update_is_the_unscaled_one_and_an_overflow_is_left_out():
     optimizer.step(skip=overflow)
     assert torch.equal(generator.stem.weight, updated[1][2])
     assert optimizer.tensors()["step.stem.weight"].item() == 1
+
+
+@pytest.mark.parametrize(("units", "lines"), [(False, 1), (True, 0), (None, 0)])
+def test_bfloat16_on_a_cpu_without_units_for_it_is_one_line(units, lines, monkeypatch, caplog):
+    monkeypatch.setattr(precision_module, "bfloat16_units", lambda: units)
+    precision_module.warn_of_slow_precision("bf16", CPU)
+    assert sum("--precision" in record.message for record in caplog.records) == lines
+    caplog.clear()
+    precision_module.warn_of_slow_precision("fp32", CPU)
+    assert not caplog.records

@@ -43,8 +43,11 @@ def add_seed(parser: Any, text: str = "of all that is drawn [0]", default: int |
 
 
 def add_device(parser: Any) -> None:
-    """Add --device."""
+    """Add --device and --threads."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument(
+        "--threads", metavar="N", type=POSITIVE, help="CPU threads of an operation [$OMP_NUM_THREADS, or all]"
+    )
 
 
 def add_machine(parser: Any, *, deterministic: bool = True) -> None:

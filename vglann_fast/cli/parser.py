@@ -183,6 +183,10 @@ def perform(values: argparse.Namespace) -> int:
     with ExitStack() as values.block:
         # A training has its --precision; everywhere else PyTorch would allow TensorFloat-32 to convolutions.
         values.block.enter_context(
-            numerics(deterministic=bool(getattr(values, "deterministic", False)), tf32=False)
+            numerics(
+                deterministic=bool(getattr(values, "deterministic", False)),
+                tf32=False,
+                threads=getattr(values, "threads", None),
+            )
         )
         return values.func(values) or 0

@@ -49,6 +49,7 @@ from vglann_fast.options.aliases import read_options
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir, content_of
 from vglann_fast.run.temporary import remove_strays
+from vglann_fast.runtime.processors import available
 
 ShotMethod = Literal["histogram", "transnetv2"]
 ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
@@ -150,7 +151,7 @@ def pack(
         limits.max_pixels,
         named,
     )
-    workers = min(os.cpu_count() or 1, 8) if workers is None else whole("workers", workers, 1)
+    workers = min(available(), 8) if workers is None else whole("workers", workers, 1)
     overwrite = switch("overwrite", overwrite)
     for module in ("av", "cv2"):
         if importlib.util.find_spec(module) is None:

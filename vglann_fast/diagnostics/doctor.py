@@ -27,6 +27,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.environment import default_cache, environment, home
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.processors import allowed, available, bfloat16_units, quota
 
 # Reported by other projects; each was seen to fail without a clear message.
 BAD_CUDNN = (90800, 91500)  # from, up to: conv3d in bfloat16, contiguous layout, is wrong or slow
@@ -114,7 +115,18 @@ def _heading(found: dict[str, Any], gpus: list[dict[str, Any]]) -> Iterator[str]
     if gpus:
         yield f"CUDA {found['cuda']}, cuDNN {_cudnn()}"
     else:
-        yield f"GPU: none that PyTorch can use; {found['cpu_threads']} CPU threads"
+        yield "GPU: none that PyTorch can use"
+    yield f"CPU: {_processors()}; {found['cpu_threads']} threads, load {os.getloadavg()[0]:.1f}"
+
+
+def _processors() -> str:
+    """Say how many processors this process may use, and what limits them."""
+    limit = quota()
+    granted = "" if limit is None else f", quota {limit:g}"
+    units = {True: "bfloat16 units", False: "no bfloat16 units", None: "bfloat16 units unknown"}[
+        bfloat16_units()
+    ]
+    return f"{available()} of {os.cpu_count()} processors (affinity {allowed()}{granted}), {units}"
 
 
 def _gpus() -> Iterator[dict[str, Any]]:

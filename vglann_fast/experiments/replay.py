@@ -7,7 +7,6 @@ with the versions it was made with everything should match, on a GPU if the run 
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from vglann_fast.options.aliases import read_file_of_run
 from vglann_fast.run.environment import environment
 from vglann_fast.run.files import read_json
 from vglann_fast.run.folder import RunDir, whole_run
+from vglann_fast.runtime.processors import allowed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
     threads, kernels = then.get("cpu_threads"), then.get("kernels")
     with ExitStack() as restored:
         # More threads than processors may end the process.
-        if type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
+        if type(threads) is int and 0 < threads <= allowed():
             restored.enter_context(numerics(threads=threads))
         elif threads is not None:
             log.warning(

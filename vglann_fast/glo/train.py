@@ -11,6 +11,7 @@ from vglann_fast.glo.checkpoint import KEEP
 from vglann_fast.glo.precision import (
     self_test,
     training_numerics,
+    warn_of_slow_precision,
 )
 from vglann_fast.glo.training import Training
 from vglann_fast.options.fields import options_from_json
@@ -50,6 +51,8 @@ def train(
         training.checkpoints.keep = keep_checkpoints
         first = training.ranks.rank == 0
         try:
+            if first:
+                warn_of_slow_precision(training.precision, training.device)
             self_test(training.generator, training.precision, training.device)
             with run.locked() if first else nullcontext():
                 if resume:

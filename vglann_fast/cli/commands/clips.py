@@ -93,7 +93,10 @@ def add_pack(parser: Parser) -> None:
 
     limits = parser.add_argument_group("limits")
     limits.add_argument(
-        "--workers", metavar="PROCESSES", type=POSITIVE, help="decoding processes [one a CPU, at most 8]"
+        "--workers",
+        metavar="PROCESSES",
+        type=POSITIVE,
+        help="decoding processes [one a processor, at most 8]",
     )
     limits.add_argument(
         "--max-frames",
