@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batchnorm_relu.op import batch_norm_relu as batch_norm_relu
     from .composite.op import mask_composite as mask_composite
     from .composite_laplacian.op import composite_laplacian_loss as composite_laplacian_loss
     from .impl import Choice as Choice
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "resolve": "impl",
     "use_impl": "impl",
     "using_impl": "impl",
+    "batch_norm_relu": "batchnorm_relu.op",
     "mask_composite": "composite.op",
     "composite_laplacian_loss": "composite_laplacian.op",
     "laplacian_pyramid_loss": "laplacian.op",

@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import impl as switch
+from .batchnorm_relu.op import batch_norm_relu
 from .composite.op import mask_composite
 from .composite.reference import mask_composite as exact_composite
 from .composite_laplacian.op import composite_laplacian_loss
@@ -270,6 +272,34 @@ def composite_laplacian(shapes: Shapes) -> Iterator[Line]:
             yield from lines("composite_laplacian", _name(dtype, last), names, shapes.impl, run, ignored)
 
 
+def batchnorm_relu(shapes: Shapes) -> Iterator[Line]:
+    """`batch_norm_relu` in training on a video and on an image: output, gradients, running statistics.
+
+    The upstream gradient is 0 where rounding decides the ReLU, which would turn whole values.
+    """
+    channels, n = 72, shapes.size // 2
+    weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
+    for dtype in _dtypes(shapes):
+        for grid in ((shapes.frames, n, n), (n, n)):
+            form = torch.channels_last if len(grid) == 2 else torch.channels_last_3d
+            x = (torch.randn(shapes.batch, channels, *grid) + 3).to(dtype)
+            before = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), training=True)
+            upstream = torch.randn(x.shape).to(dtype).masked_fill(before.abs() < 1e-3, 0.0)
+            x, upstream = (value.to(shapes.device).contiguous(memory_format=form) for value in (x, upstream))
+            vectors = weight.to(shapes.device), bias.to(shapes.device)
+
+            def run(impl: str, exact: Any, inputs: Any = (x, *vectors, upstream)) -> list[Tensor]:
+                leaves = [_leaf(value, exact) for value in inputs[:3]]
+                running = [torch.full_like(leaf, 0.5).detach() for leaf in leaves[1:]]
+                y = batch_norm_relu(*leaves, *running, impl=impl)
+                y.backward(inputs[3].to(y.dtype))
+                return [y, *_gradients(*leaves), *running]
+
+            names = "y grad_x grad_weight grad_bias running_mean running_var"
+            case = f"{str(dtype).removeprefix('torch.')} {'image' if len(grid) == 2 else 'video'}"
+            yield from lines("batchnorm_relu", case, names, shapes.impl, run)
+
+
 def latent_adam(shapes: Shapes) -> Iterator[Line]:
     """Ten steps in each mode, duplicates in the batch: rows as gathered, table and second moment."""
     device, rows, width = shapes.device, 3 * shapes.batch + 2, shapes.latent_dim
@@ -319,7 +349,7 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
             yield Line("nearest", f"{impl}, {case}", "distance", relative_l2(squared, best), 0.0, 1e-6)
 
 
-OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest)}
+OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu)}
 
 
 def verify(shapes: Shapes, ops: Sequence[str] = tuple(OPS)) -> Iterator[Line]:
