@@ -221,9 +221,8 @@ def batch_norm_relu(
     unsupported = "x: expected a 16- or 32-bit float, got float64" if x.dtype == torch.float64 else None
     chosen = switch.chosen("batchnorm_relu", impl, x.device, unsupported)
     if chosen == "reference" or x.numel() == 0:
-        return reference.batch_norm_relu(
-            x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, processes
-        )
+        tensors = (x, weight, bias, running_mean, running_var, num_batches_tracked)
+        return reference.batch_norm(*tensors, training, momentum, eps, processes, relu=True)
     counter = num_batches_tracked
     if momentum is None and training:
         if counter is None:

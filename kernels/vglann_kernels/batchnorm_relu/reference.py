@@ -1,4 +1,4 @@
-"""`batch_norm_relu` in plain PyTorch: the definition, and the layer without its ReLU."""
+"""`batch_norm_relu` in plain PyTorch: the definition."""
 
 from typing import Any
 
@@ -13,8 +13,9 @@ from ..checks import compute_dtype
 def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float, processes: int,
+    *, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """Normalize each channel of x [N,C,H,W] or [N,C,T,H,W] as torch.nn.BatchNorm2d and 3d do.
+    """Normalize each channel of x [N,C,H,W] or [N,C,T,H,W] as torch.nn.BatchNorm2d and 3d do; then ReLU if asked.
 
     A video is taken by way of the 2-D layer, for which PyTorch has tuned kernels: joining time and rows of a dense
     tensor is a view in either memory format. Forward and backward of 4 videos on one CPU core, channels-last:
@@ -30,12 +31,10 @@ def batch_norm(
         y = _over_processes(flat, weight, bias, running, momentum or 0.0, eps, processes)
     else:
         y = F.batch_norm(flat, *running, weight, bias, training, momentum or 0.0, eps)
+    if relu:
+        # In place: nothing needs the values before it, and no second tensor is kept for the backward pass.
+        y = F.relu(y, inplace=True)
     return y.unflatten(2, x.shape[2:4]) if x.ndim == 5 else y
-
-
-def batch_norm_relu(x: Tensor, *arguments: Any) -> Tensor:
-    """Return ReLU of `batch_norm`, in place: nothing needs the values before it."""
-    return F.relu(batch_norm(x, *arguments), inplace=True)
 
 
 class _SumOverProcesses(torch.autograd.Function):
