@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .latent_adam.state import LatentAdamState as LatentAdamState
     from .latent_adam.state import latent_adam_state as latent_adam_state
     from .nearest.op import nearest_rows as nearest_rows
+    from .step_guard.op import guard_step as guard_step
 
 _MODULE_OF = {
     "Choice": "impl",
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "composite_laplacian_loss": "composite_laplacian.op",
     "laplacian_pyramid_loss": "laplacian.op",
     "nearest_rows": "nearest.op",
+    "guard_step": "step_guard.op",
     "LatentAdamState": "latent_adam.state",
     "latent_adam_state": "latent_adam.state",
     "latent_gather": "latent_adam.op",

@@ -29,7 +29,8 @@ def configurations(target: int | str) -> list[Configuration]:
 
     The search is tuned for each target, and left out on the informational targets.
     """
-    compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam(), *_batchnorm_relu()]
+    compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+    compiled += [*_batchnorm_relu(), *_step_guard()]
     if target != LARGE_TARGET:
         compiled = [c for c in compiled if LARGE not in c.name]
     if target in INFORMATIONAL:
@@ -204,6 +205,16 @@ def _batchnorm_relu() -> Iterator[Configuration]:
             yield Configuration(
                 "batchnorm_relu", f"{kind} {name}", function, arguments, constants, kernel.WARPS
             )
+
+
+def _step_guard() -> Iterator[Configuration]:
+    from .step_guard import kernel
+
+    flags = ("*i1", "*i1", "*i64", "*i64", "*i1", "*fp32", "*i32", "*i32")
+    arguments = ("*fp32", "*fp32", "*i64", None, *flags, 15, 3856)
+    yield Configuration(
+        "step_guard", "15 rows", kernel._guard_kernel, arguments, {"overflow_ptr": None, "BLOCK": kernel.BLOCK}, kernel.WARPS
+    )
 
 
 def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:

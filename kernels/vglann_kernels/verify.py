@@ -39,6 +39,7 @@ from .latent_adam.op import latent_adam_step, latent_flush, latent_gather
 from .latent_adam.state import latent_adam_state
 from .launch import interpreted, why_no_triton
 from .nearest.op import IMPLEMENTATIONS, nearest_rows
+from .step_guard.op import guard_step
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,24 @@ def latent_adam(shapes: Shapes) -> Iterator[Line]:
         yield from lines("latent_adam", f"{mode} {retraction or ''}", names, shapes.impl, run)
 
 
+def step_guard(shapes: Shapes) -> Iterator[Line]:
+    """`guard_step` over a step that counts, one that is not finite and one after it: how many results differ."""
+    losses = [torch.tensor(loss, device=shapes.device) for loss in (1.0, float("nan"), 1.0)]
+    index = torch.arange(shapes.batch, device=shapes.device)
+    first = torch.randint(-(2**31), 2**31, (5000,), dtype=torch.int32, device=shapes.device)
+
+    def run(impl: str, _: Any) -> list[Tensor]:
+        flags = {name: torch.zeros_like(index[0], dtype=torch.bool) for name in ("frozen", "mine", "skip")}
+        numbers = {"step": torch.zeros_like(index[0]), "found_inf": torch.zeros_like(losses[0])}
+        tensors = {**flags, **numbers, "rows": torch.zeros_like(index), "words": first.clone(), "kept": first + 1}
+        for loss in losses:
+            guard_step(loss, loss, index + 1, **tensors, impl=impl)
+            tensors["words"].mul_(3)
+        return [torch.cat([tensor.reshape(-1).double() for tensor in tensors.values()])]
+
+    yield from lines("step_guard", "three steps", "all", shapes.impl, run)
+
+
 def nearest(shapes: Shapes) -> Iterator[Line]:
     """`nearest_rows` on rows made to mislead fast arithmetic: the share of wrong rows, and the distances."""
     d, device = shapes.latent_dim, torch.device(shapes.device)
@@ -349,7 +368,7 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
             yield Line("nearest", f"{impl}, {case}", "distance", relative_l2(squared, best), 0.0, 1e-6)
 
 
-OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu)}
+OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)}
 
 
 def verify(shapes: Shapes, ops: Sequence[str] = tuple(OPS)) -> Iterator[Line]:

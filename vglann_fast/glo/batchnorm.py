@@ -113,36 +113,28 @@ class RunningStatistics:
     """BatchNorm's running statistics as the last step left them that counted: a forward pass moves them before
     anyone knows its loss.
 
-    The layers' buffers become views of one vector for each dtype, so that all of them are kept or put back by two
-    operations.
+    The layers' buffers become views of one vector of 32-bit words, so that all of them are kept or put back at once.
+
+    words [n] int32: where the layers look. kept [n] int32: what is kept, see `Guard.watch`.
     """
 
     @torch.no_grad()
     def __init__(self, generator: nn.Module) -> None:
-        buffers: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
-        for norm in batch_norms(generator):
-            for name, buffer in norm.named_buffers():
-                buffers.setdefault(buffer.dtype, []).append((norm, name, buffer))
-        self._vectors: list[tuple[Tensor, Tensor]] = []  # (where the layers look, what is kept)
-        for group in buffers.values():
-            vector = torch.cat([buffer.reshape(-1) for *_, buffer in group])
-            parts = vector.split([buffer.numel() for *_, buffer in group])
-            for (layer, name, buffer), part in zip(group, parts, strict=True):
-                setattr(layer, name, part.view(buffer.shape))
-            self._vectors.append((vector, vector.clone()))
+        buffers = [
+            (norm, name, buffer) for norm in batch_norms(generator) for name, buffer in norm.named_buffers()
+        ]
+        # The widest values first, so that each lies at a multiple of its size.
+        buffers.sort(key=lambda found: -found[2].element_size())
+        pieces = [buffer.reshape(-1).view(torch.int32) for *_, buffer in buffers]
+        self.words = torch.cat(pieces)
+        for (layer, name, buffer), part in zip(buffers, self.words.split(list(map(len, pieces))), strict=True):
+            # `data`, which counts its own writes: a layer's counter moves while autograd holds the others.
+            setattr(layer, name, part.view(buffer.dtype).view(buffer.shape).data)
+        self.kept = self.words.clone()
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Keep the statistics as they are now."""
-        for vector, kept in self._vectors:
-            kept.copy_(vector)
-
-    @torch.no_grad()
-    def settle(self, frozen: Tensor) -> None:
-        """Keep the statistics a step has left, or where `frozen` [] is true put those before it back."""
-        for vector, kept in self._vectors:
-            torch.where(frozen, kept, vector, out=kept)
-            vector.copy_(kept)
+        self.kept.copy_(self.words)
 
 
 def latent_batches(rows: Tensor, batch_size: int) -> Iterator[Tensor]:
