@@ -1,4 +1,4 @@
-"""`batch_norm_relu` in training on the video stream's layers: PyTorch's layers (by way of 2-D, and 3-D), compiled, Triton.
+"""`batch_norm_relu` in training on the video stream's layers: 2-D as the reference takes them, 3-D, compiled, Triton.
 
 Half-precision inputs with float32 parameters, as autocast leaves them; width 64, on a CPU an eighth of it.
 """

@@ -116,7 +116,11 @@ def measured(name: str, times: Timing) -> dict[str, Any]:
     try:
         group = made(name)
         # A compiled contender would be compiled again for each copy, and the large groups are larger than L2.
-        count = 1 if name in COMPILED or name.startswith(("latent", "step")) else copies_beyond_l2(group.floor_bytes)
+        count = (
+            1
+            if name in COMPILED or name.startswith(("latent", "step"))
+            else copies_beyond_l2(group.floor_bytes)
+        )
         return times.group(group, *(made(name) for _ in range(count - 1)))
     except Exception as error:  # the next group may still run
         return {**machine(), "failed": in_one_line(error)}

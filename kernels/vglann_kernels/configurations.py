@@ -163,7 +163,10 @@ def _batchnorm_relu() -> Iterator[Configuration]:
     """Yield the launches of the last layer of the video stream, and of the first one at B = 15."""
     from .batchnorm_relu import kernel
 
-    for name, channels, rows, parts in (("bf16 64 channels", 64, 256 << 14, 128), ("bf16 few rows", 512, 480, 0)):
+    for name, channels, rows, parts in (
+        ("bf16 64 channels", 64, 256 << 14, 128),
+        ("bf16 few rows", 512, 480, 0),
+    ):
         block = kernel.MANY_CHANNELS if parts else kernel.FEW_CHANNELS
         vectors, saved = ("*fp32",) * 2, ("*fp32",) * 2
         sizes = (rows, rows // parts if parts else kernel.FEW_TILE // block, channels)
@@ -176,7 +179,7 @@ def _batchnorm_relu() -> Iterator[Configuration]:
             (
                 "forward",
                 kernel._forward_kernel,
-                ("*bf16", *vectors, "*fp32", *["*fp32"] * 2, "*i64", "*bf16", *saved, *sizes, rows, parts, rows, 0.1, 1e-5),
+                ("*bf16", *["*fp32"] * 5, "*i64", "*bf16", *saved, *sizes, rows, parts, rows, 0.1, 1e-5),
                 {**shared, "CUMULATIVE": False, "ROWS": tile(kernel.FORWARD_TILE)},
             ),
             (
@@ -213,7 +216,12 @@ def _step_guard() -> Iterator[Configuration]:
     flags = ("*i1", "*i1", "*i64", "*i64", "*i1", "*fp32", "*i32", "*i32")
     arguments = ("*fp32", "*fp32", "*i64", None, *flags, 15, 3856)
     yield Configuration(
-        "step_guard", "15 rows", kernel._guard_kernel, arguments, {"overflow_ptr": None, "BLOCK": kernel.BLOCK}, kernel.WARPS
+        "step_guard",
+        "15 rows",
+        kernel._guard_kernel,
+        arguments,
+        {"overflow_ptr": None, "BLOCK": kernel.BLOCK},
+        kernel.WARPS,
     )
 
 

@@ -19,8 +19,7 @@ not compute right). Needs torch, triton and numpy only.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,10 @@ from torch import Tensor
 
 from . import impl as switch
 from .batchnorm_relu.op import batch_norm_relu
+from .comparison import Line, Shapes, lines, relative_l2
+from .comparison import dtypes as _dtypes
+from .comparison import gradients_of as _gradients
+from .comparison import leaf as _leaf
 from .composite.op import mask_composite
 from .composite.reference import mask_composite as exact_composite
 from .composite_laplacian.op import composite_laplacian_loss
@@ -40,56 +43,6 @@ from .latent_adam.state import latent_adam_state
 from .launch import interpreted, why_no_triton
 from .nearest.op import IMPLEMENTATIONS, nearest_rows
 from .step_guard.op import guard_step
-
-
-@dataclass(frozen=True)
-class Line:
-    """One compared quantity; `ok` is error <= limit (NaN is not ok), with half of the values compared at least."""
-
-    op: str
-    case: str
-    quantity: str
-    error: float
-    reference_error: float
-    limit: float
-    left_out: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.limit and self.left_out <= 0.5
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.ok else "WRONG"
-        if self.left_out:
-            verdict += f", {self.left_out:.2%} left out"
-        numbers = f"{self.error:9.2e} {self.reference_error:9.2e} {self.limit:9.2e}"
-        return f"{self.op:20} {self.case:34} {self.quantity:16} {numbers}  {verdict}"
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
-
-    `dtype` is the one dtype of the videos to verify; "" stands for all. `impl` is what is compared with float64:
-    "triton", or "reference" alone. `seed` draws the random inputs.
-    """
-
-    batch: int = 4
-    frames: int = 8
-    size: int = 64
-    levels: int = 3
-    blur: str = "binomial"
-    latent_dim: int = 100
-    device: str = "cuda"
-    impl: str = "triton"
-    seed: int = 0
-    dtype: str = ""
-
-
-def relative_l2(x: Tensor, exact: Tensor) -> float:
-    """||x - exact|| / ||exact||; the plain norm of the difference where `exact` is 0."""
-    x, exact = x.detach(), exact.detach().double()
-    return float((x.double() - exact).norm() / (exact.norm() if exact.norm() > 0 else 1))
 
 
 def undecided(
@@ -121,40 +74,6 @@ def sign_bound(largest: float, dtype: torch.dtype, blur: str) -> float:
     """
     steps = 64 if (dtype, blur_name(blur)) == (torch.bfloat16, "paper") else 8
     return steps * torch.finfo(torch.float32).eps * 2 * largest
-
-
-def lines(
-    op: str, case: str, names: str, impl: str, run: Callable[[str, Any], list[Tensor]],
-    ignored: dict[str, Tensor] | None = None,
-) -> Iterator[Line]:  # fmt: skip
-    """`run(impl, float64 or None)` gives the quantities `names`; compares `impl`, reference and exact.
-
-    `ignored` says which values of a quantity are left out. What the reference does to the others within one rounding
-    step of the dtype counts as its error: where it rounds the video on the way to a loss it turns signs by itself.
-    """
-    exact, reference = run("reference", torch.float64), run("reference", None)
-    step = max(torch.finfo(value.dtype).eps for value in reference)
-    compared = reference if impl == "reference" else run(impl, None)
-    for name, good, plain, ours in zip(names.split(), exact, reference, compared, strict=True):
-        out = (ignored or {}).get(name)
-        if out is not None:
-            good, plain, ours = (value[~out] for value in (good, plain, ours))
-        reference_error = relative_l2(plain, good)
-        allowed = reference_error if out is None else min(reference_error, step)
-        limit = 16 * step if impl == "reference" else 2 * allowed + 8 * torch.finfo(torch.float32).eps
-        left_out = 0.0 if out is None else out.double().mean().item()
-        yield Line(op, case, name, relative_l2(ours, good), reference_error, limit, left_out)
-
-
-def _dtypes(shapes: Shapes) -> list[torch.dtype]:
-    if shapes.dtype:
-        return [getattr(torch, shapes.dtype)]
-    half = [torch.float16] if interpreted() else [torch.bfloat16, torch.float16]
-    return [torch.float32, *half]
-
-
-def _leaf(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x.detach().to(dtype or x.dtype).requires_grad_()
 
 
 def _logits(shapes: Shapes, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
@@ -190,12 +109,6 @@ def composite(shapes: Shapes) -> Iterator[Line]:
 
             names = "video mask_mean grad_head grad_background"
             yield from lines("composite", _name(dtype, last), names, shapes.impl, run)
-
-
-def _gradients(*leaves: Tensor) -> list[Tensor]:
-    for leaf in leaves:
-        assert leaf.grad is not None
-    return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def laplacian(shapes: Shapes) -> Iterator[Line]:
@@ -333,7 +246,13 @@ def step_guard(shapes: Shapes) -> Iterator[Line]:
     def run(impl: str, _: Any) -> list[Tensor]:
         flags = {name: torch.zeros_like(index[0], dtype=torch.bool) for name in ("frozen", "mine", "skip")}
         numbers = {"step": torch.zeros_like(index[0]), "found_inf": torch.zeros_like(losses[0])}
-        tensors = {**flags, **numbers, "rows": torch.zeros_like(index), "words": first.clone(), "kept": first + 1}
+        tensors = {
+            **flags,
+            **numbers,
+            "rows": torch.zeros_like(index),
+            "words": first.clone(),
+            "kept": first + 1,
+        }
         for loss in losses:
             guard_step(loss, loss, index + 1, **tensors, impl=impl)
             tensors["words"].mul_(3)
@@ -368,7 +287,10 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
             yield Line("nearest", f"{impl}, {case}", "distance", relative_l2(squared, best), 0.0, 1e-6)
 
 
-OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)}
+OPS = {
+    op.__name__: op
+    for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)
+}
 
 
 def verify(shapes: Shapes, ops: Sequence[str] = tuple(OPS)) -> Iterator[Line]:

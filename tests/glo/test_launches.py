@@ -32,7 +32,16 @@ from vglann_fast.run.folder import RunDir
 LAUNCHERS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 # No kernel runs for them.
-FREE = ("detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+FREE = (
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+)
 
 
 # What autocast computes in half precision, of what the generator calls.

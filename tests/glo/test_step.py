@@ -114,9 +114,13 @@ def former_forward(self, x, *, relu=True):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"preset": "paper"}, {"precision": "bf16"}, {"variant": "expanded", "optimizer": "muon"}], ids=str
+    "changes",
+    [{"preset": "paper"}, {"precision": "bf16"}, {"variant": "expanded", "optimizer": "muon"}],
+    ids=str,
 )
-def test_norm_and_relu_as_one_op_train_as_the_two_layers_did_bit_for_bit(clips, tmp_path, monkeypatch, changes):
+def test_norm_and_relu_as_one_op_train_as_the_two_layers_did_bit_for_bit(
+    clips, tmp_path, monkeypatch, changes
+):
     trained = []
     for path in ("now", "before"):
         if path == "before":

@@ -101,7 +101,7 @@ def test_an_empty_batch_gives_what_batch_norm_gives():
         ({"momentum": 2.0}, ValueError, r"momentum: expected a number in \[0, 1\] or None, got 2.0"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number, got 0.0"),
         ({"processes": 0}, ValueError, "processes: expected at least 1, got 0"),
-        ({"x": torch.zeros(1, 5, 1, 1).double()}, ValueError, "x: expected more than 1 value per channel when training"),
+        ({"x": torch.zeros(1, 5, 1, 1).double()}, ValueError, "more than 1 value per channel when training"),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_argument(change, error, message):

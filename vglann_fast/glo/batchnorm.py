@@ -30,7 +30,12 @@ class _NormAndRelu(nn.modules.batchnorm._BatchNorm):
             options = (self.training, self.momentum, self.eps, self.processes)
             return batch_norm(x, *tensors, *options, relu=False)
         return batch_norm_relu(
-            x, *tensors, training=self.training, momentum=self.momentum, eps=self.eps, processes=self.processes
+            x,
+            *tensors,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            processes=self.processes,
         )
 
 
@@ -127,7 +132,9 @@ class RunningStatistics:
         buffers.sort(key=lambda found: -found[2].element_size())
         pieces = [buffer.reshape(-1).view(torch.int32) for *_, buffer in buffers]
         self.words = torch.cat(pieces)
-        for (layer, name, buffer), part in zip(buffers, self.words.split(list(map(len, pieces))), strict=True):
+        for (layer, name, buffer), part in zip(
+            buffers, self.words.split(list(map(len, pieces))), strict=True
+        ):
             # `data`, which counts its own writes: a layer's counter moves while autograd holds the others.
             setattr(layer, name, part.view(buffer.dtype).view(buffer.shape).data)
         self.kept = self.words.clone()

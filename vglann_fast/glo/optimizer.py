@@ -64,7 +64,9 @@ class GeneratorOptimizer:
 
     def gather(self, share: Tensor, latent_gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """All processes' gradients, and no scale any more. Returns (mean loss [], whether to leave the step out
-        because float16 overflowed, a bool [], None without a scale); `latent_gradient` [B, d] is unscaled in place."""
+        because float16 overflowed: a bool [], or None without a scale). `latent_gradient` [B, d] is unscaled in
+        place.
+        """
         loss = self.ranks.sum_gradients(self.every, share)
         if self.loss_scale is None:
             return loss, None
@@ -72,7 +74,7 @@ class GeneratorOptimizer:
         return loss, self.loss_scale.unscale([*gradients, latent_gradient])
 
     def step(self, skip: Tensor, found_inf: Tensor | None = None) -> None:
-        """Update the parameters; nothing at all where `skip` [] is true, and `found_inf` [], the same as float32, 1."""
+        """Update the parameters; nothing at all where `skip` [] is true. `found_inf` [] is the same as float32."""
         # Fused Adam skips its update where this is 1.
         self.adam.found_inf = skip.float() if found_inf is None else found_inf  # type: ignore[attr-defined]
         self.adam.step()

@@ -87,7 +87,9 @@ def normalized(x, mean, invstd):
 
 
 @triton.jit
-def _statistics_kernel(x_ptr, partials_ptr, rows, rows_each, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _statistics_kernel(
+    x_ptr, partials_ptr, rows, rows_each, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
     # Any float: x [rows,channels]. float32: partials [parts,2,channels], mean and M2 of each part's rows.
     part = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -137,8 +139,7 @@ def _forward_kernel(
                 # Counted before this launch, since no program may read what another one writes.
                 factor = 1.0 / tl.load(counter_ptr).to(tl.float32)
             elif counter_ptr is not None:
-                if tl.program_id(0) == 0:
-                    tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+                tl.store(counter_ptr, tl.load(counter_ptr) + 1, mask=tl.program_id(0) == 0)
             if running_mean_ptr is not None:
                 old = tl.load(running_mean_ptr + channel, mask=exists, other=0.0).to(tl.float32)
                 tl.store(running_mean_ptr + channel, (1.0 - factor) * old + factor * mean, mask=exists)
@@ -268,13 +269,20 @@ def _block(x: Tensor, few: bool = False) -> int:
 
 
 def _launch(x: Tensor, tile: int, parts: int) -> tuple[tuple[int, int], int, dict[str, Any]]:
-    """Return the grid (blocks of channels, parts), the rows of a part and the options; 0 parts: a program has all rows."""
+    """Return the grid (blocks of channels, parts), the rows of a part, and the options.
+
+    With 0 parts a program has all rows of its channels.
+    """
     few = parts == 0
     channels, rows = _block(x, few), rows_of(x)
     each = (FEW_TILE if few else tile) // channels
     parts = max(1, parts)
     options = {"ROWS": each, "CHANNELS": channels, "num_warps": WARPS, **LAUNCH}
-    return (triton.cdiv(x.shape[1], channels), parts), triton.cdiv(triton.cdiv(rows, each), parts) * each, options
+    return (
+        (triton.cdiv(x.shape[1], channels), parts),
+        triton.cdiv(triton.cdiv(rows, each), parts) * each,
+        options,
+    )
 
 
 def statistics(x: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ _forward = operator(
     _fake_forward,
 )
 _SAVED = "Tensor x, Tensor grad, Tensor weight, Tensor bias, Tensor mean, Tensor invstd"
-_gradient_sums = operator(f"batch_norm_gradient_sums({_SAVED}) -> Tensor", _launch_gradient_sums, _fake_partials)
+_gradient_sums = operator(
+    f"batch_norm_gradient_sums({_SAVED}) -> Tensor", _launch_gradient_sums, _fake_partials
+)
 _backward = operator(
     f"batch_norm_relu_backward({_SAVED}, Tensor? partials, int processes, bool training)"
     " -> (Tensor, Tensor, Tensor)",
@@ -171,8 +173,8 @@ def _check(
         check_shape("num_batches_tracked", counter, ())
         check_same_device("x", x, "num_batches_tracked", counter)
     if not training:
-        for name, vector in running.items():
-            if vector is None:
+        for name, statistics in running.items():
+            if statistics is None:
                 raise ValueError(f"{name}: expected a tensor with training=False, got None")
     elif processes * x.numel() == x.shape[1]:
         raise ValueError(

@@ -20,8 +20,8 @@ def _guard_kernel(
     loss_ptr, own_ptr, index_ptr, overflow_ptr, frozen_ptr, mine_ptr, step_ptr, rows_ptr, skip_ptr,
     found_inf_ptr, words_ptr, kept_ptr, batch, count, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Any float: loss [], own []. int64: index, rows [batch]; step []. float32: found_inf []. int32: words, kept [count].
-    # bool: overflow [], frozen [], mine [], skip [].
+    # Any float: loss [], own []. int64: index, rows [batch]; step []. float32: found_inf [].
+    # int32: words, kept [count]. bool: overflow [], frozen [], mine [], skip [].
     was_frozen = tl.load(frozen_ptr) != 0
     first = (was_frozen == 0) & (is_finite(tl.load(loss_ptr)) == 0)
     mine = (tl.load(mine_ptr) != 0) | (first & (is_finite(tl.load(own_ptr)) == 0))

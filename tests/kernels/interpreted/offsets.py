@@ -109,7 +109,9 @@ def test_batchnorm_relu(monkeypatch):
     monkeypatch.setattr(batchnorm_relu, "FORWARD_TILE", tile * channels // 2)
     monkeypatch.setattr(batchnorm_relu, "GRADIENT_TILE", tile * channels)
     # For x as many as tiles, else one.
-    monkeypatch.setattr(batchnorm_relu, "parts_of", lambda values: max(1, values.numel() // (tile * channels)))
+    monkeypatch.setattr(
+        batchnorm_relu, "parts_of", lambda values: max(1, values.numel() // (tile * channels))
+    )
     near, near_grad = torch.randn(2, tile, channels, 1, 1).half()
     x, grad = (ending_with(value, count * tile) for value in (near, near_grad))
     weight, bias = torch.rand(channels), torch.randn(channels)

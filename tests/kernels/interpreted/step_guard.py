@@ -32,7 +32,9 @@ LOSSES = (1.0, -3e38, float("nan"), float("inf"), -float("inf"))
 @pytest.mark.parametrize("words", [0, 5, 4096, 9001])
 def test_every_decision_is_the_references_over_two_steps(words):
     overflows = (None, torch.tensor(False), torch.tensor(True))
-    for first, second, own, overflow in itertools.product(LOSSES, (1.0, LOSSES[2]), (0.5, LOSSES[3]), overflows):
+    for first, second, own, overflow in itertools.product(
+        LOSSES, (1.0, LOSSES[2]), (0.5, LOSSES[3]), overflows
+    ):
         states = [state(words)]
         states.append({name: value.clone() for name, value in states[0].items()})
         for impl, each in zip(("triton", "reference"), states, strict=True):
