@@ -7,6 +7,7 @@ normalizes joins the programs' statistics by itself, so that a step has two laun
 program takes all of a block of channels, and one launch does both passes.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -260,12 +261,13 @@ def rows_of(x: Tensor) -> int:
 
 def parts_of(x: Tensor) -> int:
     """Return how many programs share the rows of a block of channels; the same for any number of rows."""
-    blocks = triton.cdiv(x.shape[1], _block(x))
+    blocks = -(-x.shape[1] // min(MANY_CHANNELS, power_of_2(x.shape[1])))
     return max(1, min(MAX_PARTS, processors(x.device) // blocks))
 
 
-def _block(x: Tensor, few: bool = False) -> int:
-    return min(FEW_CHANNELS if few else MANY_CHANNELS, triton.next_power_of_2(x.shape[1]))
+def power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 def _launch(x: Tensor, tile: int, parts: int) -> tuple[tuple[int, int], int, dict[str, Any]]:
@@ -273,16 +275,16 @@ def _launch(x: Tensor, tile: int, parts: int) -> tuple[tuple[int, int], int, dic
 
     With 0 parts a program has all rows of its channels.
     """
-    few = parts == 0
-    channels, rows = _block(x, few), rows_of(x)
-    each = (FEW_TILE if few else tile) // channels
-    parts = max(1, parts)
-    options = {"ROWS": each, "CHANNELS": channels, "num_warps": WARPS, **LAUNCH}
-    return (
-        (triton.cdiv(x.shape[1], channels), parts),
-        triton.cdiv(triton.cdiv(rows, each), parts) * each,
-        options,
-    )
+    return _planned(x.shape[1], rows_of(x), tile if parts else FEW_TILE, parts)
+
+
+@cache
+def _planned(channels: int, rows: int, tile: int, parts: int) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    block = min(MANY_CHANNELS if parts else FEW_CHANNELS, power_of_2(channels))
+    each, parts = tile // block, max(1, parts)
+    tiles = -(-rows // each)
+    options = {"ROWS": each, "CHANNELS": block, "num_warps": WARPS, **LAUNCH}
+    return (-(-channels // block), parts), -(-tiles // parts) * each, options
 
 
 def statistics(x: Tensor) -> Tensor:
@@ -327,7 +329,7 @@ def forward(
             x, weight, bias, partials, running_mean, running_var, counter, y, mean, invstd,
             rows, rows_each, channels, rows * processes, parts, rows_of_part, momentum or 0.0, eps,
             TRAINING=training, CUMULATIVE=momentum is None and counter is not None,
-            PARTS=triton.next_power_of_2(parts) if parts else 0, **options,
+            PARTS=power_of_2(parts), **options,
         )  # fmt: skip
     return y, mean, invstd
 
@@ -358,6 +360,6 @@ def backward(
         _backward_kernel[grid](
             x, grad, weight, bias, mean, invstd, partials, grad_x, grad_weight, grad_bias,
             rows, rows_each, channels, rows * processes, parts,
-            TRAINING=training, PARTS=triton.next_power_of_2(parts) if parts else 0, **options,
+            TRAINING=training, PARTS=power_of_2(parts), **options,
         )  # fmt: skip
     return grad_x, grad_weight, grad_bias

@@ -14,6 +14,7 @@ from . import reference
 switch.register("batchnorm_relu", "reference")
 switch.register("batchnorm_relu", "triton", why_no_triton)
 
+HALF = (torch.bfloat16, torch.float16)
 # Up to this many rows a program takes all rows of its channels, and one launch does both passes.
 FEW_ROWS = 4096
 
@@ -164,8 +165,9 @@ def _check(
     if x.ndim not in (4, 5):
         raise ValueError(f"x: expected shape (N, C, H, W) or (N, C, T, H, W), got {tuple(x.shape)}")
     vectors = {"weight": weight, "bias": bias, **{name: v for name, v in running.items() if v is not None}}
+    dtypes = (compute_dtype(x), x.dtype) if x.dtype in HALF else (x.dtype,)
     for name, vector in vectors.items():
-        check_tensor(name, vector, tuple(dict.fromkeys((compute_dtype(x), x.dtype))))
+        check_tensor(name, vector, dtypes)
         check_shape(name, vector, (x.shape[1],))
         check_same_device("x", x, name, vector)
     if counter is not None:
