@@ -206,7 +206,7 @@ def _batchnorm_relu() -> Iterator[Configuration]:
             ]
         for kind, function, arguments, constants in launches:
             yield Configuration(
-                "batchnorm_relu", f"{kind} {name}", function, arguments, constants, kernel.WARPS
+                "batchnorm_relu", f"{kind} {name}", function, arguments, constants, kernel.WARPS, stages=1
             )
 
 

@@ -283,7 +283,8 @@ def _planned(channels: int, rows: int, tile: int, parts: int) -> tuple[tuple[int
     block = min(MANY_CHANNELS if parts else FEW_CHANNELS, power_of_2(channels))
     each, parts = tile // block, max(1, parts)
     tiles = -(-rows // each)
-    options = {"ROWS": each, "CHANNELS": block, "num_warps": WARPS, **LAUNCH}
+    # One stage: a pipelined load would touch addresses behind the last row, masked or not.
+    options = {"ROWS": each, "CHANNELS": block, "num_warps": WARPS, "num_stages": 1, **LAUNCH}
     return (-(-channels // block), parts), -(-tiles // parts) * each, options
 
 

@@ -94,3 +94,17 @@ def test_statistics_are_estimated_again_as_without_kernels():
             estimated.append([*generator.state_dict().values(), *generator.logits(batches[0])])
     for plain, ours in zip(*estimated, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_traced_generator_trains_the_same(clips, tmp_path):
+    """One graph, whose running statistics share memory with each other."""
+    trained = []
+    for traced in (False, True):
+        with switch.using_impl(KERNELS):
+            training = training_of(clips, tmp_path / str(traced))
+            if traced:
+                training.logits = torch.compile(training.logits, fullgraph=True, backend="aot_eager")
+            losses = [training.train_step()[0] for _ in range(3)]
+            trained.append([*losses, *training.generator.state_dict().values()])
+    for ours, eager in zip(*trained, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
