@@ -1,5 +1,10 @@
 """`batch_norm_relu`: its definition, its gradient, what it refuses. The kernels: test_interpreted.py."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,3 +126,34 @@ def test_traces_into_one_graph():
         results.append([y.detach(), leaf.grad, *running])
     for traced, plain in zip(*results, strict=True):
         torch.testing.assert_close(traced, plain)
+
+
+def test_activations_are_accessed_16_bytes_at_a_time_and_never_ahead():
+    """In the machine code for sm_90. An asynchronous copy (LDGSTS) would ignore the mask of its address."""
+    code = (
+        "import json\n"
+        "from vglann_kernels import resources\n"
+        "from vglann_kernels.configurations import configurations\n"
+        "if __name__ == '__main__':\n"
+        "    found = [c for c in configurations(90) if c.op == 'batchnorm_relu']\n"
+        "    code = [resources.disassembly(resources.compile_kernel(c, 90).asm['cubin']) for c in found]\n"
+        "    print(json.dumps(dict(zip([c.name for c in found], code))))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == 6
+    for name, opcodes in kernels.items():
+        assert "LDG.E.128" in opcodes, name
+        assert not any(opcode.startswith("LDGSTS") for opcode in opcodes), name
+        # 2-byte accesses would be of single bfloat16 values.
+        assert not any(opcode.startswith(("LDG.E.U16", "STG.E.U16")) for opcode in opcodes), name
+        assert ("STG.E.128" in opcodes) == name.startswith(("forward", "backward")), name
