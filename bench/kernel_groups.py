@@ -16,14 +16,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_batchnorm
+import bench_batchnorm_relu
 import bench_composite
 import bench_composite_laplacian
 import bench_laplacian
 import bench_latent_adam
+import bench_step_guard
 import torch
 
 from vglann_fast.experiments.timing import (
@@ -71,6 +73,17 @@ def latent_group(batch: int) -> dict[str, Callable[[], Group]]:
     return {f"latent_adam sparse {batch}": lambda: bench_latent_adam.group(batch, "sparse")}
 
 
+def norm_group(batch: int) -> dict[str, Callable[[], Group]]:
+    """Return the group of the video stream's largest BatchNorm with its ReLU."""
+
+    def group() -> Group:
+        found = bench_batchnorm_relu.group(shape(batch), "norm4", LAYOUT, "full")
+        contenders = {name: found.contenders[name] for name in ("reference", "triton")}
+        return replace(found, contenders=contenders)
+
+    return {f"batchnorm_relu norm4 full {batch}": group}
+
+
 GROUPS = {
     **loss_groups(LARGE),
     **loss_groups(SMALL),
@@ -78,7 +91,9 @@ GROUPS = {
     **composite_groups(SMALL),
     **latent_group(SMALL),
     **latent_group(LARGE),
-    f"batchnorm norm4 full {LARGE}": lambda: bench_batchnorm.group(shape(LARGE), "norm4", LAYOUT, "full"),
+    **norm_group(LARGE),
+    **norm_group(SMALL),
+    f"step_guard {SMALL}": lambda: bench_step_guard.group(SMALL),
     f"composite_laplacian paper full {LARGE}": lambda: bench_composite_laplacian.group(
         shape(LARGE), LAYOUT, "full", "paper"
     ),
@@ -101,7 +116,11 @@ def measured(name: str, times: Timing) -> dict[str, Any]:
     try:
         group = made(name)
         # A compiled contender would be compiled again for each copy, and the large groups are larger than L2.
-        count = 1 if name in COMPILED or name.startswith("latent") else copies_beyond_l2(group.floor_bytes)
+        count = (
+            1
+            if name in COMPILED or name.startswith(("latent", "step"))
+            else copies_beyond_l2(group.floor_bytes)
+        )
         return times.group(group, *(made(name) for _ in range(count - 1)))
     except Exception as error:  # the next group may still run
         return {**machine(), "failed": in_one_line(error)}

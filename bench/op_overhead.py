@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from vglann_kernels import (
+    batch_norm_relu,
     composite_laplacian_loss,
+    guard_step,
     laplacian_pyramid_loss,
     latent_adam_state,
     latent_adam_step,
@@ -37,12 +39,14 @@ class NoKernel:
 def without_kernels() -> None:
     """Let CPU tensors take the Triton path, and make its launches do nothing."""
     import triton
+    from vglann_kernels.batchnorm_relu import kernel as batchnorm_relu
     from vglann_kernels.composite import kernel as composite
     from vglann_kernels.composite_laplacian import kernel as composite_laplacian
     from vglann_kernels.laplacian import kernel as laplacian
     from vglann_kernels.latent_adam import kernel as latent_adam
+    from vglann_kernels.step_guard import kernel as step_guard
 
-    for module in (composite, laplacian, composite_laplacian, latent_adam):
+    for module in (composite, laplacian, composite_laplacian, latent_adam, batchnorm_relu, step_guard):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 setattr(module, name, NoKernel())
@@ -61,6 +65,15 @@ def calls() -> dict[str, Callable[[], Any]]:
     table, lr, skip = torch.randn(10, 8), torch.tensor(0.1), torch.tensor(False)
     state, grad = latent_adam_state(table), torch.randn(2, 8)
 
+    x, weight, bias = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last), *torch.ones(2, 8)
+    statistics, counter = list(torch.ones(2, 8)), torch.tensor(0)
+    flags = {name: torch.tensor(False) for name in ("frozen", "mine", "skip")}
+    guard = {**flags, "step": counter, "rows": index.clone(), "found_inf": torch.tensor(0.0)}
+
+    def norm() -> None:
+        leaf = x.requires_grad_()
+        torch.autograd.grad(batch_norm_relu(leaf, weight, bias, *statistics, counter), leaf, x.detach())
+
     def composite() -> None:
         outputs = mask_composite(head, background)
         torch.autograd.grad(outputs[0], (head, background), torch.empty_like(outputs[0]))
@@ -72,6 +85,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "composite": composite,
         "laplacian": lambda: torch.autograd.grad(laplacian_pyramid_loss(video, target), video, one),
         "composite_laplacian": joint,
+        "batch_norm_relu": norm,
+        "guard_step": lambda: guard_step(one, one, index, **guard),
         "latent_gather": lambda: latent_gather(table, state, index),
         "latent_adam_step": lambda: latent_adam_step(
             table, state, index, grad, lr=lr, retraction="sphere", skip=skip

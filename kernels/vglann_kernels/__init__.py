@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batchnorm_relu.op import batch_norm_relu as batch_norm_relu
     from .composite.op import mask_composite as mask_composite
     from .composite_laplacian.op import composite_laplacian_loss as composite_laplacian_loss
     from .impl import Choice as Choice
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .latent_adam.state import LatentAdamState as LatentAdamState
     from .latent_adam.state import latent_adam_state as latent_adam_state
     from .nearest.op import nearest_rows as nearest_rows
+    from .step_guard.op import guard_step as guard_step
 
 _MODULE_OF = {
     "Choice": "impl",
@@ -30,10 +32,12 @@ _MODULE_OF = {
     "resolve": "impl",
     "use_impl": "impl",
     "using_impl": "impl",
+    "batch_norm_relu": "batchnorm_relu.op",
     "mask_composite": "composite.op",
     "composite_laplacian_loss": "composite_laplacian.op",
     "laplacian_pyramid_loss": "laplacian.op",
     "nearest_rows": "nearest.op",
+    "guard_step": "step_guard.op",
     "LatentAdamState": "latent_adam.state",
     "latent_adam_state": "latent_adam.state",
     "latent_gather": "latent_adam.op",

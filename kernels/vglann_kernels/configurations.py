@@ -30,6 +30,7 @@ def configurations(target: int | str) -> list[Configuration]:
     The search is tuned for each target, and left out on the informational targets.
     """
     compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+    compiled += [*_batchnorm_relu(), *_step_guard()]
     if target != LARGE_TARGET:
         compiled = [c for c in compiled if LARGE not in c.name]
     if target in INFORMATIONAL:
@@ -156,6 +157,72 @@ def _latent_adam() -> Iterator[Configuration]:
     yield Configuration("latent_adam", "step dense", kernel._dense_step_kernel, dense, constants)
     flush = (*tables, *counters[:2], "*fp32", 100, *logs)
     yield Configuration("latent_adam", "flush", kernel._flush_kernel, flush, {"TERMS": 8, **d})
+
+
+def _batchnorm_relu() -> Iterator[Configuration]:
+    """Yield the launches of the last layer of the video stream, and of the first one at B = 15."""
+    from .batchnorm_relu import kernel
+
+    for name, channels, rows, parts in (
+        ("bf16 64 channels", 64, 256 << 14, 128),
+        ("bf16 few rows", 512, 480, 0),
+    ):
+        block = kernel.MANY_CHANNELS if parts else kernel.FEW_CHANNELS
+        vectors, saved = ("*fp32",) * 2, ("*fp32",) * 2
+        sizes = (rows, rows // parts if parts else kernel.FEW_TILE // block, channels)
+        shared = {"CHANNELS": block, "TRAINING": True, "PARTS": parts}
+
+        def tile(values: int, block: int = block, parts: int = parts) -> int:
+            return (values if parts else kernel.FEW_TILE) // block
+
+        launches: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = [
+            (
+                "forward",
+                kernel._forward_kernel,
+                ("*bf16", *["*fp32"] * 5, "*i64", "*bf16", *saved, *sizes, rows, parts, rows, 0.1, 1e-5),
+                {**shared, "CUMULATIVE": False, "ROWS": tile(kernel.FORWARD_TILE)},
+            ),
+            (
+                "backward",
+                kernel._backward_kernel,
+                ("*bf16", "*bf16", *vectors, *saved, "*fp32", "*bf16", *vectors, *sizes, rows, parts),
+                {**shared, "ROWS": tile(kernel.GRADIENT_TILE)},
+            ),
+        ]
+        if parts:
+            launches += [
+                (
+                    "statistics",
+                    kernel._statistics_kernel,
+                    ("*bf16", "*fp32", *sizes),
+                    {"CHANNELS": block, "ROWS": tile(kernel.STATISTICS_TILE)},
+                ),
+                (
+                    "gradient sums",
+                    kernel._gradient_sums_kernel,
+                    ("*bf16", "*bf16", *vectors, *saved, "*fp32", *sizes),
+                    {"CHANNELS": block, "ROWS": tile(kernel.GRADIENT_TILE)},
+                ),
+            ]
+        for kind, function, arguments, constants in launches:
+            yield Configuration(
+                "batchnorm_relu", f"{kind} {name}", function, arguments, constants, kernel.WARPS, stages=1
+            )
+
+
+def _step_guard() -> Iterator[Configuration]:
+    from .step_guard import kernel
+
+    flags = ("*i1", "*i1", "*i64", "*i64", "*i1", "*fp32", "*i32", "*i32")
+    arguments = ("*fp32", "*fp32", "*i64", None, *flags, 15, 3856)
+    yield Configuration(
+        "step_guard",
+        "15 rows",
+        kernel._guard_kernel,
+        arguments,
+        {"overflow_ptr": None, "BLOCK": kernel.BLOCK},
+        kernel.WARPS,
+    )
 
 
 def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:

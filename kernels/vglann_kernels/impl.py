@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-OPS = ("composite", "laplacian", "composite_laplacian", "nearest", "latent_adam")
+OPS = (
+    "composite",
+    "laplacian",
+    "composite_laplacian",
+    "nearest",
+    "latent_adam",
+    "batchnorm_relu",
+    "step_guard",
+)
 # Names that every op understands.
 DEFAULTS = ("auto", "triton", "reference")
 VARIABLE = "VGLANN_KERNELS"

@@ -19,14 +19,19 @@ not compute right). Needs torch, triton and numpy only.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import impl as switch
+from .batchnorm_relu.op import batch_norm_relu
+from .comparison import Line, Shapes, lines, relative_l2
+from .comparison import dtypes as _dtypes
+from .comparison import gradients_of as _gradients
+from .comparison import leaf as _leaf
 from .composite.op import mask_composite
 from .composite.reference import mask_composite as exact_composite
 from .composite_laplacian.op import composite_laplacian_loss
@@ -37,56 +42,7 @@ from .latent_adam.op import latent_adam_step, latent_flush, latent_gather
 from .latent_adam.state import latent_adam_state
 from .launch import interpreted, why_no_triton
 from .nearest.op import IMPLEMENTATIONS, nearest_rows
-
-
-@dataclass(frozen=True)
-class Line:
-    """One compared quantity; `ok` is error <= limit (NaN is not ok), with half of the values compared at least."""
-
-    op: str
-    case: str
-    quantity: str
-    error: float
-    reference_error: float
-    limit: float
-    left_out: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.limit and self.left_out <= 0.5
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.ok else "WRONG"
-        if self.left_out:
-            verdict += f", {self.left_out:.2%} left out"
-        numbers = f"{self.error:9.2e} {self.reference_error:9.2e} {self.limit:9.2e}"
-        return f"{self.op:20} {self.case:34} {self.quantity:16} {numbers}  {verdict}"
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
-
-    `dtype` is the one dtype of the videos to verify; "" stands for all. `impl` is what is compared with float64:
-    "triton", or "reference" alone. `seed` draws the random inputs.
-    """
-
-    batch: int = 4
-    frames: int = 8
-    size: int = 64
-    levels: int = 3
-    blur: str = "binomial"
-    latent_dim: int = 100
-    device: str = "cuda"
-    impl: str = "triton"
-    seed: int = 0
-    dtype: str = ""
-
-
-def relative_l2(x: Tensor, exact: Tensor) -> float:
-    """||x - exact|| / ||exact||; the plain norm of the difference where `exact` is 0."""
-    x, exact = x.detach(), exact.detach().double()
-    return float((x.double() - exact).norm() / (exact.norm() if exact.norm() > 0 else 1))
+from .step_guard.op import guard_step
 
 
 def undecided(
@@ -118,40 +74,6 @@ def sign_bound(largest: float, dtype: torch.dtype, blur: str) -> float:
     """
     steps = 64 if (dtype, blur_name(blur)) == (torch.bfloat16, "paper") else 8
     return steps * torch.finfo(torch.float32).eps * 2 * largest
-
-
-def lines(
-    op: str, case: str, names: str, impl: str, run: Callable[[str, Any], list[Tensor]],
-    ignored: dict[str, Tensor] | None = None,
-) -> Iterator[Line]:  # fmt: skip
-    """`run(impl, float64 or None)` gives the quantities `names`; compares `impl`, reference and exact.
-
-    `ignored` says which values of a quantity are left out. What the reference does to the others within one rounding
-    step of the dtype counts as its error: where it rounds the video on the way to a loss it turns signs by itself.
-    """
-    exact, reference = run("reference", torch.float64), run("reference", None)
-    step = max(torch.finfo(value.dtype).eps for value in reference)
-    compared = reference if impl == "reference" else run(impl, None)
-    for name, good, plain, ours in zip(names.split(), exact, reference, compared, strict=True):
-        out = (ignored or {}).get(name)
-        if out is not None:
-            good, plain, ours = (value[~out] for value in (good, plain, ours))
-        reference_error = relative_l2(plain, good)
-        allowed = reference_error if out is None else min(reference_error, step)
-        limit = 16 * step if impl == "reference" else 2 * allowed + 8 * torch.finfo(torch.float32).eps
-        left_out = 0.0 if out is None else out.double().mean().item()
-        yield Line(op, case, name, relative_l2(ours, good), reference_error, limit, left_out)
-
-
-def _dtypes(shapes: Shapes) -> list[torch.dtype]:
-    if shapes.dtype:
-        return [getattr(torch, shapes.dtype)]
-    half = [torch.float16] if interpreted() else [torch.bfloat16, torch.float16]
-    return [torch.float32, *half]
-
-
-def _leaf(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x.detach().to(dtype or x.dtype).requires_grad_()
 
 
 def _logits(shapes: Shapes, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
@@ -187,12 +109,6 @@ def composite(shapes: Shapes) -> Iterator[Line]:
 
             names = "video mask_mean grad_head grad_background"
             yield from lines("composite", _name(dtype, last), names, shapes.impl, run)
-
-
-def _gradients(*leaves: Tensor) -> list[Tensor]:
-    for leaf in leaves:
-        assert leaf.grad is not None
-    return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def laplacian(shapes: Shapes) -> Iterator[Line]:
@@ -270,6 +186,35 @@ def composite_laplacian(shapes: Shapes) -> Iterator[Line]:
             yield from lines("composite_laplacian", _name(dtype, last), names, shapes.impl, run, ignored)
 
 
+def batchnorm_relu(shapes: Shapes) -> Iterator[Line]:
+    """`batch_norm_relu` in training on a video and on an image: output, gradients, running statistics.
+
+    The upstream gradient is 0 where rounding decides the ReLU, which would turn whole values.
+    """
+    # 4,608 rows by default, and 576: more than one program takes alone, and fewer.
+    batch, frames, channels, n = min(shapes.batch, 4), min(shapes.frames, 8), 72, shapes.size // 5
+    weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
+    for dtype in _dtypes(shapes):
+        for grid in ((frames, n, n), (n, n)):
+            form = torch.channels_last if len(grid) == 2 else torch.channels_last_3d
+            x = (torch.randn(batch, channels, *grid) + 0.5).to(dtype)
+            before = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), training=True)
+            upstream = torch.randn(x.shape).to(dtype).masked_fill(before.abs() < 1e-3, 0.0)
+            x, upstream = (value.to(shapes.device).contiguous(memory_format=form) for value in (x, upstream))
+            vectors = weight.to(shapes.device), bias.to(shapes.device)
+
+            def run(impl: str, exact: Any, inputs: Any = (x, *vectors, upstream)) -> list[Tensor]:
+                leaves = [_leaf(value, exact) for value in inputs[:3]]
+                running = [torch.full_like(leaf, 0.5).detach() for leaf in leaves[1:]]
+                y = batch_norm_relu(*leaves, *running, impl=impl)
+                y.backward(inputs[3].to(y.dtype))
+                return [y, *_gradients(*leaves), *running]
+
+            names = "y grad_x grad_weight grad_bias running_mean running_var"
+            case = f"{str(dtype).removeprefix('torch.')} {'image' if len(grid) == 2 else 'video'}"
+            yield from lines("batchnorm_relu", case, names, shapes.impl, run)
+
+
 def latent_adam(shapes: Shapes) -> Iterator[Line]:
     """Ten steps in each mode, duplicates in the batch: rows as gathered, table and second moment."""
     device, rows, width = shapes.device, 3 * shapes.batch + 2, shapes.latent_dim
@@ -291,6 +236,30 @@ def latent_adam(shapes: Shapes) -> Iterator[Line]:
 
         names = "gathered table second_moment"
         yield from lines("latent_adam", f"{mode} {retraction or ''}", names, shapes.impl, run)
+
+
+def step_guard(shapes: Shapes) -> Iterator[Line]:
+    """`guard_step` over a step that counts, one that is not finite and one after it: how many results differ."""
+    losses = [torch.tensor(loss, device=shapes.device) for loss in (1.0, float("nan"), 1.0)]
+    index = torch.arange(shapes.batch, device=shapes.device)
+    first = torch.randint(-(2**31), 2**31, (5000,), dtype=torch.int32, device=shapes.device)
+
+    def run(impl: str, _: Any) -> list[Tensor]:
+        flags = {name: torch.zeros_like(index[0], dtype=torch.bool) for name in ("frozen", "mine", "skip")}
+        numbers = {"step": torch.zeros_like(index[0]), "found_inf": torch.zeros_like(losses[0])}
+        tensors = {
+            **flags,
+            **numbers,
+            "rows": torch.zeros_like(index),
+            "words": first.clone(),
+            "kept": first + 1,
+        }
+        for loss in losses:
+            guard_step(loss, loss, index + 1, **tensors, impl=impl)
+            tensors["words"].mul_(3)
+        return [torch.cat([tensor.reshape(-1).double() for tensor in tensors.values()])]
+
+    yield from lines("step_guard", "three steps", "all", shapes.impl, run)
 
 
 def nearest(shapes: Shapes) -> Iterator[Line]:
@@ -319,7 +288,10 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
             yield Line("nearest", f"{impl}, {case}", "distance", relative_l2(squared, best), 0.0, 1e-6)
 
 
-OPS = {op.__name__: op for op in (composite, laplacian, composite_laplacian, latent_adam, nearest)}
+OPS = {
+    op.__name__: op
+    for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)
+}
 
 
 def verify(shapes: Shapes, ops: Sequence[str] = tuple(OPS)) -> Iterator[Line]:

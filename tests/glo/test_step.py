@@ -16,7 +16,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo import assemble, compatibility
 from vglann_fast.glo.assemble import new_training
-from vglann_fast.glo.batchnorm import VideoNorm, batch_norms
+from vglann_fast.glo.batchnorm import ImageNorm, VideoNorm, batch_norms
 from vglann_fast.glo.compatibility import check_compatibility, use_graph, why_no_graph
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.loader import Batch
@@ -101,6 +101,35 @@ def assert_twins(fast, twin, tolerance):
     assert losses[-1][0] < 0.9 * losses[0][0]
     error = (fast.latents.rows - twin.training.latents.rows).norm() / fast.latents.rows.norm()
     assert error < 10 * tolerance
+
+
+def former_forward(self, x, *, relu=True):
+    """The layers before they were an op: PyTorch's 2-D layer, by way of time and rows joined, and ReLU in place."""
+    flat = x.flatten(2, 3) if x.ndim == 5 else x
+    self.num_batches_tracked.add_(1)
+    running = self.running_mean, self.running_var
+    y = nn.functional.batch_norm(flat, *running, self.weight, self.bias, True, self.momentum, self.eps)
+    y = nn.functional.relu(y, inplace=True) if relu else y
+    return y.unflatten(2, x.shape[2:4]) if x.ndim == 5 else y
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"preset": "paper"}, {"precision": "bf16"}, {"variant": "expanded", "optimizer": "muon"}],
+    ids=str,
+)
+def test_norm_and_relu_as_one_op_train_as_the_two_layers_did_bit_for_bit(
+    clips, tmp_path, monkeypatch, changes
+):
+    trained = []
+    for path in ("now", "before"):
+        if path == "before":
+            monkeypatch.setattr(VideoNorm, "forward", former_forward)
+            monkeypatch.setattr(ImageNorm, "forward", former_forward)
+        training = training_of(clips, tmp_path / path, **changes)
+        losses = [training.train_step()[0] for _ in range(3)]
+        trained.append([*losses, *training.generator.state_dict().values(), training.latents.rows])
+    assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
 
 
 def test_accumulation_is_the_mean_over_batches_and_updates_once(clips, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 import torch
 import vglann_kernels
 from vglann_kernels import (
+    batch_norm_relu,
     composite_laplacian_loss,
+    guard_step,
     laplacian_pyramid_loss,
     latent_adam_state,
     latent_adam_step,
@@ -31,9 +33,18 @@ def one_step_of_adam():
     return latents, latent_gather(latents, state, index, lr=RATE)
 
 
+def guarded():
+    flags = {name: torch.tensor(False) for name in ("frozen", "mine", "skip")}
+    found_inf = torch.tensor(0.0, dtype=torch.float32)
+    index = torch.tensor([1, 4])
+    guard_step(RATE, RATE, index, **flags, step=torch.tensor(0), rows=index.clone(), found_inf=found_inf)
+    return (found_inf,)
+
+
 VIDEO, TARGET, HEAD, BACKGROUND, QUERIES, ROWS = tensors(
     (2, 3, 16, 16), (2, 3, 16, 16), (2, 4, 2, 16, 16), (2, 3, 16, 16), (5, 8), (30, 8)
 )
+VECTORS = tensors((3,), (3,))
 CLIPS = torch.zeros(2, 3, 2, 16, 16, dtype=torch.uint8)
 RATE = torch.tensor(0.1, dtype=torch.float32)
 OPS = {
@@ -45,6 +56,8 @@ OPS = {
         HEAD, BACKGROUND, CLIPS, torch.tensor([1, 0]), levels=2, return_video=True
     ),
     "latent_adam": one_step_of_adam,
+    "batchnorm_relu": lambda: (batch_norm_relu(VIDEO, *VECTORS),),
+    "step_guard": guarded,
 }
 
 

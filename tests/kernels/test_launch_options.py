@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from vglann_kernels.batchnorm_relu import kernel as batchnorm_relu
 from vglann_kernels.composite import kernel as composite
 from vglann_kernels.composite_laplacian import kernel as composite_laplacian
 from vglann_kernels.laplacian import kernel as laplacian
@@ -10,8 +11,9 @@ from vglann_kernels.laplacian.pyramid import Pyramid
 from vglann_kernels.latent_adam import kernel as latent_adam
 from vglann_kernels.launch import LAUNCH
 from vglann_kernels.nearest import kernel as nearest
+from vglann_kernels.step_guard import kernel as step_guard
 
-MODULES = (composite, laplacian, composite_laplacian, latent_adam, nearest)
+MODULES = (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)
 
 
 class Recorder:
@@ -65,6 +67,12 @@ def launch_everything():
         maxima = nearest.scan(packed, packed, parts, scan)
     slots, count = nearest.select(maxima, packed, packed, 16)
     nearest.decide(rows, rows, slots, count)
+    x, vector = torch.randn(2, 5, 3, 3).contiguous(memory_format=torch.channels_last), torch.ones(5)
+    batchnorm_relu.forward(x, *[vector] * 2, batchnorm_relu.statistics(x), *[None] * 3, 1, True, 0.1, 1e-5)
+    saved = (x, x, *[vector] * 4)
+    batchnorm_relu.backward(*saved, batchnorm_relu.gradient_sums(*saved), 1, True)
+    flag, number = torch.tensor(False), torch.tensor(0.0)
+    step_guard.guard(number, number, index, None, flag, flag, step, index, flag, number, None, None)
 
 
 def test_every_launch_fuses_multiply_adds(launches):

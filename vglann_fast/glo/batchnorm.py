@@ -1,14 +1,13 @@
-"""BatchNorm of the generator: the layer with its ReLU, its statistics over processes, and their re-estimation."""
+"""BatchNorm of the generator: the layers with their ReLU, and the re-estimation of their statistics."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from vglann_kernels import batch_norm_relu
+from vglann_kernels.batchnorm_relu.reference import batch_norm
 
 from vglann_fast.runtime.distributed import Ranks
 
@@ -16,85 +15,46 @@ from vglann_fast.runtime.distributed import Ranks
 RECOMPUTE_LATENTS = 2048
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """y = sum of x over all processes; the gradient of a sum of all processes' losses by x is a sum, too."""
+class _NormAndRelu(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm layer and, unless told otherwise, the ReLU that follows it: one op of the kernel library.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
-        dist.all_reduce(y)
-        return y
+    processes: in train mode the statistics are those of the batches of all of them.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        y = gradients[0].contiguous().clone()
-        dist.all_reduce(y)
-        return y
+    processes = 1
+
+    def forward(self, x: Tensor, *, relu: bool = True) -> Tensor:
+        self._check_input_dim(x)
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
+        if not relu:
+            options = (self.training, self.momentum, self.eps, self.processes)
+            return batch_norm(x, *tensors, *options, relu=False)
+        return batch_norm_relu(
+            x,
+            *tensors,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            processes=self.processes,
+        )
+
+
+class ImageNorm(_NormAndRelu, nn.BatchNorm2d):
+    """BatchNorm2d with ReLU."""
+
+
+class VideoNorm(_NormAndRelu, nn.BatchNorm3d):
+    """BatchNorm3d with ReLU."""
 
 
 def sync_batch_norms(generator: nn.Module, ranks: Ranks) -> None:
     """Let every BatchNorm of `generator` take its statistics over the batches of all processes, in train mode.
 
-    Batches are of one size in all processes. torch's own SyncBatchNorm has no CPU version; this one is plain
-    tensor arithmetic and reads a layer's input twice.
+    Batches are of one size in all processes.
     """
     for module in generator.modules():
-        if ranks.size > 1 and isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-            module.forward = _SyncedForward(module, ranks.size)  # type: ignore[method-assign,assignment]
-
-
-@dataclass
-class _SyncedForward:
-    norm: nn.BatchNorm2d | nn.BatchNorm3d
-    size: int
-
-    def __call__(self, x: Tensor, **relu: bool) -> Tensor:
-        norm = self.norm
-        if not norm.training:
-            return type(norm).forward(norm, x, **relu)
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        over = [0, *range(2, x.ndim)]
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        mean = _SumOverProcesses.apply(wide.mean(over)) / self.size  # [C]
-        centered = wide - mean.view(shape)
-        variance = _SumOverProcesses.apply(centered.square().mean(over)) / self.size  # [C]
-        if norm.num_batches_tracked is not None:  # None inside `frozen_statistics`
-            self._remember(mean.detach(), variance.detach(), self.size * x.numel() // x.shape[1])
-        scale = norm.weight * torch.rsqrt(variance + norm.eps)
-        y = (centered * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
-        return F.relu(y) if isinstance(norm, VideoNorm) and relu.get("relu", True) else y
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        norm = self.norm
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked += 1
-        share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance * (count / max(1, count - 1)), share)
-
-
-class VideoNorm(nn.BatchNorm3d):
-    """BatchNorm3d and the ReLU that follows it, by way of the 2-D one, for which PyTorch has tuned kernels.
-
-    Joining time and rows of a dense tensor is a view in either memory format. Forward and backward of 4 videos on
-    one CPU core, channels-last: 64 x 16 x 32 x 32 in 49.5 ms against 52.1 ms, 128 x 8 x 16 x 16 in 6.7 ms against
-    10.3 ms. On a GPU not measured.
-    """
-
-    def forward(self, x: Tensor, *, relu: bool = True) -> Tensor:
-        flat = super().forward(x.flatten(2, 3))  # [B, C, T H, W]
-        if (
-            relu
-        ):  # in place: nothing needs the values before it, and no second tensor is kept for the backward pass
-            flat = F.relu(flat, inplace=True)
-        return flat.unflatten(2, x.shape[2:4])
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"expected a video with time and rows joined, got {input.dim()} dimensions")
+        if isinstance(module, _NormAndRelu):
+            module.processes = ranks.size
 
 
 def batch_norms(generator: nn.Module) -> Iterator[nn.BatchNorm2d | nn.BatchNorm3d]:
@@ -158,36 +118,30 @@ class RunningStatistics:
     """BatchNorm's running statistics as the last step left them that counted: a forward pass moves them before
     anyone knows its loss.
 
-    The layers' buffers become views of one vector for each dtype, so that all of them are kept or put back by two
-    operations.
+    The layers' buffers become views of one vector of 32-bit words, so that all of them are kept or put back at once.
+
+    words [n] int32: where the layers look. kept [n] int32: what is kept, see `Guard.watch`.
     """
 
     @torch.no_grad()
     def __init__(self, generator: nn.Module) -> None:
-        buffers: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
-        for norm in batch_norms(generator):
-            for name, buffer in norm.named_buffers():
-                buffers.setdefault(buffer.dtype, []).append((norm, name, buffer))
-        self._vectors: list[tuple[Tensor, Tensor]] = []  # (where the layers look, what is kept)
-        for group in buffers.values():
-            vector = torch.cat([buffer.reshape(-1) for *_, buffer in group])
-            parts = vector.split([buffer.numel() for *_, buffer in group])
-            for (layer, name, buffer), part in zip(group, parts, strict=True):
-                setattr(layer, name, part.view(buffer.shape))
-            self._vectors.append((vector, vector.clone()))
+        buffers = [
+            (norm, name, buffer) for norm in batch_norms(generator) for name, buffer in norm.named_buffers()
+        ]
+        # The widest values first, so that each lies at a multiple of its size.
+        buffers.sort(key=lambda found: -found[2].element_size())
+        pieces = [buffer.reshape(-1).view(torch.int32) for *_, buffer in buffers]
+        self.words = torch.cat(pieces)
+        for (layer, name, buffer), part in zip(
+            buffers, self.words.split(list(map(len, pieces))), strict=True
+        ):
+            # `data`, which counts its own writes: a layer's counter moves while autograd holds the others.
+            setattr(layer, name, part.view(buffer.dtype).view(buffer.shape).data)
+        self.kept = self.words.clone()
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Keep the statistics as they are now."""
-        for vector, kept in self._vectors:
-            kept.copy_(vector)
-
-    @torch.no_grad()
-    def settle(self, frozen: Tensor) -> None:
-        """Keep the statistics a step has left, or where `frozen` [] is true put those before it back."""
-        for vector, kept in self._vectors:
-            torch.where(frozen, kept, vector, out=kept)
-            vector.copy_(kept)
+        self.kept.copy_(self.words)
 
 
 def latent_batches(rows: Tensor, batch_size: int) -> Iterator[Tensor]:

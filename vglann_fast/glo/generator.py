@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vglann_kernels import mask_composite
 
-from vglann_fast.glo.batchnorm import VideoNorm
+from vglann_fast.glo.batchnorm import ImageNorm, VideoNorm
 from vglann_fast.options.training import LatentNorm, Variant
 
 UPSAMPLING = 16  # four layers of stride 2: sizes and frame counts are multiples of this
@@ -88,29 +88,29 @@ class BackgroundStream(nn.Module):
     def __init__(self, width: int, *, expanded: bool, reuse_norms: bool) -> None:
         super().__init__()
         wide = 2 if expanded else 1
-        self.norm1 = nn.BatchNorm2d(8 * width)
+        self.norm1 = ImageNorm(8 * width)
         self.conv2 = nn.ConvTranspose2d(8 * width, 4 * wide * width, 4, 2, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(4 * wide * width)
+        self.norm2 = ImageNorm(4 * wide * width)
         self.expand2 = nn.Conv2d(4 * wide * width, 4 * wide * width, 1) if expanded else None
         self.conv3 = nn.ConvTranspose2d(4 * wide * width, 2 * wide * width, 4, 2, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(2 * wide * width)
+        self.norm3 = ImageNorm(2 * wide * width)
         self.conv4 = nn.ConvTranspose2d(
             2 * wide * width, wide * width, 4, 2, 1, bias=expanded and reuse_norms
         )
-        self.norm4 = nn.BatchNorm2d(wide * width)
+        self.norm4 = ImageNorm(wide * width)
         self.expand4 = nn.Conv2d(wide * width, wide * width, 1) if expanded else None
-        self.norm4_expanded = nn.BatchNorm2d(wide * width) if expanded and not reuse_norms else None
+        self.norm4_expanded = ImageNorm(wide * width) if expanded and not reuse_norms else None
         self.head = nn.ConvTranspose2d(wide * width, 3, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(x), inplace=True)
-        x = F.relu(self.norm2(self.conv2(x)), inplace=True)
+        x = self.norm1(x)
+        x = self.norm2(self.conv2(x))
         if self.expand2 is not None:
             x = F.relu(pointwise(self.expand2, x))
-        x = F.relu(self.norm3(self.conv3(x)), inplace=True)
-        x = F.relu(self.norm4(self.conv4(x)), inplace=True)
+        x = self.norm3(self.conv3(x))
+        x = self.norm4(self.conv4(x))
         if self.expand4 is not None:
-            x = (self.norm4_expanded or self.norm4)(F.relu(pointwise(self.expand4, x)))
+            x = (self.norm4_expanded or self.norm4)(F.relu(pointwise(self.expand4, x)), relu=False)
         return self.head(x)
 
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vglann_kernels import guard_step
+
+from vglann_fast.glo.batchnorm import RunningStatistics
 
 
 @dataclass
@@ -11,13 +14,16 @@ class Guard:
     """Freezes all updates from the first non-finite loss on, without the host having to look at each loss.
 
     frozen [] bool; mine [] bool: whether this process's own loss did it; step [] int64 and rows [B] int64: where
-    it happened. Read when logging.
+    it happened. Read when logging. skip [] bool: whether the newest step is to change nothing, because all are frozen
+    or because float16 overflowed in this one; found_inf [] float32: the same as 0 or 1, for fused Adam.
     """
 
     frozen: Tensor
     mine: Tensor
     step: Tensor
     rows: Tensor
+    skip: Tensor
+    found_inf: Tensor
 
     @classmethod
     def new(cls, batch_size: int, device: torch.device) -> "Guard":
@@ -27,17 +33,29 @@ class Guard:
             mine=torch.zeros((), dtype=torch.bool, device=device),
             step=torch.zeros((), dtype=torch.int64, device=device),
             rows=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            skip=torch.zeros((), dtype=torch.bool, device=device),
+            found_inf=torch.zeros((), dtype=torch.float32, device=device),
         )
 
-    @torch.no_grad()
-    def watch(self, loss: Tensor, own: Tensor, index: Tensor) -> Tensor:
-        """Count this step; freeze if `loss`, of all processes, is not finite. Returns `frozen`.
+    def watch(
+        self, loss: Tensor, own: Tensor, index: Tensor, overflow: Tensor | None, statistics: RunningStatistics
+    ) -> None:
+        """Count this step; freeze if `loss`, of all processes, is not finite.
 
-        `own` [] is the loss of this process alone: whether the cause is among its rows `index`.
+        `own` [] is the loss of this process alone: whether the cause is among its rows `index`. `overflow` [] bool
+        skips this step alone. `statistics` of a frozen step are put back.
         """
-        first = ~self.frozen & ~torch.isfinite(loss)
-        self.rows.copy_(torch.where(first, index, self.rows))
-        self.mine |= first & ~torch.isfinite(own)
-        self.frozen |= first
-        self.step += ~self.frozen
-        return self.frozen
+        guard_step(
+            loss,
+            own,
+            index,
+            overflow=overflow,
+            frozen=self.frozen,
+            mine=self.mine,
+            step=self.step,
+            rows=self.rows,
+            skip=self.skip,
+            found_inf=self.found_inf,
+            words=statistics.words,
+            kept=statistics.kept,
+        )

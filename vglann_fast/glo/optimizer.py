@@ -58,22 +58,25 @@ class GeneratorOptimizer:
 
     def backward(self, loss: Tensor) -> Tensor:
         """Add the gradients of one batch's `loss` []; returns its share of the update's mean loss, detached."""
-        share = loss * self.share
+        share = loss if self.share == 1.0 else loss * self.share
         (share if self.loss_scale is None else share * self.loss_scale.scale).backward()
         return share.detach()
 
-    def gather(self, share: Tensor, latent_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, share: Tensor, latent_gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """All processes' gradients, and no scale any more. Returns (mean loss [], whether to leave the step out
-        because float16 overflowed, a bool []); `latent_gradient` [B, d] is unscaled in place."""
+        because float16 overflowed: a bool [], or None without a scale). `latent_gradient` [B, d] is unscaled in
+        place.
+        """
         loss = self.ranks.sum_gradients(self.every, share)
         if self.loss_scale is None:
-            return loss, torch.zeros((), dtype=torch.bool, device=loss.device)
+            return loss, None
         gradients = [p.grad for p in self.every if p.grad is not None]
         return loss, self.loss_scale.unscale([*gradients, latent_gradient])
 
-    def step(self, skip: Tensor) -> None:
-        """Update the parameters; nothing at all where `skip` [] is true."""
-        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]  # fused Adam skips its update where this is 1
+    def step(self, skip: Tensor, found_inf: Tensor | None = None) -> None:
+        """Update the parameters; nothing at all where `skip` [] is true. `found_inf` [] is the same as float32."""
+        # Fused Adam skips its update where this is 1.
+        self.adam.found_inf = skip.float() if found_inf is None else found_inf  # type: ignore[attr-defined]
         self.adam.step()
         if self.muon is not None:
             self.muon.step(skip)

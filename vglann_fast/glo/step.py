@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.profiler import record_function as stage  # names the parts of a step for `vglann profile`
 
 from vglann_fast.glo.average import GeneratorAverage
+from vglann_fast.glo.batchnorm import RunningStatistics
 from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.latents import LatentTable
 from vglann_fast.glo.loader import Batch
@@ -24,6 +25,7 @@ def glo_step(
     latents: LatentTable,
     optimizer: GeneratorOptimizer,
     guard: Guard,
+    statistics: RunningStatistics,
     batches: Iterable[Batch],
     options: TrainOptions,
     features: Mapping[str, FeatureLoss] | None = None,
@@ -35,6 +37,7 @@ def glo_step(
 
     Args:
         logits: `TwoStreamGenerator.logits`, also compiled or in another precision; or the background alone.
+        statistics: the generator's; put back if the loss is not finite.
         batches: the clips of this update and the rows of their latents; one batch but for --accumulate. Asked
             for one by one, each after the backward pass of the one before.
         features: of `load_features(options, ...)`, where the loss names a network.
@@ -60,14 +63,13 @@ def glo_step(
 
     with stage("update"), torch.no_grad():
         index, gradient = _joined(rows), _joined([z.grad for z in zs if z.grad is not None])  # [AB], [AB, d]
-        own = torch.stack(shares).sum()
+        own = shares[0] if len(shares) == 1 else torch.stack(shares).sum()
         loss, overflow = optimizer.gather(own, gradient)
-        frozen = guard.watch(loss, own, index)
-        skip = frozen | overflow
-        optimizer.step(skip)
-        latents.step(index, gradient, skip)
+        guard.watch(loss, own, index, overflow, statistics)
+        optimizer.step(guard.skip, guard.found_inf)
+        latents.step(index, gradient, guard.skip)
         if average is not None:
-            average.update(guard.step, skip)
+            average.update(guard.step, guard.skip)
     return loss.detach(), video
 
 

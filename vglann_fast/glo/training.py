@@ -182,19 +182,18 @@ class Training:
     def update(self, batches: Iterable[Batch], with_video: bool) -> tuple[Tensor, Tensor | None]:
         """One update from these batches, see `glo_step`; nothing of it stays if the loss is not finite."""
         background = self.in_background_phase
-        loss, video = glo_step(
+        return glo_step(
             self.background_logits if background else self.logits,
             self.latents,
             self.optimizer,
             self.guard,
+            self.statistics,
             batches,
             self.background_options if background else self.options,
             self.features,
             self.average,
             with_video=with_video,
         )
-        self.statistics.settle(self.guard.frozen)
-        return loss, video
 
     def _inflate(self) -> None:
         """End the background phase: the foreground begins as the background."""

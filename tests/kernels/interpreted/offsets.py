@@ -11,6 +11,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from vglann_kernels import latent_adam_state, latent_adam_step, latent_gather
+from vglann_kernels.batchnorm_relu import kernel as batchnorm_relu
 from vglann_kernels.composite import kernel as composite
 from vglann_kernels.composite_laplacian import kernel as composite_laplacian
 from vglann_kernels.laplacian.pyramid import Pyramid
@@ -97,6 +98,45 @@ def test_composite_laplacian(monkeypatch):
     assert torch.equal(far[0][-1, :, -4:], near[0][0, :, -4:])
     assert torch.equal(far[2][-1, :, -4:], near[2][0, :, -4:])
     assert near[2][0, :, -4:].any()
+
+
+def test_batchnorm_relu(monkeypatch):
+    """As many programs as x has tiles of rows; the one with the last tile runs."""
+    torch.manual_seed(0)
+    channels, tile = 64, 256
+    count = FAR // (tile * channels) + 2
+    monkeypatch.setattr(batchnorm_relu, "STATISTICS_TILE", tile * channels)
+    monkeypatch.setattr(batchnorm_relu, "FORWARD_TILE", tile * channels // 2)
+    monkeypatch.setattr(batchnorm_relu, "GRADIENT_TILE", tile * channels)
+    # For x as many as tiles, else one.
+    monkeypatch.setattr(
+        batchnorm_relu, "parts_of", lambda values: max(1, values.numel() // (tile * channels))
+    )
+    near, near_grad = torch.randn(2, tile, channels, 1, 1).half()
+    x, grad = (ending_with(value, count * tile) for value in (near, near_grad))
+    weight, bias = torch.rand(channels), torch.randn(channels)
+    with only(batchnorm_relu, "_statistics_kernel", (1, 1), (0, count - 1)):
+        partials = batchnorm_relu.statistics(x)[-1:].clone()
+    torch.testing.assert_close(partials[0, 0], near.float().mean(0).flatten(), rtol=1e-4, atol=1e-6)
+    running = (torch.zeros(channels), torch.ones(channels), None)
+    with only(batchnorm_relu, "_forward_kernel", (1, 2), (0, 2 * count - 2)):
+        y = batchnorm_relu.forward(x, weight, bias, None, *running, 1, False, 0.1, 1e-5)[0]
+    expected, mean, invstd = batchnorm_relu.forward(near, weight, bias, None, *running, 1, False, 0.1, 1e-5)
+    assert torch.equal(y[-tile:], expected)
+    saved = (weight, bias, mean, invstd)
+    with only(batchnorm_relu, "_gradient_sums_kernel", (1, 1), (0, count - 1)):
+        sums = batchnorm_relu.gradient_sums(x, grad, *saved)[-1:].clone()
+    with only(batchnorm_relu, "_backward_kernel", (1, 1), (0, count - 1)):
+        grad_x = batchnorm_relu.backward(x, grad, *saved, sums, 1, True)[0]
+    near_sums = batchnorm_relu.gradient_sums(near, near_grad, *saved)
+    assert torch.equal(sums, near_sums)
+    # Of all rows of x, of which the sums are those of the last tile alone.
+    mask = expected > 0
+    masked = near_grad.float() * mask
+    normalized = (near.float() - mean.view(1, -1, 1, 1)) * invstd.view(1, -1, 1, 1)
+    plain, product = (value.view(1, -1, 1, 1) / len(x) for value in near_sums[0])
+    exact = (masked - plain - normalized * product) * (weight * invstd).view(1, -1, 1, 1)
+    torch.testing.assert_close(grad_x[-tile:].float(), exact, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["sparse", "lazy"])
