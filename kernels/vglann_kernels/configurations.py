@@ -124,14 +124,6 @@ def _composite_laplacian() -> Iterator[Configuration]:
                 {**constants, "PIXELS": 128 * warps},
                 warps,
             )
-    pointers = (*["*fp32"] * 3, "*bf16", "*fp32")
-    yield Configuration(
-        "composite_laplacian",
-        "sums bf16 channels-last",
-        kernel._sums_kernel,
-        (*pointers, 8, 256 * 96, 256 * 8, 0.5, 0.5, 1, 3),
-        {"AREA": 64 * 64, "WITH_GRAD": True, "BLOCK": kernel.SUM_BLOCK},
-    )
 
 
 def _latent_adam() -> Iterator[Configuration]:

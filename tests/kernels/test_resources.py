@@ -37,7 +37,7 @@ def test_the_defaults_do_not_spill(targets, limit):
     for row in rows:
         # The paper's blur leaves no register for the counters of the loop around it.
         loop = (row.op, row.configuration.split()[0]) == ("composite_laplacian", "paper")
-        assert row.stack <= (96 if loop else limit), row
+        assert row.stack <= (144 if loop else limit), row
 
 
 def test_the_laplacian_stays_in_registers_and_off_the_matrix_units():
