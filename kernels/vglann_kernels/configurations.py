@@ -106,36 +106,24 @@ def _laplacian() -> Iterator[Configuration]:
 
 
 def _composite_laplacian() -> Iterator[Configuration]:
-    import torch
-
     from .composite_laplacian import kernel
-    from .composite_laplacian.matrices import kernel_options, warps
+    from .laplacian.kernel import tile_options
 
+    layout = {"HEAD_LAST": True, "BACK_LAST": True}
     for blur in ("binomial", "paper"):
         for size in (32, 64, 128):
-            pointers = (
-                "*bf16",
-                "*bf16",
-                "*u8",
-                "*i64",
-                "*bf16",
-                "*bf16",
-                *["*fp32"] * 3,
-                "*i32",
-                "*fp16",
-            )
-            constants = {
-                "GROUP": kernel.GROUP, "N": size, "WITH_GRAD": True, "WITH_VIDEO": False,
-                "HEAD_LAST": True, "BACK_LAST": True, "PIXELS": kernel.PIXELS,
-                **kernel_options(_pyramid(blur), torch.bfloat16),
-            }  # fmt: skip
+            constants = tile_options(size, _pyramid(blur))
+            warps = constants.pop("num_warps")
+            constants |= {"N": size, "WITH_GRAD": True, "WITH_VIDEO": False, **layout}
+            pointers = ("*bf16", "*bf16", "*u8", "*i64", "*bf16", "*bf16", *["*fp32"] * 3)
+            weights = (0.5, 0.5, 0.5, (0.5,) * 6, (0.5,) * 6)
             yield Configuration(
                 "composite_laplacian",
                 f"{blur} bf16 channels-last {size}x{size}",
                 kernel._composite_laplacian_kernel,
-                (*pointers, (0.5,) * 6, 50000, 32, 32, 1, 1, -1.0, 2 / 255, 0.5, 0.5, 0.5, 0),
-                constants,
-                warps(size, blur),
+                (*pointers, *weights, 50000, 32, 32, kernel.MAX_FRAMES, 1, 1, -1.0, 2 / 255, 0.5, 0),
+                {**constants, "PIXELS": 128 * warps},
+                warps,
             )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from vglann_kernels.batchnorm_relu import kernel as batchnorm_relu
 from vglann_kernels.composite import kernel as composite
 from vglann_kernels.composite_laplacian import kernel as composite_laplacian
@@ -83,6 +84,33 @@ def test_every_launch_fuses_multiply_adds(launches):
     assert {name for name, _ in launches} == kernels
     for name, options in launches:
         assert options.get("enable_fp_fusion") is True, name
+
+
+class TensorWork(TorchDispatchMode):
+    """Notes every operation of PyTorch's own that is a launch: allocations are none."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name()
+        if not name.startswith(("aten::empty", "aten::new_empty")):
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("reduction", "count"), [("mean", 2), ("sum", 2), ("none", 1)])
+def test_the_joint_loss_is_two_launches_with_its_sums(launches, reduction, count):
+    head, background = torch.randn(2, 4, 2, 32, 32), torch.randn(2, 3, 32, 32)
+    clips, index = torch.zeros(3, 3, 2, 32, 32, dtype=torch.uint8), torch.tensor([0, 2])
+    options = Pyramid.checked((32, 32), 2, "binomial", 2.0, None, (-1, 1), reduction, 0.5, 0)
+    with TensorWork() as work:
+        composite_laplacian.composite_laplacian_fwd(
+            head, background, clips, index, 2, 0.0, options, 1.0, reduction != "none", True
+        )
+    assert work.names == []
+    assert len(launches) == count
 
 
 def test_triton_knows_the_option():

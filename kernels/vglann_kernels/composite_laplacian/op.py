@@ -29,19 +29,11 @@ def _launch(
 
     *fields, with_gradient, with_video = arguments
     options = Pyramid.of(fields)
-    unit = _gradient_unit(head, frames, options)
     # The factor that the backward pass still applies.
-    late = unit if is_scaled_late(head) else 1.0
-    values = head.numel() // 4 if options.reduction == "mean" else head.shape[2:].numel()
-    prior = mask_weight / max(values, 1) / late
-    losses, mask_means, grad_head, grad_background, video = kernel.composite_laplacian_fwd(
-        head, background, clips, index, frames, prior, options, unit / late, with_gradient, with_video
+    late = _gradient_unit(head, frames, options) if is_scaled_late(head) else 1.0
+    return kernel.composite_laplacian_fwd(
+        head, background, clips, index, frames, mask_weight, options, late, with_gradient, with_video
     )
-    loss = options.reduced(losses)
-    if mask_weight:
-        videos = max(head.shape[0], 1) if options.reduction == "mean" else 1
-        loss = torch.add(loss, mask_means.sum(), alpha=mask_weight / videos)
-    return loss, grad_head, grad_background, video
 
 
 def _fake(
@@ -72,7 +64,7 @@ def _gradient_unit(head: Tensor, frames: int, options: Pyramid) -> float:
 
 
 class _Loss(torch.autograd.Function):
-    """(loss, video) with the gradients of the loss, which the one launch of the forward pass makes."""
+    """(loss, video) with the gradients of the loss, which the forward pass makes."""
 
     @staticmethod
     def forward(

@@ -97,7 +97,7 @@ def _tile_loss(
 
 
 @triton.jit
-def _plane_loss(
+def plane_loss(
     d, outer, middle, share, loss_weights, gradient_weights, zero, N: tl.constexpr, T: tl.constexpr,
     LEVELS: tl.constexpr, SUM: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_L1: tl.constexpr, WITH_L2: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def _laplacian_fwd_kernel(
     target_ptr += _offset(plane, n1, n2, target_n0_stride, target_n1_stride, target_n2_stride)
     x = tl.load(video_ptr + row * video_row_stride + column * video_column_stride).to(tl.float32)
     y = tl.load(target_ptr + row * target_row_stride + column * target_column_stride).to(tl.float32)
-    loss, g = _plane_loss(
+    loss, g = plane_loss(
         tl.fma(y, -target_scale, x - target_low), outer, middle, share, loss_weights, gradient_weights, zero,
         N, T, LEVELS, SUM, WITH_GRAD, WITH_L1, WITH_L2,
     )  # fmt: skip
@@ -209,15 +209,14 @@ def stencil_weights(
     a plane of level l has 4^l times fewer. The second are those in the gradient, in units of 1 / `gradient_scale`.
     """
     share = stencil_taps(options)[2]
-    weights, _ = options.kernel_weights(size)
     levels = [weight * share**level for level, weight in enumerate(options.weights)]
     loss = tuple(weight / size**2 for weight in (*levels, options.l1_weight, options.l2_weight))
-    *linear, squared = (weight * gradient_scale for weight in weights)
+    *linear, squared = (weight * gradient_scale for weight in options.kernel_weights())
     return loss, (*linear, 2 * squared)
 
 
 def tile_options(size: int, options: Pyramid) -> dict[str, int | bool]:
-    """Return the compile-time choices of `_plane_loss`, and the warps: one thread per tile."""
+    """Return the compile-time choices of `plane_loss`, and the warps: one thread per tile."""
     tile = 4 if size == 32 else 8
     return {
         "T": tile,

@@ -96,14 +96,11 @@ class Pyramid:
             return values
         return values.mean() if self.reduction == "mean" else values.sum()
 
-    def kernel_weights(self, size: int) -> tuple[tuple[float, ...], float]:
-        """Return (w_l 4^l / unit for each level l, then l1_weight / unit and l2_weight / unit; loss_unit).
-
-        loss_unit is the share in a plane's loss, for planes of `size` rows, of one of these weights times one value.
-        """
+    def kernel_weights(self) -> tuple[float, ...]:
+        """Return w_l 4^l / unit for each level l, then l1_weight / unit and l2_weight / unit."""
         unit = self._unit()
         weights = tuple(weight * 4.0**level / unit for level, weight in enumerate(self.weights))
-        return (*weights, self.l1_weight / unit, self.l2_weight / unit), unit / size**2
+        return *weights, self.l1_weight / unit, self.l2_weight / unit
 
     def gradient_unit(self, size: int, planes: int) -> float:
         """Return the share of one kernel weight times one value in the reduced loss of `planes` planes."""

@@ -8,9 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
 from vglann_kernels import impl as switch
-from vglann_kernels.composite_laplacian import matrices
 from vglann_kernels.laplacian import kernel
-from vglann_kernels.laplacian.pyramid import Pyramid
 
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
@@ -97,44 +95,6 @@ def test_float16_under_compile_as_the_first_use_of_its_weights():
     options = {"level_weights": weights, "impl": "triton"}
     joint = lambda h, b: composite_laplacian_loss(h, b, clips, index, **options)  # noqa: E731
     torch.compile(joint, fullgraph=True, backend="aot_eager")(head, background).backward()
-
-
-def test_annealed_weights_are_arguments_and_tables_stay_few():
-    """A captured graph keeps pointers: nothing it was given may be freed when other weights or blurs come."""
-    head, background, clips, index = (x.detach() for x in inputs())
-    plain = Pyramid.checked((32, 32), 2, "gaussian", 0.5, None, (-1, 1), "mean")
-    table = matrices.band_tables(32, plain, head.device)
-    for step in range(3):
-        weights = (1.0, 1.0 + step / 3, 1.0)
-        options = {"levels": 2, "level_weights": weights, "blur": "gaussian", "sigma": 0.5}
-        composite_laplacian_loss(head, background, clips, index, impl="triton", **options)
-    assert matrices.band_tables(32, plain, head.device) is table
-
-
-def test_tables_that_a_graph_captured_are_kept(monkeypatch):
-    """Stands in for a capture: the device says that one is going on."""
-
-    class Device:
-        type = "cuda"
-
-    device = Device()
-    capturing = {"now": False}
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["now"])
-    monkeypatch.setattr(matrices, "_new_band_tables", lambda *key: torch.zeros(1))
-
-    def table(sigma):
-        options = Pyramid.checked((32, 32), 2, "gaussian", sigma, None, (-1, 1), "mean")
-        return matrices.band_tables(32, options, device)
-
-    known = table(1.0)
-    capturing["now"] = True
-    assert table(1.0) is known
-    # Filled when the graph runs, so no eager call may see it.
-    assert table(2.0) is not table(2.0)
-    capturing["now"] = False
-    for step in range(3 * matrices.MAX_TABLES):
-        table(3.0 + step)
-    assert table(1.0) is known
 
 
 def test_a_factor_of_one_touches_no_gradient_and_others_take_few_programs():
