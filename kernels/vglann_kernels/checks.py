@@ -4,7 +4,9 @@ Shapes, dtypes and devices are always checked. Values (index range, finiteness) 
 CUDA only with `VGLANN_CHECK=1`, because reading a value there waits for the device.
 """
 
+import operator
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,17 @@ def check_shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> No
     if not fits:
         wanted = f"({', '.join(map(str, expected))}{',' if len(expected) == 1 else ''})"
         raise ValueError(f"{name}: expected shape {wanted}, got {shape}")
+
+
+def check_whole(name: str, value: Any, least: int, most: int) -> int:
+    """Return `value` as an int. Raises ValueError unless it is an integer, also of NumPy, from `least` to `most`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
+    return number
 
 
 def check_same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:

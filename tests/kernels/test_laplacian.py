@@ -1,5 +1,6 @@
 """`laplacian_pyramid_loss`: its definition, the recorded losses of the paper's code, what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,9 +126,19 @@ def test_empty_batches():
     assert laplacian_pyramid_loss(nothing, nothing, reduction="sum") == 0
 
 
+@pytest.mark.parametrize("whole", [np.int64, np.uint8])
+def test_numbers_of_numpy_are_numbers(whole):
+    x, y = planes((2, 16, 16))
+    options = {"levels": whole(2), "sigma": np.float32(1.5), "l1_weight": np.float64(1), "blur": "gaussian"}
+    plain = laplacian_pyramid_loss(x, y, levels=2, sigma=1.5, l1_weight=1.0, blur="gaussian")
+    assert laplacian_pyramid_loss(x, y, **options) == plain
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"levels": True}, "levels: expected an integer from 1 to 5, got True"),
+        ({"levels": 2.0}, "levels: expected an integer from 1 to 5, got 2.0"),
         ({"levels": 0}, "levels: expected an integer from 1 to 5, got 0"),
         ({"levels": -1}, "levels: expected an integer from 1 to 5, got -1"),
         ({"levels": 6}, "got 6"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import impl as switch
-from ..checks import FLOATS, check_index, check_same_device, check_shape, check_tensor
+from ..checks import FLOATS, check_index, check_same_device, check_shape, check_tensor, check_whole
 from ..laplacian.op import TRITON_SIZES, is_scaled_late, saved_times_upstream
 from ..laplacian.pyramid import Pyramid
 from ..launch import laid_out_as, operator, why_no_triton
@@ -149,9 +149,7 @@ def composite_laplacian_loss(
         check_same_device("head", head, name, value)
     check_index("index", index, clips.shape[0])
     total = head.shape[2]
-    frames = total if frames is None else frames
-    if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= total:
-        raise ValueError(f"frames: expected an integer from 1 to {total}, got {frames!r}")
+    frames = total if frames is None else check_whole("frames", frames, 1, total)
     options = Pyramid.checked(
         head.shape[3:], levels, blur, sigma, level_weights, target_range, reduction, l1_weight, l2_weight
     )

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import check_whole
+
 BLURS = ("binomial", "gaussian", "paper")
 FORMER_BLURS = {"seed": "paper"}
 REDUCTIONS = ("none", "mean", "sum")
@@ -68,8 +70,7 @@ class Pyramid:
         """Return the options of the loss for planes of (height, width). Raises ValueError on a bad option."""
         height, width = planes
         blur = blur_name(blur)
-        if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"levels: expected an integer from 1 to {MAX_LEVELS}, got {levels!r}")
+        levels = check_whole("levels", levels, 1, MAX_LEVELS)
         if min(height, width) >> levels < 1:
             raise ValueError(f"levels: a plane of {height}x{width} does not survive {levels} halvings")
         if blur not in BLURS:
