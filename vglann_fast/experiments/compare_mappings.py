@@ -45,10 +45,8 @@ from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
 QUANTILES = (0.02, 0.1, 0.3)  # of RS-IMLE
-KEPT, NEAR = (
-    "imle",
-    0.1,
-)  # of the rule: the kind that ties keep, and how near the truth's coverage a kind has to be
+# Of the rule: the kind that ties keep, and how near the truth's coverage a kind has to be.
+KEPT, NEAR = "imle", 0.1
 COLUMNS = ("mapping", "MMD", "spread of MMD", "coverage", "density", "precision", "recall", "distance, fitted",
            "distance, held out", "seconds", "samples")  # fmt: skip
 SHARES = ("coverage", "density", "precision", "recall")
