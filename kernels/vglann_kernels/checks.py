@@ -51,6 +51,14 @@ def check_same_device(first_name: str, first: Tensor, name: str, value: Tensor) 
         raise ValueError(f"{name}: expected device {first.device} (as {first_name}), got {value.device}")
 
 
+def not_contiguous(**written: Tensor | None) -> str | None:
+    """Return the reason why a kernel cannot write to one of these tensors in place, or None where it can."""
+    for name, value in written.items():
+        if value is not None and not value.is_contiguous():
+            return f"{name}: expected a contiguous tensor, got strides {value.stride()}"
+    return None
+
+
 def values_are_checked(value: Tensor) -> bool:
     """Return True if the values of this tensor may be read for a check. Never inside a traced graph."""
     if torch.compiler.is_compiling():

@@ -130,14 +130,16 @@ def test_the_command_line_in_the_interpreter():
         "1",
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    # The losses take half a minute here, and are compared in tests of their own.
+    ops = ("composite", "latent_adam", "nearest", "batchnorm_relu", "step_guard")
     done = subprocess.run(
-        [*command, "--size", "32"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--size", "32", "--op", *ops], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all within their limits" in done.stdout
     assert "bfloat16: not shown" in done.stdout
-    for op in ("composite ", "laplacian ", "composite_laplacian ", "latent_adam ", "nearest "):
-        assert f"\n{op}" in done.stdout
+    for op in ops:
+        assert f"\n{op} " in done.stdout
 
 
 def test_the_seed_draws_the_inputs():

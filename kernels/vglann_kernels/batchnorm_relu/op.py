@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import impl as switch
-from ..checks import FLOATS, check_same_device, check_shape, check_tensor, compute_dtype
+from ..checks import FLOATS, check_same_device, check_shape, check_tensor, compute_dtype, not_contiguous
 from ..launch import operator, why_no_triton, without_second_derivative
 from . import reference
 
@@ -215,14 +215,17 @@ def batch_norm_relu(
     x float32, bfloat16, float16 or float64; the vectors float32 (float64 for float64) or the dtype of x; computed in
     float32 (float64 for float64, which only the reference takes). y has the dtype of x. Differentiable in x, weight
     and bias, once with "triton": a second derivative raises RuntimeError. The Triton kernels read and write
-    channels-last tensors; x in another layout is copied to channels-last first.
+    channels-last tensors; x in another layout is copied to channels-last first. They write contiguous running
+    statistics; with others "auto" takes the reference.
     `impl`: "auto", "triton" or "reference"; None takes the process default (see `vglann_kernels.impl`).
     Raises TypeError on a wrong dtype, ValueError on a wrong shape, mixed devices, a wrong option, or a single value
     per channel in training. An empty x gives what F.batch_norm gives.
     """
     running = {"running_mean": running_mean, "running_var": running_var}
     _check(x, weight, bias, running, num_batches_tracked, training, momentum, eps, processes)
-    unsupported = "x: expected a 16- or 32-bit float, got float64" if x.dtype == torch.float64 else None
+    unsupported = not_contiguous(**running)
+    if x.dtype == torch.float64:
+        unsupported = "x: expected a 16- or 32-bit float, got float64"
     chosen = switch.chosen("batchnorm_relu", impl, x.device, unsupported)
     if chosen == "reference" or x.numel() == 0:
         tensors = (x, weight, bias, running_mean, running_var, num_batches_tracked)
@@ -236,6 +239,7 @@ def batch_norm_relu(
     if training and momentum == 0:
         running_mean = running_var = None
     x = x.contiguous(memory_format=_memory_format(x))
+    weight, bias = weight.contiguous(), bias.contiguous()
     rest = (running_mean, running_var, counter, processes, training, momentum, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _BatchNormRelu.apply(x, weight, bias, *rest)

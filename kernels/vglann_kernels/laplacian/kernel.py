@@ -237,12 +237,14 @@ def laplacian_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return (loss of each plane float32 [...], gradient in units of 1 / `gradient_scale`, or empty without).
 
-    Planes of any strides are read as they lie. The gradient has the dtype and strides of a new `video`.
+    Planes of any strides are read as they lie. Only planes that span more than 2^31 values are copied first.
+    The gradient has the dtype and strides of a new `video`.
     """
     gradient = torch.empty_like(video) if with_gradient else video.new_empty(0)
     losses = torch.empty(video.shape[:-2], dtype=torch.float32, device=video.device)
     if losses.numel() == 0:
         return losses, gradient
+    video, target = (x if _in_reach(x) else x.contiguous() for x in (video, target))
     views = [_five_dimensions(x) for x in (video, target, gradient if with_gradient else video)]
     n0, n1, n2, size, _ = views[0].shape
     low, high = options.target_range if target.dtype == torch.uint8 else (0.0, 255.0)
@@ -255,6 +257,11 @@ def laplacian_fwd(
             **tile_options(size, options), **LAUNCH,
         )  # fmt: skip
     return losses, gradient
+
+
+def _in_reach(x: Tensor) -> bool:
+    """Return True if the offsets within a plane of `x` [...,H,W] fit into 32 bits."""
+    return (x.shape[-2] - 1) * x.stride(-2) + (x.shape[-1] - 1) * x.stride(-1) < 2**31
 
 
 def _five_dimensions(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import impl as switch
-from ..checks import check_same_device, check_shape, check_tensor
+from ..checks import check_same_device, check_shape, check_tensor, not_contiguous
 from ..launch import operator, why_no_triton
 from . import reference
 
@@ -65,6 +65,7 @@ def guard_step(
     words      [n]  int32, and `kept` of the same shape: any values as bits. Where frozen, words is put back to kept,
                else kept becomes words. Both or neither.
 
+    The Triton kernel takes contiguous tensors and no float64; with others "auto" takes the reference.
     `impl`: "auto", "triton" or "reference"; None takes the process default (see `vglann_kernels.impl`).
     Raises TypeError on a wrong dtype, ValueError on a wrong shape or mixed devices.
     """
@@ -91,7 +92,10 @@ def guard_step(
     if (words is None) != (kept is None):
         raise ValueError("words, kept: expected both or neither, got one of them")
     tensors = (loss, own, index, overflow, frozen, mine, step, rows, skip, found_inf, words, kept)
-    unsupported = "loss: expected a 16- or 32-bit float, got float64" if loss.dtype == torch.float64 else None
+    unsupported = not_contiguous(rows=rows, words=words, kept=kept)
+    for name, value in (("loss", loss), ("own", own)):
+        if value.dtype == torch.float64:
+            unsupported = f"{name}: expected a 16- or 32-bit float, got float64"
     if switch.chosen("step_guard", impl, loss.device, unsupported) == "triton":
         _guard(*tensors)
     else:

@@ -278,3 +278,18 @@ def test_several_processes_normalize_by_the_statistics_of_all_batches(impl, shar
     torch.testing.assert_close(mean[0].double(), running[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var[0].double(), running[1], rtol=1e-5, atol=1e-6)
     assert counter[0].item() == 1
+
+
+def test_vectors_of_any_strides_are_read_and_only_contiguous_ones_are_written():
+    torch.manual_seed(0)
+    x, *_ = inputs((2, 4, 3, 3))
+    spread = torch.randn(8).requires_grad_()
+    results = {}
+    for impl in ("triton", "reference"):
+        y = batch_norm_relu(x, spread[::2], spread[:1].expand(4), impl=impl)
+        results[impl] = (y.detach(), *torch.autograd.grad(y.square().sum(), spread))
+    torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-4, atol=1e-5)
+    running = torch.zeros(8)
+    with pytest.raises(ValueError, match="running_mean: expected a contiguous tensor"):
+        batch_norm_relu(x, torch.ones(4), torch.zeros(4), running[::2], torch.ones(4), impl="triton")
+    assert not running.any()

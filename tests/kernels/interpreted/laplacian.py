@@ -8,7 +8,7 @@ from vglann_kernels import laplacian_pyramid_loss, verify
 OP = torch.ops.vglann_kernels.laplacian_pyramid.default
 
 
-def videos(shape=(2, 3, 2, 32, 32), dtype=torch.float32):
+def videos(shape=(1, 3, 2, 32, 32), dtype=torch.float32):
     torch.manual_seed(0)
     video = torch.randn(shape).tanh().to(dtype).requires_grad_()
     return video, torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def test_weights_reductions_and_ranges():
     assert_close(*both(video, target, level_weights=(0.3, 0, 2, 5), reduction="none"))
     assert_close(*both(video, target, level_weights=(0, 0, 0, -1), reduction="sum", target_range=(0, 1)))
     torch.manual_seed(1)
-    each = torch.randn(2, 3, 2)
+    each = torch.randn(1, 3, 2)
     assert_close(*both(video, target, lambda loss: (loss * each.to(loss)).sum(), reduction="none"))
 
 
@@ -214,6 +214,18 @@ def test_plane_offsets_are_64_bit():
     video = torch.zeros(2, size, size)
     ours = laplacian_pyramid_loss(video, target, impl="triton", reduction="none")
     torch.testing.assert_close(ours, laplacian_pyramid_loss(video, target.clone(), reduction="none"))
+
+
+def test_rows_out_of_reach_of_32_bits_are_copied():
+    """Rows 70 MB apart: the last of 32 rows lies more than 2^31 values behind the first."""
+    size, far = 32, 70_000_000
+    store = torch.empty((size - 1) * far + size, dtype=torch.uint8)  # reserved, only the rows are written
+    target = store.as_strided((1, size, size), (far, far, 1))
+    torch.manual_seed(0)
+    target.copy_(torch.randint(0, 256, target.shape, dtype=torch.uint8))
+    video = torch.zeros(1, size, size)
+    ours = laplacian_pyramid_loss(video, target, impl="triton")
+    torch.testing.assert_close(ours, laplacian_pyramid_loss(video, target.clone()))
 
 
 def test_traffic():

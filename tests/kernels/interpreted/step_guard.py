@@ -81,3 +81,15 @@ def test_opcheck_and_one_graph():
 def test_float64_is_refused_by_name():
     with pytest.raises(ValueError, match="loss: expected a 16- or 32-bit float, got float64"):
         guard_step(torch.tensor(1.0).double(), torch.tensor(1.0), torch.arange(3), **state(1), impl="triton")
+    with pytest.raises(ValueError, match="own: expected a 16- or 32-bit float, got float64"):
+        guard_step(
+            torch.tensor(1.0), torch.tensor(1e300).double(), torch.arange(3), **state(1), impl="triton"
+        )
+
+
+@pytest.mark.parametrize("name", ["rows", "words", "kept"])
+def test_what_is_written_has_to_be_contiguous(name):
+    given = state(3)
+    given[name] = torch.zeros(6, dtype=given[name].dtype)[::2]
+    with pytest.raises(ValueError, match=f"{name}: expected a contiguous tensor"):
+        guard_step(torch.tensor(1.0), torch.tensor(1.0), torch.arange(3), **given, impl="triton")
