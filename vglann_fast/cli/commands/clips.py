@@ -11,7 +11,7 @@ from vglann_fast.cli.types import fraction, one_of, positive, real, whole
 
 @command(
     "clips fetch",
-    "download sample videos: set S (6 MB, 6 videos) or L (S and a film)",
+    "download sample videos: set S (6 MB, 6 videos) or L (most of S, and a film)",
     "vglann clips fetch S",
 )
 def add_fetch(parser: Parser) -> None:
