@@ -46,6 +46,16 @@ def test_no_shot_is_on_both_sides():
     assert whole["precision"]["mean"] < 0.5 < split["precision"]["mean"]
 
 
+def test_clips_that_are_alike_do_not_raise_the_kernel_distance_between_halves():
+    shots = torch.arange(30).repeat(6)
+    real = rows(30, 8, 0)[shots] + rows(180, 8, 1, scale=0.3)
+    truth = Truth(real, shots)
+    found, made = truth.figures()["mmd"], truth.figures_of(rows(180, 8, 2, scale=1.09**0.5))["mmd"]
+    assert abs(found["mean"]) < found["sd"]
+    # With the pairs of one shot both are more than two standard deviations above 0.
+    assert abs(made["mean"]) < 2 * made["sd"]
+
+
 def test_the_truth_compared_with_itself_is_within_its_spread():
     real, made = rows(200, 8, 0), rows(200, 8, 1)
     truth = Truth(real)

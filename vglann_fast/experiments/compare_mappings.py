@@ -6,7 +6,8 @@ All are fitted to the same latents. Whole shots are held out, the same ones for 
 choose by these. Latents and samples are unit rows times √d, so that x·y / d in the kernel is a cosine. Columns, each
 the mean over the seeds:
 
-MMD              kernel distance from the held-out latents to as many samples, and its standard error
+MMD              kernel distance from the held-out latents to as many samples, without pairs of held-out latents of
+                 one shot, and its own standard error; rows share the held-out latents, so a difference has less
 coverage, ...    of one half of the held-out latents against as many samples, over 20 splits by whole shots; the row
                  `truth` is one half against the other, mean ± standard deviation, see `metrics/truth.py`
 distance         mean Euclidean distance from a latent, fitted or held out, to the nearest of 4,096 samples
@@ -54,10 +55,11 @@ SHARES = ("coverage", "density", "precision", "recall")
 
 @dataclass(frozen=True)
 class Targets:
-    """What all mappings are fitted to and compared with: latents [N, d] and held-out latents [n, d]."""
+    """What all mappings are fitted to and compared with: latents [N, d] and held-out latents [n, d] of shots [n]."""
 
     fitted: Tensor
     held_out: Tensor
+    shots: Tensor
     truth: Truth
 
 
@@ -102,7 +104,7 @@ def targets(run: RunDir, holdout_fraction: float, device: str) -> Targets:
             f"{len(place)} held-out latents cannot be split by shots into halves of more than 5; raise "
             "--holdout-fraction or train on more shots"
         )
-    return Targets(latents[fitted[:, 0]], latents[place], truth)
+    return Targets(latents[fitted[:, 0]], latents[place], shots[place], truth)
 
 
 def scaled(latents: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def measured(mapping: Any, at: Targets, seed: int, seconds: float) -> dict[str, 
     """The figures of one fitted mapping."""
     generator = torch.Generator(at.fitted.device).manual_seed(seed + 1)
     samples = scaled(mapping.sample(len(at.held_out), generator))
-    distance, splits = kernel_distance(scaled(at.held_out), samples), at.truth.figures_of(samples)
+    distance, splits = kernel_distance(scaled(at.held_out), samples, at.shots), at.truth.figures_of(samples)
     gap = measure_gap(mapping, at.fitted, at.held_out, generator)
     return {
         "mmd": distance["mmd"],
