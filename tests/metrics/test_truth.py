@@ -66,6 +66,25 @@ def test_the_truth_compared_with_itself_is_within_its_spread():
     assert narrow["mmd"]["mean"] > record["mmd"]["mean"] + 3 * record["mmd"]["sd"]
 
 
+def test_of_rows_in_the_order_of_their_sources_all_sources_take_part():
+    """5,000 rows, the second half far from the first: both are in the truth and in the figures of a copy of it."""
+    real = rows(5000, 2, 0)
+    real[2500:] += 20
+    shots = torch.arange(1000).repeat_interleave(5)
+    for truth in (Truth(real, shots, most=40), Truth(real, most=40)):
+        near, copy = truth.figures_of(real[:2500])["coverage"], truth.figures_of(real)["coverage"]
+        assert truth.figures()["coverage"]["mean"] > 0.8
+        # Samples of the first source alone cover half of the real ones.
+        assert near["mean"] < 0.65
+        assert copy["mean"] > 0.8
+
+
+def test_no_shot_is_on_both_sides_of_more_rows_than_take_part():
+    """Clips of one shot are equal here: were a shot split, a clip would lie on its copy."""
+    real, shots = rows(60, 4, 0).repeat(50, 1), torch.arange(60).repeat(50)
+    assert Truth(real, shots, most=300).figures()["precision"]["mean"] < 0.1
+
+
 def test_halves_too_small_for_five_neighbors_are_said_to_be():
     assert not Truth(rows(11, 3, 0)).enough
     assert Truth(rows(12, 3, 0)).enough

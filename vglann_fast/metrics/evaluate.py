@@ -284,6 +284,7 @@ def _shots(sides: Sides, warnings: list[str]) -> Tensor | None:
 
 
 def _truth(protocol: Protocol, real: Tensor, shots: Tensor | None) -> Truth | None:
+    shots = None if shots is None else shots[: protocol.videos]
     truth = Truth(real[: protocol.videos], shots)
     return truth if truth.enough else None
 

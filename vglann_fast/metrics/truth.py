@@ -12,7 +12,8 @@ The kernel distance leaves out pairs of one shot, see `kernel_distance.py`, so b
 half that is of one shot keeps its pairs. A source with a smaller one is not further from the truth.
 
 mean and sd (over n - 1) are over the splits. Splits share videos, so the sd describes the value of one split; it is
-not the error of the mean. Of more than 2,048 videos on a side the first 2,048 take part.
+not the error of the mean. Of more than 2,048 real videos 2,048 take part, whole shots in random order, of which the
+last may be cut; of more than 2,048 of a source a random 2,048 do. Both are drawn with a fixed seed.
 """
 
 from typing import Any
@@ -44,8 +45,10 @@ class Truth:
     def __init__(
         self, real: Tensor | np.ndarray, groups: Tensor | None = None, most: int = _MAX_ROWS
     ) -> None:
-        self._real = check_features(real)[:_MAX_ROWS]
-        self._groups = torch.arange(len(self._real)) if groups is None else groups[: len(self._real)]
+        real = check_features(real)
+        groups = torch.arange(len(real)) if groups is None else groups.cpu()
+        rows = _chosen(groups)
+        self._real, self._groups = real[rows], groups[rows]
         sides = [_halves(self._groups, torch.Generator().manual_seed(split)) for split in range(SPLITS)]
         self.n = min(most, *(len(rows) for pair in sides for rows in pair))
         self.enough = self.n > max(MANIFOLD_K, BALL_K)
@@ -67,7 +70,8 @@ class Truth:
 
     def figures_of(self, generated: Tensor | np.ndarray) -> dict[str, Any]:
         """The record of features [m, d] of a source, m at least `n`."""
-        generated = check_features(generated)[:_MAX_ROWS]
+        generated = check_features(generated)
+        generated = generated[_chosen(torch.arange(len(generated)))]
         sides = (self._real, self._real), (generated, generated), (generated, self._real)
         real, made, between = (_distances(*pair) for pair in sides)
         real_kernel, made_kernel, between_kernel = (cubic_kernel(*pair) for pair in sides)
@@ -89,6 +93,17 @@ class Truth:
             values = [row[name] for row in rows]
             record[name] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
         return record
+
+
+def _chosen(groups: Tensor) -> Tensor:
+    """The row numbers that take part: all, in their order, or whole groups at random up to the most there may be."""
+    if len(groups) <= _MAX_ROWS:
+        return torch.arange(len(groups))
+    generator = torch.Generator().manual_seed(SPLITS)  # the splits have the seeds before it
+    kinds, place = groups.unique(return_inverse=True)
+    # Sorted by its group's place in a random order, a group is together.
+    order = torch.randperm(len(kinds), generator=generator)[place].argsort(stable=True)
+    return order[:_MAX_ROWS].sort().values
 
 
 def _halves(groups: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
