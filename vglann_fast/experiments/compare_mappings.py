@@ -3,11 +3,12 @@
     python -m vglann_fast.experiments.compare_mappings RUN [--only imle,gmm] [--seeds 0,1,2] [--holdout-fraction 0.3]
 
 All are fitted to the same latents. Whole shots are held out, the same ones for every seed; gmm and the flows also
-choose by these. Latents and samples are unit rows times √d, so that x·y / d in the kernel is a cosine. Columns, each
-the mean over the seeds:
+choose their number of components or epochs by these, which flatters them. Latents and samples are unit rows times √d,
+so that x·y / d in the kernel is a cosine. Columns, each the mean over the seeds:
 
 MMD              kernel distance from the held-out latents to as many samples, without pairs of held-out latents of
-                 one shot, and its own standard error; rows share the held-out latents, so a difference has less
+                 one shot, and its standard error. All rows share the held-out latents, so the error of a difference
+                 between two rows is smaller, and the spread over the seeds is nearer to it
 coverage, ...    of one half of the held-out latents against as many samples, over 20 splits by whole shots; the row
                  `truth` is one half against the other, mean ± standard deviation, see `metrics/truth.py`
 distance         mean Euclidean distance from a latent, fitted or held out, to the nearest of 4,096 samples
