@@ -82,7 +82,8 @@ class Sides:
 @dataclass(frozen=True)
 class EvaluationTargets:
     """What all sources are compared with: both sides, measured, the shots of the real clips where they are known, and
-    by the title of each protocol its floor and the halves of the real clips, None where they are too small."""
+    by the title of each protocol its floor, the halves of the real clips and the figures of one half against the
+    other, both None where the halves are too small."""
 
     sides: Sides
     protocols: list[Protocol]
@@ -91,6 +92,7 @@ class EvaluationTargets:
     shots: Tensor | None
     floors: dict[str, dict[str, Any]]
     truths: dict[str, Truth | None]
+    truth_figures: dict[str, dict[str, Any] | None]
 
     @property
     def networks(self) -> dict[str, Extractor]:
@@ -263,12 +265,13 @@ def _known(
         for p in protocols
     }
     truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
+    figures = {title: truth and truth.figures() for title, truth in truths.items()}
     if not all(truths.values()):
         warnings.append(
             f"{sides.n} real clips cannot be split by shots into halves of more than 5, so the truth row is missing; "
             "hold out more clips, or of more shots, with a larger --test-fraction"
         )
-    return EvaluationTargets(sides, protocols, training, real, shots, floors, truths)
+    return EvaluationTargets(sides, protocols, training, real, shots, floors, truths, figures)
 
 
 def _shots(sides: Sides, warnings: list[str]) -> Tensor | None:
@@ -321,7 +324,7 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
                     "splits": truth and truth.figures_of(made.features[p.title][: p.videos]),
                 },
                 "floor": known.floors[p.title],
-                "truth": truth and truth.figures(),
+                "truth": known.truth_figures[p.title],
                 "nearest_training_clip": _nearest(p.title, made, known),
             }
             for p in known.protocols
