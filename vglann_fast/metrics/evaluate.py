@@ -81,9 +81,12 @@ class Sides:
 
 @dataclass(frozen=True)
 class EvaluationTargets:
-    """What all sources are compared with: both sides, measured, the shots of the real clips where they are known, and
-    by the title of each protocol its floor, the halves of the real clips and the figures of one half against the
-    other, both None where the halves are too small."""
+    """Both sides, measured, and what sources are compared with.
+
+    shots: int64 [n], of the real clips; None where they are not known.
+    floors, truths, truth_figures: by the title of each protocol. The last two are the halves of the real clips and
+        the figures of one half against the other, None where the halves are too small.
+    """
 
     sides: Sides
     protocols: list[Protocol]
@@ -265,7 +268,7 @@ def _known(
         for p in protocols
     }
     truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
-    figures = {title: truth and truth.figures() for title, truth in truths.items()}
+    figures = {title: truth.figures() if truth else None for title, truth in truths.items()}
     if not all(truths.values()):
         warnings.append(
             f"{sides.n} real clips cannot be split by shots into halves of more than 5, so the truth row is missing; "
