@@ -55,6 +55,14 @@ def test_the_scale_is_the_median_distance_to_another_latent():
     assert median_nearest_distance(torch.ones(3, 2)) == 0.0
 
 
+@pytest.mark.parametrize("n", [4096, 4098, 9000])
+def test_the_scale_does_not_jump_where_only_some_rows_are_measured(n):
+    """Rows are in pairs, as clips of one shot are: every second row leaves out the nearest of each."""
+    rows = torch.arange(n, dtype=torch.float64)[:, None] // 2
+    rows[1::2] += 0.01
+    assert median_nearest_distance(rows) == pytest.approx(0.01)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     options = replace(

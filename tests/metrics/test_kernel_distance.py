@@ -81,6 +81,65 @@ def test_of_nineteen_rows_there_is_no_error():
     assert kernel_distance(rows(20, 3, 0), rows(40, 3, 1))["mmd_error"] > 0
 
 
+def clustered(seed, shots=30, clips=20, d=8):
+    """Clips of shots, in random order: the row of the shot and a little of its own, of variance 1 as `rows` has."""
+    random = np.random.default_rng(seed)
+    numbers = random.permutation(np.repeat(np.arange(shots), clips))
+    own = random.normal(0, 0.3, (shots * clips, d))
+    return random.normal(0, 0.91**0.5, (shots, d))[numbers] + own, torch.from_numpy(numbers)
+
+
+@pytest.fixture(scope="module")
+def of_shots():
+    """Distances of clips of shots and independent samples of one distribution, with the shots and without."""
+    found = {"known": [], "unknown": []}
+    for i in range(40):
+        real, shots = clustered(2 * i)
+        made = rows(len(real), 8, 2 * i + 1)
+        found["known"].append(kernel_distance(real, made, shots))
+        found["unknown"].append(kernel_distance(real, made))
+    return found
+
+
+def test_with_the_shots_known_equal_distributions_are_at_zero(of_shots):
+    known, unknown = ([one["mmd"] for one in found] for found in of_shots.values())
+    assert abs(np.mean(known)) < 4 * np.std(known) / 40**0.5
+    # Pairs of one shot raise the distance of every draw.
+    assert np.mean(unknown) > 4 * np.std(unknown) / 40**0.5
+
+
+def test_with_the_shots_known_the_error_is_not_too_small(of_shots):
+    spread = np.std([one["mmd"] for one in of_shots["known"]])
+    assert spread < 1.2 * np.mean([one["mmd_error"] for one in of_shots["known"]])
+    assert spread > 1.2 * np.mean([one["mmd_error"] for one in of_shots["unknown"]])
+
+
+def test_pairs_of_one_shot_are_left_out(monkeypatch):
+    """By a double loop, of shots of different sizes that do not lie together."""
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    x, y, shots = rows(9, 3, 0), rows(7, 3, 1), [4, 0, 4, 7, 0, 4, 4, 9, 7]
+
+    def kernel(a, b):
+        return (float(a @ b) / 3 + 1) ** 3
+
+    within = np.mean([kernel(x[i], x[j]) for i in range(9) for j in range(9) if shots[i] != shots[j]])
+    parts = [mean_of_pairs(*pair, kernel, pair[0] is pair[1]) for pair in ((y, y), (x, y))]
+    found = kernel_distance(x, y, torch.tensor(shots))
+    assert found["mmd"] == pytest.approx(within + parts[0] - 2 * parts[1], rel=1e-10)
+
+
+def test_of_nineteen_shots_there_is_no_error_and_of_twenty_uneven_ones_there_is():
+    y = rows(40, 3, 1)
+    assert kernel_distance(rows(57, 3, 0), y, torch.arange(57) % 19)["mmd_error"] is None
+    uneven = torch.cat([torch.arange(20), torch.zeros(30, dtype=torch.int64)])
+    assert kernel_distance(rows(50, 3, 0), y, uneven)["mmd_error"] > 0
+
+
+def test_rows_that_are_all_of_one_shot_are_taken_as_independent():
+    x, y = rows(30, 3, 0), rows(30, 3, 1)
+    assert kernel_distance(x, y, torch.zeros(30, dtype=torch.int64)) == kernel_distance(x, y)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_one_row_is_too_few(n):
     with pytest.raises(VglannError, match="at least 2 generated videos, got"):

@@ -46,6 +46,16 @@ def test_no_shot_is_on_both_sides():
     assert whole["precision"]["mean"] < 0.5 < split["precision"]["mean"]
 
 
+def test_clips_that_are_alike_do_not_raise_the_kernel_distance_between_halves():
+    shots = torch.arange(30).repeat(6)
+    real = rows(30, 8, 0)[shots] + rows(180, 8, 1, scale=0.3)
+    truth = Truth(real, shots)
+    found, made = truth.figures()["mmd"], truth.figures_of(rows(180, 8, 2, scale=1.09**0.5))["mmd"]
+    assert abs(found["mean"]) < found["sd"]
+    # With the pairs of one shot both are more than two standard deviations above 0.
+    assert abs(made["mean"]) < 2 * made["sd"]
+
+
 def test_the_truth_compared_with_itself_is_within_its_spread():
     real, made = rows(200, 8, 0), rows(200, 8, 1)
     truth = Truth(real)
@@ -54,6 +64,25 @@ def test_the_truth_compared_with_itself_is_within_its_spread():
     # Samples that gather in the middle lie in more balls than real ones.
     assert narrow["density"]["mean"] > record["density"]["mean"] + 3 * record["density"]["sd"]
     assert narrow["mmd"]["mean"] > record["mmd"]["mean"] + 3 * record["mmd"]["sd"]
+
+
+def test_of_rows_in_the_order_of_their_sources_all_sources_take_part():
+    """5,000 rows, the second half far from the first: both are in the truth and in the figures of a copy of it."""
+    real = rows(5000, 2, 0)
+    real[2500:] += 20
+    shots = torch.arange(1000).repeat_interleave(5)
+    for truth in (Truth(real, shots, most=40), Truth(real, most=40)):
+        near, copy = truth.figures_of(real[:2500])["coverage"], truth.figures_of(real)["coverage"]
+        assert truth.figures()["coverage"]["mean"] > 0.8
+        # Samples of the first source alone cover half of the real ones.
+        assert near["mean"] < 0.65
+        assert copy["mean"] > 0.8
+
+
+def test_no_shot_is_on_both_sides_of_more_rows_than_take_part():
+    """Clips of one shot are equal here: were a shot split, a clip would lie on its copy."""
+    real, shots = rows(60, 4, 0).repeat(50, 1), torch.arange(60).repeat(50)
+    assert Truth(real, shots, most=300).figures()["precision"]["mean"] < 0.1
 
 
 def test_halves_too_small_for_five_neighbors_are_said_to_be():

@@ -2,11 +2,14 @@
 
     python -m vglann_fast.experiments.compare_mappings RUN [--only imle,gmm] [--seeds 0,1,2] [--holdout-fraction 0.3]
 
-All are fitted to the same latents. Whole shots are held out, the same ones for every seed; gmm and the flows also
-choose by these. Latents and samples are unit rows times √d, so that x·y / d in the kernel is a cosine. Columns, each
-the mean over the seeds:
+Whole shots are held out to judge by, the same ones for every seed; no kind sees them. All kinds get the other
+latents. gmm and the flows set whole shots of these aside, as `vglann map` does, and choose their number of components
+or epochs by them. Latents and samples are unit rows times √d, so that x·y / d in the kernel is a cosine. Columns,
+each the mean over the seeds:
 
-MMD              kernel distance from the held-out latents to as many samples, and its standard error
+MMD              kernel distance from the held-out latents to as many samples, without pairs of held-out latents of
+                 one shot, and its standard error. All rows share the held-out latents, so the error of a difference
+                 between two rows is smaller, and the spread over the seeds is nearer to it
 coverage, ...    of one half of the held-out latents against as many samples, over 20 splits by whole shots; the row
                  `truth` is one half against the other, mean ± standard deviation, see `metrics/truth.py`
 distance         mean Euclidean distance from a latent, fitted or held out, to the nearest of 4,096 samples
@@ -54,10 +57,15 @@ SHARES = ("coverage", "density", "precision", "recall")
 
 @dataclass(frozen=True)
 class Targets:
-    """What all mappings are fitted to and compared with: latents [N, d] and held-out latents [n, d]."""
+    """The latents [N, d] that mappings are fitted to and the held-out latents [n, d] that judge them.
+
+    fitted_shots: int64 [N], numbered from 0 without a gap. shots: int64 [n], of the held-out latents.
+    """
 
     fitted: Tensor
+    fitted_shots: Tensor
     held_out: Tensor
+    shots: Tensor
     truth: Truth
 
 
@@ -102,7 +110,8 @@ def targets(run: RunDir, holdout_fraction: float, device: str) -> Targets:
             f"{len(place)} held-out latents cannot be split by shots into halves of more than 5; raise "
             "--holdout-fraction or train on more shots"
         )
-    return Targets(latents[fitted[:, 0]], latents[place], truth)
+    fitted_shots = shots[fitted[:, 0]].unique(return_inverse=True)[1]
+    return Targets(latents[fitted[:, 0]], fitted_shots, latents[place], shots[place], truth)
 
 
 def scaled(latents: Tensor) -> Tensor:
@@ -114,7 +123,7 @@ def measured(mapping: Any, at: Targets, seed: int, seconds: float) -> dict[str, 
     """The figures of one fitted mapping."""
     generator = torch.Generator(at.fitted.device).manual_seed(seed + 1)
     samples = scaled(mapping.sample(len(at.held_out), generator))
-    distance, splits = kernel_distance(scaled(at.held_out), samples), at.truth.figures_of(samples)
+    distance, splits = kernel_distance(scaled(at.held_out), samples, at.shots), at.truth.figures_of(samples)
     gap = measure_gap(mapping, at.fitted, at.held_out, generator)
     return {
         "mmd": distance["mmd"],
@@ -128,10 +137,11 @@ def measured(mapping: Any, at: Targets, seed: int, seconds: float) -> dict[str, 
 
 def fit_and_measure(kind: str, options: MapOptions, at: Targets, seed: int, device: str) -> dict[str, float]:
     """Fit a mapping with one seed and measure it."""
+    latents, choosing = set_aside(at.fitted, at.fitted_shots, options.holdout_fraction, seed)
     mapping = KINDS[kind](at.fitted.shape[1], options, device, seed=seed)
     clock = time.process_time if device == "cpu" else time.perf_counter
     started = clock()
-    mapping.fit(at.fitted, torch.Generator(device).manual_seed(seed), held_out=at.held_out)
+    mapping.fit(latents, torch.Generator(device).manual_seed(seed), held_out=choosing)
     # The last row of the log was read from the device, so the fit has ended.
     return measured(mapping, at, seed, clock() - started)
 
@@ -199,16 +209,15 @@ def main() -> None:
     except VglannError as error:
         parser.error(str(error))
     n, truth = len(at.held_out), at.truth.figures()
-    print(f"{len(at.fitted)} latents of {at.fitted.shape[1]} numbers fitted, {n} held out; seeds {a.seeds}\n")
+    print(f"{len(at.fitted)} latents of {at.fitted.shape[1]} numbers to fit, {n} held out; seeds {a.seeds}\n")
     _line(COLUMNS)
     print("|---|" + "---:|" * (len(COLUMNS) - 1))
     _line(truth_row(truth))
     _line(row("latents", over_seeds([measured(Latents(at.fitted), at, seed, 0.0) for seed in seeds]), n))
     modern = {}
     for name, kind, options in contestants(only):
-        chosen = replace(options, holdout_fraction=a.holdout_fraction)
         try:
-            figures = over_seeds([fit_and_measure(kind, chosen, at, seed, a.device) for seed in seeds])
+            figures = over_seeds([fit_and_measure(kind, options, at, seed, a.device) for seed in seeds])
         except VglannError as error:
             print(f"\n{name}: not fitted ({error})\n", flush=True)
             continue

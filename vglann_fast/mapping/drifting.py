@@ -24,7 +24,7 @@ from vglann_fast.runtime.numerics import seeded
 
 BETAS = (0.9, 0.95)
 MOST_MEASURED = 4096  # latents whose nearest distance is looked at
-_CHUNK = 512  # latents compared at a time
+_CHUNK, _OTHERS = 512, 4096  # latents compared at a time, and with how many
 _LEAST = 1e-6  # of a temperature, for latents that are all equal; unit rows lie up to 2 apart
 
 
@@ -148,15 +148,19 @@ def drift(samples: Tensor, latents: Tensor, temperatures: Sequence[float]) -> Te
 
 
 def median_nearest_distance(rows: Tensor) -> float:
-    """The median distance from one of rows [N, d] to its nearest other row, over at most 4,096, evenly spaced.
+    """The median distance from one of rows [N, d] to its nearest other row.
 
-    Equal rows are not counted as neighbors; 0 if all are equal.
+    Of more than 4,096 rows evenly spaced ones are measured, each against all rows: neighbors in order may be clips of
+    one shot. Equal rows are not counted as neighbors; 0 if all are equal.
     """
-    rows = rows[:: -(-len(rows) // MOST_MEASURED)]
+    measured = rows[:: -(-len(rows) // MOST_MEASURED)]
     nearest = []
-    for chunk in rows.split(_CHUNK):
-        distance = torch.cdist(chunk, rows, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest.append(distance.where(distance > 0, float("inf")).amin(1))
+    for chunk in measured.split(_CHUNK):
+        least = torch.full((len(chunk),), float("inf"), device=rows.device, dtype=rows.dtype)
+        for others in rows.split(_OTHERS):
+            distance = torch.cdist(chunk, others, compute_mode="donot_use_mm_for_euclid_dist")
+            least = least.minimum(distance.where(distance > 0, float("inf")).amin(1))
+        nearest.append(least)
     found = torch.cat(nearest)
     found = found[found.isfinite()]
     return found.median().item() if len(found) else 0.0

@@ -70,8 +70,8 @@ def measure(
     return Measurement(together, torch.cat(steps), torch.cat(distances), digests)
 
 
-def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
-    """Features [n, d] of real videos against generated ones.
+def compare(real: Tensor, made: Tensor, shots: Tensor | None = None) -> dict[str, Any]:
+    """Features [n, d] of real videos against generated ones; shots: int64 [n], of the real ones, where known.
 
     Returns, JSON-able:
 
@@ -91,7 +91,7 @@ def compare(real: Tensor, made: Tensor) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "n": n,
         "dimensions": real.shape[1],
-        **kernel_distance(real, made),
+        **kernel_distance(real, made, shots),
         "frechet": distance,
         "quarters": _quarters(real, made),
     }

@@ -81,15 +81,21 @@ class Sides:
 
 @dataclass(frozen=True)
 class EvaluationTargets:
-    """What all sources are compared with: both sides, measured, and by the title of each protocol its floor and
-    the halves of the real clips, None where they are too small."""
+    """Both sides, measured, and what sources are compared with.
+
+    shots: int64 [n], of the real clips; None where they are not known.
+    floors, truths, truth_figures: by the title of each protocol. The last two are the halves of the real clips and
+        the figures of one half against the other, None where the halves are too small.
+    """
 
     sides: Sides
     protocols: list[Protocol]
     training: Measurement
     real: Measurement
+    shots: Tensor | None
     floors: dict[str, dict[str, Any]]
     truths: dict[str, Truth | None]
+    truth_figures: dict[str, dict[str, Any] | None]
 
     @property
     def networks(self) -> dict[str, Extractor]:
@@ -256,17 +262,19 @@ def _known(
     networks = {p.title: p.extractor for p in protocols}
     training = _measured("training clips", sides.training, sides.training_rows, networks)
     real = _measured("real clips", sides.real, sides.real_rows, networks, sides.training, device)
-    floors = {
-        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor]) for p in protocols
-    }
     shots = _shots(sides, warnings) if protocols else None
+    floors = {
+        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor], shots)
+        for p in protocols
+    }
     truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
+    figures = {title: truth.figures() if truth else None for title, truth in truths.items()}
     if not all(truths.values()):
         warnings.append(
             f"{sides.n} real clips cannot be split by shots into halves of more than 5, so the truth row is missing; "
             "hold out more clips, or of more shots, with a larger --test-fraction"
         )
-    return EvaluationTargets(sides, protocols, training, real, floors, truths)
+    return EvaluationTargets(sides, protocols, training, real, shots, floors, truths, figures)
 
 
 def _shots(sides: Sides, warnings: list[str]) -> Tensor | None:
@@ -274,11 +282,15 @@ def _shots(sides: Sides, warnings: list[str]) -> Tensor | None:
     try:
         return shot_numbers(sides.real.clips[row] for row in sides.real_rows)
     except VglannError as error:
-        warnings.append(f"the truth row splits single clips, not shots, so it may be too good ({error})")
+        warnings.append(
+            "the truth row splits single clips, not shots, so it may be too good, and kernel distances "
+            f"take clips as independent, so their errors may be too small ({error})"
+        )
         return None
 
 
 def _truth(protocol: Protocol, real: Tensor, shots: Tensor | None) -> Truth | None:
+    shots = None if shots is None else shots[: protocol.videos]
     truth = Truth(real[: protocol.videos], shots)
     return truth if truth.enough else None
 
@@ -311,11 +323,11 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
             p.title: {
                 "protocol": p.extractor.protocol,
                 "generated": {
-                    **_distance(source, p, real, made.features[p.title]),
+                    **_distance(source, p, real, made.features[p.title], known.shots),
                     "splits": truth and truth.figures_of(made.features[p.title][: p.videos]),
                 },
                 "floor": known.floors[p.title],
-                "truth": truth and truth.figures(),
+                "truth": known.truth_figures[p.title],
                 "nearest_training_clip": _nearest(p.title, made, known),
             }
             for p in known.protocols
@@ -326,10 +338,13 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
     }
 
 
-def _distance(source: str, protocol: Protocol, real: Measurement, made: Tensor) -> dict[str, Any]:
+def _distance(
+    source: str, protocol: Protocol, real: Measurement, made: Tensor, shots: Tensor | None
+) -> dict[str, Any]:
     """`compare`, whose errors are to name the source and the protocol."""
     try:
-        return compare(real.features[protocol.title][: protocol.videos], made[: protocol.videos])
+        shots = None if shots is None else shots[: protocol.videos]
+        return compare(real.features[protocol.title][: protocol.videos], made[: protocol.videos], shots)
     except VglannError as error:
         raise VglannError(f"{protocol.title} of {source}: {error}") from error
 

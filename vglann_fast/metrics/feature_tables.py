@@ -75,7 +75,7 @@ def best_sources(sources: Sources, key: str) -> set[str]:
         name: at(one, "splits", key, "mean") for name, one in sources.items() if name not in _REFERENCES
     }
     if key == "mmd":
-        # Clips of one shot are alike, which raises the truth's distance: a source below it is not further off.
+        # The truth's distance is near 0 and has its own error: a source below it is not further off.
         values = {name: None if value is None else max(value, mean) for name, value in values.items()}
     return nearest_to_truth(
         {"mean": mean, "sd": sd}, {name: value for name, value in values.items() if value is not None}

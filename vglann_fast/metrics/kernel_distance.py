@@ -4,13 +4,20 @@ With the kernel of Bińkowski et al. 2018 (KID), k(x, y) = (x·y / d + 1)³, ove
 
     mean of k(x, x') over pairs of different rows + the same for y - 2 mean of k(x, y) over all pairs
 
-The estimate is a U-statistic: over sets of one distribution its mean is 0 whatever n is, so it may be negative. A
+Over independent rows of one distribution the mean of this estimate is 0 whatever n is, so it may be negative. A
 Fréchet distance of n < d rows has a large bias instead, and the bias is smaller for a set of too little spread.
 
-The standard error comes from `BLOCKS` = 10 disjoint blocks of n // 10 rows of each side, in the order of the rows:
-the standard deviation of their distances over the square root of 10. With fewer than 2 rows in a block there is
-none. A block has fewer pairs than a tenth of all, so between sets of one distribution the error is too large by up
-to a factor of 3 (√10), and never too small.
+Clips of one shot are not independent: they are alike, so their pairs raise the first mean. Where the shots of the
+real rows are given, pairs of one shot are left out of it, and the mean is 0 again for shots that are independent.
+Without shots rows are taken as independent. Generated rows always are.
+
+The standard error comes from `BLOCKS` = 10 disjoint blocks of each side: the standard deviation of their distances
+over the square root of 10. Rows are taken in their order, n // 10 a block, and shots are kept whole. There is no
+error with fewer than 2 rows of a side, or 2 shots, in a block. A block has fewer pairs than a tenth of all, so
+between sets of one distribution the error is too large on average, by a factor of about 3 (√10), and of 4 with 2 or
+3 shots in a block. It can be too small where shots are not independent, such as shots of one video. It is the error
+of one distance: two sources compared with the same real rows share much of it, and the error of their difference is
+smaller.
 
 JEDi (github.com/oooolga/JEDi) publishes another statistic of the same family: kernel (x·y / d)², with the pairs of
 a row and itself, which biases it upward, times 100.
@@ -44,16 +51,27 @@ def square_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1]) ** 2
 
 
-def kernel_distance(real: Tensor | np.ndarray, generated: Tensor | np.ndarray) -> dict[str, Any]:
+def kernel_distance(
+    real: Tensor | np.ndarray, generated: Tensor | np.ndarray, shots: Tensor | None = None
+) -> dict[str, Any]:
     """The unbiased distance of features [n, d] and [m, d], and its standard error.
 
     Memory beside the features: one block of 512 rows against all rows of a side.
+
+    Args:
+        real: features [n, d].
+        generated: features [m, d].
+        shots: int64 [n], the shot of each real row. None, or all of one shot: rows are taken as independent.
 
     Returns {"mmd": float, "mmd_error": float or None}. Raises `VglannError` for features that are not finite [n, d],
     fewer than 2 rows, another d, or numbers so large that the kernel overflows.
     """
     real, generated = _pair(real, generated)
-    return {"mmd": _finite(_unbiased(real, generated)), "mmd_error": _standard_error(real, generated)}
+    groups = independent_groups(len(real), shots)
+    return {
+        "mmd": _finite(_unbiased(real, generated, groups)),
+        "mmd_error": _standard_error(real, generated, groups),
+    }
 
 
 def jedi_distance(real: Tensor | np.ndarray, generated: Tensor | np.ndarray) -> float:
@@ -65,35 +83,64 @@ def jedi_distance(real: Tensor | np.ndarray, generated: Tensor | np.ndarray) -> 
     return _finite(100 * (within - 2 * between).item())
 
 
-def unbiased_from_sums(real: Tensor, generated: Tensor, between: Tensor, n: int, m: int) -> Tensor:
-    """The unbiased distance, from sums of the kernel over different rows of a side, and over all pairs between."""
-    return real / (n * (n - 1)) + generated / (m * (m - 1)) - 2 * between / (n * m)
+def independent_groups(n: int, shots: Tensor | None = None) -> Tensor:
+    """The group of each of n rows, int64 [n]: its shot; itself where shots are unknown or all of one shot."""
+    if shots is None or (shots == shots[0]).all():
+        return torch.arange(n)
+    return shots.cpu()
 
 
-def _unbiased(real: Tensor, generated: Tensor) -> float:
-    n, m = len(real), len(generated)
-    real_sum, generated_sum = (
-        _sum(rows, rows, cubic_kernel, without_diagonal=True) for rows in (real, generated)
-    )
-    return unbiased_from_sums(real_sum, generated_sum, _sum(real, generated, cubic_kernel), n, m).item()
+def pairs_between(groups: Tensor) -> int:
+    """The number of ordered pairs of rows that are not of one group."""
+    sizes = groups.unique(return_counts=True)[1]
+    return len(groups) ** 2 - int(sizes.square().sum())
 
 
-def _standard_error(real: Tensor, generated: Tensor) -> float | None:
-    sizes = len(real) // BLOCKS, len(generated) // BLOCKS
-    if min(sizes) < 2:
+def _unbiased(real: Tensor, generated: Tensor, groups: Tensor) -> float:
+    within = [
+        _sum(rows, rows, cubic_kernel, kinds) / pairs_between(kinds)
+        for rows, kinds in ((real, groups), (generated, independent_groups(len(generated))))
+    ]
+    between = _sum(real, generated, cubic_kernel) / (len(real) * len(generated))
+    return (within[0] + within[1] - 2 * between).item()
+
+
+def _standard_error(real: Tensor, generated: Tensor, groups: Tensor) -> float | None:
+    size, places = len(generated) // BLOCKS, _places(groups)
+    if size < 2 or places is None:
         return None
-    blocks = zip(real.split(sizes[0])[:BLOCKS], generated.split(sizes[1])[:BLOCKS], strict=True)
-    values = [_unbiased(*block) for block in blocks]
+    values = [
+        _unbiased(real[rows], generated[number * size : (number + 1) * size], groups[rows])
+        for number, rows in enumerate(places)
+    ]
     return float(np.std(values, ddof=1)) / BLOCKS**0.5
 
 
-def _sum(x: Tensor, y: Tensor, kernel: Kernel, *, without_diagonal: bool = False) -> Tensor:
-    """The sum [] of the kernel over all pairs of rows, or of different rows of one set."""
+def _places(groups: Tensor) -> list[Tensor] | None:
+    """The rows of each block: whole groups, at least two; None if there are too few.
+
+    Groups of one row are cut in their order. Others are dealt out, the largest first, so blocks are of nearly one
+    size.
+    """
+    _, place, sizes = groups.unique(return_inverse=True, return_counts=True)
+    if len(sizes) < 2 * BLOCKS:
+        return None
+    if len(sizes) == len(groups):
+        size = len(groups) // BLOCKS
+        return list(torch.arange(size * BLOCKS).split(size))
+    rank = torch.empty_like(sizes)
+    rank[sizes.argsort(descending=True, stable=True)] = torch.arange(len(sizes))
+    block = rank[place] % BLOCKS
+    return [(block == number).nonzero()[:, 0] for number in range(BLOCKS)]
+
+
+def _sum(x: Tensor, y: Tensor, kernel: Kernel, groups: Tensor | None = None) -> Tensor:
+    """The sum [] of the kernel over all pairs of rows; of one set with `groups`, over pairs not of one group."""
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(x), _CHUNK):
         block = kernel(x[start : start + _CHUNK], y)
-        if without_diagonal:
-            block.diagonal(start).zero_()
+        if groups is not None:
+            block.masked_fill_(groups[start : start + _CHUNK, None] == groups, 0)
         total += block.sum()
     return total
 

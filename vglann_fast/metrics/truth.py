@@ -8,11 +8,12 @@ of its videos. The record of either, JSON-able:
     {"n": videos on each side, "splits": 20, "mmd": {"mean", "sd"}, and the same for "precision", "recall",
      "density" and "coverage"}
 
-The kernel distance between halves is a little above 0, although it is unbiased: clips of one shot are alike, so a
-pair within a half is nearer than a pair between halves. A source with a smaller one is not further from the truth.
+The kernel distance leaves out pairs of one shot, see `kernel_distance.py`, so between halves it is 0 on average; a
+half that is of one shot keeps its pairs. A source with a smaller one is not further from the truth.
 
 mean and sd (over n - 1) are over the splits. Splits share videos, so the sd describes the value of one split; it is
-not the error of the mean. Of more than 2,048 videos on a side the first 2,048 take part.
+not the error of the mean. Of more than 2,048 real videos 2,048 take part, whole shots in random order, of which the
+last may be cut; of more than 2,048 of a source a random 2,048 do. Both are drawn with a fixed seed.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from vglann_fast.metrics.compare import BALL_K, MANIFOLD_K
 from vglann_fast.metrics.frechet import check_features
 from vglann_fast.metrics.judgment import SPREAD_FIGURES
-from vglann_fast.metrics.kernel_distance import cubic_kernel, unbiased_from_sums
+from vglann_fast.metrics.kernel_distance import cubic_kernel, independent_groups, pairs_between
 
 SPLITS = 20
 _MAX_ROWS = 2048  # of a side, so that its matrices of distances and kernels take 32 MB each
@@ -44,9 +45,11 @@ class Truth:
     def __init__(
         self, real: Tensor | np.ndarray, groups: Tensor | None = None, most: int = _MAX_ROWS
     ) -> None:
-        self._real = check_features(real)[:_MAX_ROWS]
-        groups = torch.arange(len(self._real)) if groups is None else groups[: len(self._real)]
-        sides = [_halves(groups, torch.Generator().manual_seed(split)) for split in range(SPLITS)]
+        real = check_features(real)
+        groups = torch.arange(len(real)) if groups is None else groups.cpu()
+        rows = _chosen(groups)
+        self._real, self._groups = real[rows], groups[rows]
+        sides = [_halves(self._groups, torch.Generator().manual_seed(split)) for split in range(SPLITS)]
         self.n = min(most, *(len(rows) for pair in sides for rows in pair))
         self.enough = self.n > max(MANIFOLD_K, BALL_K)
         self._splits = [(first[: self.n], second[: self.n]) for first, second in sides]
@@ -54,19 +57,21 @@ class Truth:
     def figures(self) -> dict[str, Any]:
         """The record of real against real."""
         distances, kernel = _distances(self._real, self._real), cubic_kernel(self._real, self._real)
-        rows = []
+        found = []
         for a, b in self._splits:
-            rows.append(
+            found.append(
                 _figures(
                     [distances[a][:, a], distances[b][:, b], distances[b][:, a]],
                     [kernel[a][:, a], kernel[b][:, b], kernel[b][:, a]],
+                    [independent_groups(self.n, self._groups[rows]) for rows in (a, b)],
                 )
             )
-        return self._record(rows)
+        return self._record(found)
 
     def figures_of(self, generated: Tensor | np.ndarray) -> dict[str, Any]:
         """The record of features [m, d] of a source, m at least `n`."""
-        generated = check_features(generated)[:_MAX_ROWS]
+        generated = check_features(generated)
+        generated = generated[_chosen(torch.arange(len(generated)))]
         sides = (self._real, self._real), (generated, generated), (generated, self._real)
         real, made, between = (_distances(*pair) for pair in sides)
         real_kernel, made_kernel, between_kernel = (cubic_kernel(*pair) for pair in sides)
@@ -77,6 +82,7 @@ class Truth:
                 _figures(
                     [real[a][:, a], made[drawn][:, drawn], between[drawn][:, a]],
                     [real_kernel[a][:, a], made_kernel[drawn][:, drawn], between_kernel[drawn][:, a]],
+                    [independent_groups(self.n, self._groups[a]), independent_groups(self.n)],
                 )
             )
         return self._record(rows)
@@ -87,6 +93,17 @@ class Truth:
             values = [row[name] for row in rows]
             record[name] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
         return record
+
+
+def _chosen(groups: Tensor) -> Tensor:
+    """The row numbers that take part: all, in their order, or whole groups at random up to the most there may be."""
+    if len(groups) <= _MAX_ROWS:
+        return torch.arange(len(groups))
+    generator = torch.Generator().manual_seed(SPLITS)  # the splits have the seeds before it
+    kinds, place = groups.unique(return_inverse=True)
+    # Sorted by its group's place in a random order, a group is together.
+    order = torch.randperm(len(kinds), generator=generator)[place].argsort(stable=True)
+    return order[:_MAX_ROWS].sort().values
 
 
 def _halves(groups: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -108,16 +125,22 @@ def _distances(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _figures(distances: list[Tensor], kernels: list[Tensor]) -> dict[str, float]:
-    """The figures of n real and n made rows, from [real, real], [made, made] and [made, real] matrices."""
+def _figures(distances: list[Tensor], kernels: list[Tensor], groups: list[Tensor]) -> dict[str, float]:
+    """The figures of n real and n made rows, from [real, real], [made, made] and [made, real] matrices.
+
+    groups: int64 [n] of either side; the kernel distance leaves out pairs of one group.
+    """
     real, made, between = distances
     n = len(real)
     # A row is its own first neighbor, so the k-th other one is the (k + 1)-th.
     manifolds = [side.kthvalue(MANIFOLD_K + 1, dim=1).values for side in (real, made)]
     balls = between < real.kthvalue(BALL_K + 1, dim=1).values
-    within = [kernel.sum() - kernel.diagonal().sum() for kernel in kernels[:2]]
+    within = [
+        kernel.masked_fill(kinds[:, None] == kinds, 0).sum() / pairs_between(kinds)
+        for kernel, kinds in zip(kernels[:2], groups, strict=True)
+    ]
     return {
-        "mmd": unbiased_from_sums(within[0], within[1], kernels[2].sum(), n, n).item(),
+        "mmd": (within[0] + within[1] - 2 * kernels[2].mean()).item(),
         "precision": (between <= manifolds[0]).any(1).double().mean().item(),
         "recall": (manifolds[1] >= between.T).any(1).double().mean().item(),
         "density": balls.sum().item() / (BALL_K * n),
