@@ -45,8 +45,8 @@ twin=(--steps 150)
 epoch=(--preset paper)
 if [ -n "${TINY:-}" ]; then
     verify=(--impl reference --device cpu --batch 1 --frames 1 --size 32)
-    step_15=(--batch 2 --steps 1 --width 4 --device cpu --rows author bf16)
-    step_256=(--batch 3 --steps 1 --width 4 --device cpu --rows bf16)
+    step_15=(--batch 2 --steps 1 --width 4 --device cpu --rows author fp32)
+    step_256=(--batch 3 --steps 1 --width 4 --device cpu --rows fp32)
     search=(--n 20 --m 500 --d 8 --rounds 1 --data "unit sphere" --device cpu)
     twin=(--steps 2 --width 4 --batch 2 --device cpu)
     epoch=(--preset paper --n 200 --rounds 1 --device cpu)
@@ -109,12 +109,12 @@ kernels() {
     run 110 kernels "$python" bench/kernel_groups.py "$out/kernels.jsonl"
 }
 
-counters() { # the two losses of one group, called once each; some virtual machines refuse
+counters() { # the two losses of one group, called once each: three launches; some virtual machines refuse
     if ! command -v ncu > "$out/counters.txt" || [ -n "${TINY:-}" ]; then
         say counters "left out, no ncu here"
         return
     fi
-    run 45 counters ncu --clock-control none --kernel-name 'regex:laplacian' --launch-count 2 \
+    run 45 counters ncu --clock-control none --kernel-name 'regex:laplacian|^_sums_' --launch-count 3 \
         --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy \
         "$python" bench/kernel_groups.py --once "$out/once.jsonl" "composite_laplacian full 256"
 }

@@ -33,7 +33,7 @@ def test_the_threads_that_were_asked_for_and_afterwards_those_there_were(monkeyp
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "1.5", "many"])
-def test_no_threads_are_refused_by_name(threads, tmp_path, capsys):
+@pytest.mark.parametrize("threads", ["0", "-1", "1.5", "many", "1025", "2147483648", "9" * 5000])
+def test_threads_that_cannot_be_are_refused_by_name(threads, tmp_path, capsys):
     assert main(["sample", str(tmp_path), f"--threads={threads}"]) == 2
     assert "--threads" in capsys.readouterr().err

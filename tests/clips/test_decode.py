@@ -331,7 +331,7 @@ def test_child_that_is_killed_for_memory_is_not_blamed_on_the_video(tmp_path, mo
     else:
         children.signal = signal.SIGKILL
     file = write_video(tmp_path / "a.mkv", [quadrants()] * 3)
-    with pytest.raises(VglannError, match=r"memory.*--workers"):
+    with pytest.raises(VglannError, match=r"a\.mkv.*memory.*--workers"):
         decode(tmp_path, file)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,15 +56,13 @@ def test_a_contender_that_raises_makes_it_red_and_the_others_are_measured(tmp_pa
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(SABOTAGE)
     out = tmp_path / "out"
-    done = called(out, "step", "kernels", "counters", "nearest", PYTHONPATH=str(tmp_path / "path"))
+    done = called(out, "step", "kernels", "counters", PYTHONPATH=str(tmp_path / "path"))
     assert done.returncode == 1
     ended = {name: what.split()[0].rstrip(",") for name, what in summary(out).items()}
-    assert ended == {
-        "step-15": "failed", "step-256": "ok", "kernels": "failed", "counters": "left", "nearest": "ok",
-    }  # fmt: skip
+    assert ended == {"step-15": "failed", "step-256": "ok", "kernels": "failed", "counters": "left"}
     step, kernels = results(out / "step.jsonl"), results(out / "kernels.jsonl")
     assert "illegal memory access" in step["step 2", "author"]["failed"]
-    assert step["step 2", "bf16"]["ms"] > 0
+    assert step["step 2", "fp32"]["ms"] > 0
     failed = {key for key, row in kernels.items() if "failed" in row}
     assert failed == {("laplacian full 256", "author"), ("laplacian full 15", "author")}
     measured = {group for (group, name), row in kernels.items() if name == "reference" and row["ms"] > 0}
@@ -81,6 +80,32 @@ def test_what_there_is_no_time_for_is_said_and_makes_it_red(tmp_path):
     assert ended.pop("counters").startswith("left out")
     assert set(ended.values()) == {"no time"}
     assert [name.split("-")[0] for name in ended][-5:] == ["step", "step", "kernels", "nearest", "twin"]
+
+
+def test_the_limits_of_the_parts_are_less_than_all_they_may_take():
+    """Otherwise the last part would be cut off where every one before it takes its limit."""
+    text = SCRIPT.read_text()
+    (total,) = map(int, re.findall(r"TOTAL:-(\d+)", text))
+    limits = [int(seconds) for seconds in re.findall(r"\brun (\d+) ", text)]
+    # The checks run at the same time; `layers` is the second call.
+    *first, _, _, layers = limits
+    assert len(first) == 7
+    assert sum(first) <= total
+    assert sum(limits[-3:]) <= total
+    assert total <= 9 * 60 - 20
+    assert layers == max(limits)
+
+
+def test_the_counters_are_of_the_kernels_that_there_are():
+    (pattern, count) = re.search(r"'regex:(\S+)' --launch-count (\d+)", SCRIPT.read_text()).groups()
+    # What the group calls: its two kernels in turn, then the joint loss.
+    ops = ("composite", "laplacian", "composite_laplacian")
+    sources = [(ROOT / "kernels" / "vglann_kernels" / op / "kernel.py").read_text() for op in ops]
+    launched = [name for text in sources for name in re.findall(r" (_\w+_kernel)\[", text)]
+    assert len(launched) == 7
+    counted = [name for name in launched if re.search(pattern, name)]
+    assert counted == ["_laplacian_fwd_kernel", "_composite_laplacian_kernel", "_sums_kernel"]
+    assert int(count) == len(counted)
 
 
 def test_one_wrong_kernel_among_the_parallel_checks_makes_it_red(tmp_path):

@@ -113,8 +113,7 @@ def test_files_that_hold_no_array_are_named(files, tmp_path, capsys, name):
 def test_what_does_not_go_together_is_named(files, tmp_path, capsys):
     paths = files(rows(8), rows(8, seed=1))
     for words, expected in (
-        ([str(tmp_path), "--features-file", *paths], "takes no run"),
-        (["--features-file", *paths, "--kind", "imle"], "leave --kind out"),
+        ([str(tmp_path), "--features-file", *paths], "RUN"),
         ([str(tmp_path), "--protocol", "jedi"], "add --features-file"),
         ([], "RUN missing"),
         (["--features-file", paths[0]], "expected 2 arguments"),
@@ -122,3 +121,34 @@ def test_what_does_not_go_together_is_named(files, tmp_path, capsys):
     ):
         assert main(["evaluate", *words]) == 2
         assert expected in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--kind", "imle"],
+        ["-n", "4"],
+        ["--features", "none"],
+        ["--features=transnetv2,lite0,lite0-step"],
+        ["--invert", "8"],
+        ["--seed", "0"],
+        ["--device", "auto"],
+        ["--kernels", "reference"],
+    ],
+)
+def test_what_two_files_have_no_use_for_is_refused_by_name_also_at_its_default(files, capsys, words):
+    paths = files(rows(8), rows(8, seed=1))
+    for around in (
+        [*words, "--features-file", *paths],
+        ["--features-file", *paths, *words, "--threads", "1"],
+    ):
+        assert main(["evaluate", *around]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"leave {words[0].split('=')[0]} out" in line
+
+
+def test_how_it_is_computed_may_be_said_of_two_files(files, capsys):
+    paths = files(rows(8), rows(8, seed=1))
+    words = ["--protocol", "jedi", "--threads", "1", "--deterministic"]
+    assert main(["evaluate", "--features-file", *paths, *words]) == 0
+    assert "JEDi" in capsys.readouterr().out

@@ -142,6 +142,39 @@ def each_call_fails(folder, before, call, number):
         assert turn < 40
 
 
+@pytest.mark.parametrize("stays", ["in the folder", "in the temporary folder", "in both"])
+def test_a_folder_in_it_that_cannot_be_removed_loses_no_files(tmp_path, monkeypatch, stays):
+    """Its files are moved one by one, then NFS or FUSE keep something in it, also while all is moved back."""
+
+    def write_media(word):
+        with atomic_dir(tmp_path / "out", MARKER, ["media"]) as folder:
+            (folder / MARKER).write_text(word)
+            (folder / "media" / "deep").mkdir(parents=True)
+            (folder / "media" / "a.bin").write_text(word)
+            (folder / "media" / "deep" / "b.bin").write_text(word)
+
+    def stays_there(path, **_):
+        path = os.fspath(path)
+        where = "in the temporary folder" if ".tmp-" in path else "in the folder"
+        return "/media" in path and stays in (where, "in both")
+
+    def files(folder):
+        found = {
+            str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()
+        }
+        return {name: word for name, word in found.items() if "kept" not in name}
+
+    write_media("old")
+    before = files(tmp_path / "out")
+    without_renaming_folders(monkeypatch)
+    fail_where(monkeypatch, "rmdir", errno.ENOTEMPTY, stays_there)
+    with pytest.raises(VglannError) as caught:
+        write_media("new")
+    assert len(before) == 3
+    assert files(tmp_path / "out") == before
+    assert files(kept(caught, tmp_path)) == dict.fromkeys(before, "new")
+
+
 # ---- killed
 
 

@@ -18,6 +18,8 @@ from vglann_fast.run.environment import launched
 FEATURES = "transnetv2,lite0,lite0-step"
 SEED = whole(0, 2**63 - 1)
 POSITIVE = whole(1)
+# More is a slip of the hand: each thread is started, and PyTorch's own limit is a traceback.
+_THREADS = whole(1, 1024)
 ALL_KINDS = "all kinds"
 # Presets whose values --help shows; `vglann train … --preset NAME --dry-run` prints those of any.
 _SHOWN: tuple[PresetName, ...] = ("paper", "modern", "demo")
@@ -46,7 +48,7 @@ def add_device(parser: Any) -> None:
     """Add --device and --threads."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument(
-        "--threads", metavar="N", type=POSITIVE, help="CPU threads of an operation [$OMP_NUM_THREADS, or all]"
+        "--threads", metavar="N", type=_THREADS, help="CPU threads of an operation [$OMP_NUM_THREADS, or all]"
     )
 
 

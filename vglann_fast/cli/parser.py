@@ -23,7 +23,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.options.fields import flag_of
 
 # What argparse and this file keep beside the arguments.
-INTERNAL = ("func", "command", "config", "dry_run", "help", "block")
+INTERNAL = ("func", "command", "config", "dry_run", "help", "block", "given")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         return {action.dest: action for action in self._actions if action.dest not in INTERNAL}
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Return the arguments in `words`. Raises `VglannError`."""
+        """Return the arguments in `words`, and in `given` the flags of those that are there. Raises `VglannError`."""
         # argparse of Python 3.11 and 3.12 makes an empty list of such a value.
         for word in words:
             if word.startswith("--") and word.endswith("=--"):
@@ -87,7 +87,20 @@ class Parser(argparse.ArgumentParser):
                 raise self.unknown(word)
         if rest:
             raise VglannError(f"{rest[0]}: one argument too many; see `{self.prog} --help`")
+        values.given = self._given(words)
         return values
+
+    def _given(self, words: Sequence[str]) -> list[str]:
+        """Return what the arguments in `words` are called in messages: "RUN", "--seed"."""
+        # What is in the namespace before keeps argparse from filling in a default.
+        before = argparse.Namespace(**dict.fromkeys(self.arguments, argparse.SUPPRESS))
+        after = vars(self.parse_known_args(words, before)[0])
+        # A positional argument that may be left out is None then.
+        return [
+            action.option_strings[0] if action.option_strings else str(action.metavar)
+            for name, action in self.arguments.items()
+            if after[name] not in (argparse.SUPPRESS, None)
+        ]
 
     def unknown(self, word: str, where: str = "") -> VglannError:
         """Return the error for an option that the command does not have, with the nearest one that it has.

@@ -203,6 +203,10 @@ class _OutOfTime(Exception):
     """A child has used the CPU time that the machine gives a process."""
 
 
+class _Killed(Exception):
+    """The system has killed a child; the video may have nothing to do with that."""
+
+
 class _Child:
     """A decoding process, started at the first file, and again after it was killed or has died."""
 
@@ -234,7 +238,13 @@ class _Child:
             "max_frames": self._limits.max_frames,
             "max_pixels": self._limits.max_pixels,
         }
-        reply = self._ask(request)
+        try:
+            reply = self._ask(request)
+        except _Killed:
+            raise VglannError(
+                f"{job.path}: the process that decodes it was killed (signal 9), as Linux does when memory runs out; "
+                "give fewer --workers, free some memory, or leave this video out"
+            ) from None
         if "errno" in reply:
             raise OSError(reply["errno"], os.strerror(reply["errno"]), str(files[0].parent))
         if "machine" in reply:
@@ -301,7 +311,7 @@ class _Child:
             raise _not_working(f"it ended while it was starting: {why}") from None
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes:
-        """The next line that the child writes. Raises _Silent or _OutOfTime if it dies before or takes too long."""
+        """The next line that the child writes. Raises _Silent, _OutOfTime or _Killed where it writes none."""
         assert process.stdout is not None
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN | select.POLLHUP)
@@ -314,10 +324,7 @@ class _Child:
         if code == -signal.SIGXCPU:
             raise _OutOfTime
         if code == -signal.SIGKILL and not self._closed:
-            raise VglannError(
-                "the process that decodes videos was killed (signal 9), as Linux does when memory runs out; "
-                "give fewer --workers, or free some memory"
-            )
+            raise _Killed
         raise _Silent(f"the decoder crashed ({_exit_words(code)})")
 
     def _start(self) -> subprocess.Popen[bytes]:

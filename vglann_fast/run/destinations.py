@@ -148,11 +148,39 @@ def _move_all(moves: Sequence[tuple[Path, Path]]) -> None:
             begun.append((source, target))
             _move(source, target)
     except BaseException:
-        for source, target in reversed(begun):
-            if os.path.lexists(target) and not os.path.lexists(source):
-                with suppress(OSError):
-                    _move(target, source)
+        _move_back(begun)
         raise
+
+
+def _move_back(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Undo those of the moves that were done."""
+    for source, target in reversed(moves):
+        if os.path.lexists(target) and not os.path.lexists(source):
+            with suppress(OSError):
+                _rescue(target, source)
+
+
+def _rescue(source: Path, target: Path) -> None:
+    """Move a file or folder as far as it can be moved: what cannot be removed stays, beside its copy at `target`."""
+    try:
+        source.rename(target)
+        return
+    except OSError:
+        pass
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for entry in sorted(source.iterdir()):
+            _rescue(entry, target / entry.name)
+        with suppress(OSError):
+            source.rmdir()
+    else:
+        try:
+            shutil.copyfile(source, target, follow_symlinks=False)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        with suppress(OSError):
+            source.unlink()
 
 
 def _move(source: Path, target: Path) -> None:
@@ -177,12 +205,15 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _move_contents(source: Path, target: Path) -> None:
+    moves = [(entry, target / entry.name) for entry in sorted(source.iterdir())]
     target.mkdir()
     try:
-        _move_all([(entry, target / entry.name) for entry in sorted(source.iterdir())])
+        _move_all(moves)
         flush(target)
+        # It fails where a file came meanwhile, or where NFS or FUSE keep a removed one that is still open.
         source.rmdir()
     except BaseException:
+        _move_back(moves)
         with suppress(OSError):
             target.rmdir()
         raise
@@ -191,12 +222,7 @@ def _move_contents(source: Path, target: Path) -> None:
 def _kept(new: Path, home: Path) -> Path:
     """Move the folder `new` out of its temporary folder and return where it is now."""
     kept = home / f"vglann-kept-{new.parent.name[-8:]}"
-    try:
-        new.rename(kept)
-    except OSError:
-        kept.mkdir()
-        for entry in new.iterdir():
-            _move(entry, kept / entry.name)
+    _rescue(new, kept)
     return kept
 
 

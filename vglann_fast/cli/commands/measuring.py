@@ -27,7 +27,7 @@ from vglann_fast.cli.arguments import (
 )
 from vglann_fast.cli.device import device_and_kernels
 from vglann_fast.cli.parser import Parser, command, perform, values_for
-from vglann_fast.cli.types import names, whole
+from vglann_fast.cli.types import alternatives, names, whole
 from vglann_fast.errors import VglannError
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.mapping import MAP_KINDS
@@ -36,6 +36,8 @@ from vglann_fast.options.training import LOSSES, TrainOptions
 from vglann_fast.progress import say
 
 log = logging.getLogger("vglann_fast")
+
+_WITH_FILES = ("--features-file", "--protocol", "--threads", "--deterministic")
 
 
 @command(
@@ -135,9 +137,11 @@ def _evaluate(a: Namespace) -> None:
 def _compare_files(a: Namespace) -> None:
     from vglann_fast.metrics.given_features import compare_files, file_tables
 
-    if a.run or a.kind or a.n:
-        given = a.run or ("--kind" if a.kind else "-n")
-        raise VglannError(f"{given}: --features-file compares two files and takes no run; leave {given} out")
+    unused = [name for name in a.given if name not in _WITH_FILES]
+    if unused:
+        raise VglannError(
+            f"--features-file takes only {alternatives(_WITH_FILES[1:])} beside it; leave {', '.join(unused)} out"
+        )
     real, generated = a.features_file
     figures = compare_files(real, generated, a.protocol)
     for line in figures["warnings"]:
