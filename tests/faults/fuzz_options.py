@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterable
+from math import ceil
 from pathlib import Path
 
 from faults.case import Case, case, part_of
@@ -64,7 +65,7 @@ def cases(share: float) -> Iterable[Case]:
         arguments = {name: _lines(name, route) for name in COMMANDS if name not in NOT_TRIED}
         weights = {name: len(_options(name)) for name in arguments}
         for name in arguments:
-            count = part_of(round(FULL * weights[name] / sum(weights.values())), share)
+            count = part_of(ceil(FULL * weights[name] / sum(weights.values())), share)
             if weights[name]:
                 yield _fuzzed(name, route, arguments[name], count)
 
