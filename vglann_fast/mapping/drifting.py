@@ -9,47 +9,33 @@ A temperature is the distance over which a latent attracts. It is given as a mul
 latent to its nearest other latent; drifts of several temperatures are added.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
-from vglann_fast.mapping.perceptron import Perceptron, perceptron_sizes
+from vglann_fast.mapping.base import Log
+from vglann_fast.mapping.perceptron import PerceptronSampler
 from vglann_fast.options.mapping import DriftingOptions
-from vglann_fast.runtime.numerics import seeded
 
-BETAS = (0.9, 0.95)
 MOST_MEASURED = 4096  # latents whose nearest distance is looked at
 _CHUNK, _OTHERS = 512, 4096  # latents compared at a time, and with how many
 _LEAST = 1e-6  # of a temperature, for latents that are all equal; unit rows lie up to 2 apart
 
 
-class Drifting(LatentSampler[DriftingOptions]):
+class Drifting(PerceptronSampler[DriftingOptions]):
     """The mapping of kind "drifting"; see `LatentSampler` for its interface."""
 
     kind = "drifting"
     options_class = DriftingOptions
+    betas = (0.9, 0.95)
+    _temperatures: Sequence[float]
 
-    def __init__(
-        self,
-        latent_dim: int,
-        options: DriftingOptions,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(latent_dim, options, device, dtype, seed)
-        with seeded(seed):
-            network = Perceptron(options.noise_dim, options.hidden, latent_dim)
-        self.network = network.to(device, dtype)
-        self._optimizer = torch.optim.AdamW(
-            self.network.parameters(), options.lr, BETAS,
-            weight_decay=options.weight_decay, fused=self.device.type == "cuda",
-        )  # fmt: skip
+    @staticmethod
+    def inputs(latent_dim: int, options: DriftingOptions) -> int:
+        """Return the numbers of a noise vector."""
+        return options.noise_dim
 
     def __call__(self, noise: Tensor) -> Tensor:
         """noise [B, noise_dim] -> unit rows [B, d]."""
@@ -66,60 +52,22 @@ class Drifting(LatentSampler[DriftingOptions]):
         self.check_latents(latents)
         rows = F.normalize(latents.to(self.dtype), dim=1)
         scale = median_nearest_distance(rows)
-        temperatures = [max(multiple * scale, _LEAST) for multiple in self.options.multiples]
+        self._temperatures = [max(multiple * scale, _LEAST) for multiple in self.options.multiples]
         for epoch in range(self.options.epochs):
             order = torch.randperm(len(rows), generator=generator, device=self.device)
-            self.note(self.train_epoch(rows[order], temperatures, generator, epoch), log)
+            self.note(self.train_epoch(rows[order], generator, epoch), log)
 
-    def train_epoch(
-        self, rows: Tensor, temperatures: Sequence[float], generator: torch.Generator, epoch: int
-    ) -> dict[str, Any]:
-        """One pass over unit rows [N, d] in their order, the rest of a batch left out, as many samples in each step.
-
-        Returns a row for the log: the mean loss, which is the mean squared length of the drift. Raises `VglannError`
-        when it is not finite.
-        """
-        options = self.options
-        for group in self._optimizer.param_groups:
-            group["lr"] = options.lr * learning_rate_factor("cosine", epoch, options.epochs)
-        batch = min(options.batch_size, len(rows))
-        steps = len(rows) // batch
-        total = torch.zeros((), device=self.device, dtype=self.dtype)  # read once, after the epoch
-        for near in rows.split(batch)[:steps]:
-            samples = self(self._noise(batch, generator))
-            with torch.no_grad():
-                target = samples + drift(samples, near, temperatures)
-            loss = (samples - target).square().sum(1).mean()
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._optimizer.step()
-            total += loss.detach()
-        mean = (total / steps).item()
-        if not mean < float("inf"):
-            raise VglannError(f"drifting: the loss is not finite in epoch {epoch}; lower --lr")
-        return {"epoch": epoch, "loss": mean}
-
-    def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        size = (n, self.options.noise_dim)
-        return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
+    def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the mean squared length [] of the drift of as many samples as there are unit rows [B, d]."""
+        samples = self(self.normal(len(rows), self.options.noise_dim, generator))
+        with torch.no_grad():
+            target = samples + drift(samples, rows, self._temperatures)
+        return (samples - target).square().sum(1).mean()
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n latents [n, d], unit rows: one evaluation of the network."""
-        return self(self._noise(n, generator))
-
-    @classmethod
-    def sizes(cls, latent_dim: int, options: DriftingOptions) -> Iterable[tuple[str, tuple[int, ...]]]:
-        """The three layers."""
-        return perceptron_sizes(options.noise_dim, options.hidden, latent_dim)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters of the network."""
-        return self.network.state_dict()
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take the parameters of the network."""
-        self.network.load_state_dict(tensors)
+        """Return n latents [n, d], unit rows: one evaluation of the network."""
+        return self(self.normal(n, self.options.noise_dim, generator))
 
 
 def drift(samples: Tensor, latents: Tensor, temperatures: Sequence[float]) -> Tensor:

@@ -36,7 +36,7 @@ log_line = logging.getLogger(__name__).warning
 
 
 class _Flow(LatentSampler[AutoregressiveOptions]):
-    """What both kinds of flow do; see `vglann_fast.mapping.base.Mapping`."""
+    """What both kinds of flow do; see `vglann_fast.mapping.base.LatentSampler`."""
 
     def __init__(
         self,

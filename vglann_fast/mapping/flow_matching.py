@@ -10,44 +10,28 @@ their norms.
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vglann_fast.errors import VglannError
-from vglann_fast.mapping.base import LatentSampler, Log, learning_rate_factor
-from vglann_fast.mapping.perceptron import Perceptron, perceptron_sizes
+from vglann_fast.mapping.base import Log
+from vglann_fast.mapping.perceptron import PerceptronSampler
 from vglann_fast.options.mapping import FlowMatchingOptions
-from vglann_fast.runtime.numerics import seeded
 
 FREQUENCIES = 4  # of t: cos and sin of pi t, 2 pi t, ...
 
 
-class FlowMatching(LatentSampler[FlowMatchingOptions]):
+class FlowMatching(PerceptronSampler[FlowMatchingOptions]):
     """The mapping of kind "flow-matching"; see `LatentSampler` for its interface."""
 
     kind = "flow-matching"
     options_class = FlowMatchingOptions
 
-    def __init__(
-        self,
-        latent_dim: int,
-        options: FlowMatchingOptions,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(latent_dim, options, device, dtype, seed)
-        with seeded(seed):
-            network = Perceptron(latent_dim + 2 * FREQUENCIES, options.hidden, latent_dim)
-        self.network = network.to(device, dtype)
-        self._optimizer = torch.optim.AdamW(
-            self.network.parameters(), options.lr,
-            weight_decay=options.weight_decay, fused=self.device.type == "cuda",
-        )  # fmt: skip
+    @staticmethod
+    def inputs(latent_dim: int, options: FlowMatchingOptions) -> int:
+        """Return the numbers of a point and its time."""
+        return latent_dim + 2 * FREQUENCIES
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """v(x, t): points [B, d] at times [B, 1] -> [B, d]."""
@@ -70,48 +54,22 @@ class FlowMatching(LatentSampler[FlowMatchingOptions]):
             row = self.train_epoch(points[order], generator, epoch)
             if unseen is not None:
                 with torch.no_grad():
-                    row["held_out_loss"] = self._loss(unseen, generator).item()
+                    row["held_out_loss"] = self.loss(unseen, generator).item()
             self.note(row, log)
 
-    def train_epoch(self, points: Tensor, generator: torch.Generator, epoch: int) -> dict[str, Any]:
-        """One pass over points [N, d] in their order, the rest of a batch left out.
-
-        Returns a row for the log with the mean loss. Raises `VglannError` when it is not finite.
-        """
-        options = self.options
-        for group in self._optimizer.param_groups:
-            group["lr"] = options.lr * learning_rate_factor("cosine", epoch, options.epochs)
-        batch = min(options.batch_size, len(points))
-        steps = len(points) // batch
-        total = torch.zeros((), device=self.device, dtype=self.dtype)  # read once, after the epoch
-        for rows in points.split(batch)[:steps]:
-            loss = self._loss(rows, generator)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._optimizer.step()
-            total += loss.detach()
-        mean = (total / steps).item()
-        if not mean < float("inf"):
-            raise VglannError(f"flow-matching: the loss is not finite in epoch {epoch}; lower --lr")
-        return {"epoch": epoch, "loss": mean}
-
-    def _loss(self, points: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error [] of the velocity at a random time on the path from noise to each point [B, d]."""
-        noise = self._noise(len(points), generator)
+    def loss(self, points: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the mean squared error [] of the velocity on the path to each point [B, d], at a random time."""
+        noise = self.normal(len(points), self.latent_dim, generator)
         t = torch.rand(len(points), 1, generator=generator, device=self.device, dtype=self.dtype)
         return F.mse_loss(self.velocity(torch.lerp(noise, points, t), t), points - noise)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         return F.normalize(latents.to(self.dtype), dim=1) * math.sqrt(self.latent_dim)
 
-    def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        size = (n, self.latent_dim)
-        return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
-
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n latents [n, d], unit rows; one evaluation of the network a step by Euler's rule, two by Heun's."""
-        return F.normalize(self.follow(self._noise(n, generator)), dim=1)
+        return F.normalize(self.follow(self.normal(n, self.latent_dim, generator)), dim=1)
 
     def follow(self, x: Tensor) -> Tensor:
         """Points [n, d] at time 0 -> the same at time 1."""
@@ -123,16 +81,3 @@ class FlowMatching(LatentSampler[FlowMatchingOptions]):
                 velocity = 0.5 * (velocity + self.velocity(x + length * velocity, t + length))
             x = x + length * velocity
         return x
-
-    @classmethod
-    def sizes(cls, latent_dim: int, options: FlowMatchingOptions) -> Iterable[tuple[str, tuple[int, ...]]]:
-        """The three layers."""
-        return perceptron_sizes(latent_dim + 2 * FREQUENCIES, options.hidden, latent_dim)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters of the network."""
-        return self.network.state_dict()
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take the parameters of the network."""
-        self.network.load_state_dict(tensors)

@@ -17,7 +17,7 @@ log_line = logging.getLogger(__name__).warning
 
 
 class Gaussian(LatentSampler[GaussianOptions]):
-    """The mapping of kind "gaussian"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
+    """The mapping of kind "gaussian"; see `vglann_fast.mapping.base.LatentSampler` for what it can do."""
 
     kind = "gaussian"
     options_class = GaussianOptions

@@ -26,7 +26,7 @@ log_line = logging.getLogger(__name__).warning
 
 
 class GMM(LatentSampler[GmmOptions]):
-    """The mapping of kind "gmm"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
+    """The mapping of kind "gmm"; see `vglann_fast.mapping.base.LatentSampler` for what it can do."""
 
     kind = "gmm"
     options_class = GmmOptions

@@ -82,7 +82,7 @@ class Matches:
 
 
 class IMLE(LatentSampler[ImleOptions]):
-    """The mapping of kind "imle"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
+    """The mapping of kind "imle"; see `vglann_fast.mapping.base.LatentSampler` for what it can do."""
 
     kind = "imle"
     options_class = ImleOptions

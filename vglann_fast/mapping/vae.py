@@ -53,7 +53,7 @@ class LatentAutoencoder(nn.Module):
 
 
 class VAE(LatentSampler[VaeOptions]):
-    """The mapping of kind "vae"; see `vglann_fast.mapping.base.Mapping` for what it can do."""
+    """The mapping of kind "vae"; see `vglann_fast.mapping.base.LatentSampler` for what it can do."""
 
     kind = "vae"
     options_class = VaeOptions
