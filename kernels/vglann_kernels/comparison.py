@@ -1,4 +1,4 @@
-"""What `verify` compares by: the shapes, the lines it prints, and the limits of errors."""
+"""Shapes, printed lines and limits of errors of `verify`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -122,7 +122,7 @@ def test_moved_clips_have_to_be_given(made, tmp_path, capsys):
 
 
 def test_a_full_standard_error_does_not_end_the_work(made, tmp_path, capsys, monkeypatch):
-    """What the repeated commands print goes there, and is not what was asked for."""
+    """The output of the repeated commands goes there, and nobody asked for it."""
 
     class Full(io.StringIO):
         def write(self, text):

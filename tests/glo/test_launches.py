@@ -89,7 +89,7 @@ class Counted(TorchDispatchMode):
         if operation.namespace == "aten" and not operation.is_view and name not in FREE:
             self.launches[name] += 1
         result = operation(*args, **(kwargs or {}))
-        # cuDNN gives channels-last results for channels-last inputs; the device "meta" knows that of images only.
+        # cuDNN gives channels-last results for channels-last inputs; the device "meta" does so for images only.
         return tree_map_only(torch.Tensor, channels_last, result) if operation in CONVOLUTIONS else result
 
 

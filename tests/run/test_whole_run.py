@@ -71,7 +71,7 @@ def test_an_error_at_any_flush_leaves_nothing_that_blocks_the_next_try(tmp_path,
         assert is_whole(out)
         if not failed:
             return
-    pytest.fail("there is no end of flushes")
+    pytest.fail("the flushes do not end")
 
 
 def killed_at(change, path):
@@ -107,7 +107,7 @@ def test_killed_at_any_change_it_does_not_block_the_next_try(tmp_path, before):
         assert is_whole(out)
         if not killed:
             return
-    pytest.fail("there is no end of changes")
+    pytest.fail("the changes do not end")
 
 
 @pytest.mark.parametrize("nothing_at_all", [False, True])

@@ -1,4 +1,4 @@
-"""What limits the processors of this process, and what a program sets before it loads PyTorch."""
+"""Limits on the processors of this process, and the settings of a program before it loads PyTorch."""
 
 import os
 import subprocess

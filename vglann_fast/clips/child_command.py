@@ -38,7 +38,7 @@ def _interpreter() -> list[str]:
 
 
 def _module_path() -> list[str]:
-    """Where this package is, then where other modules are looked for: the current folder last, so that a json.py in
+    """Return the folder of this package, then the import path with the current folder last, so that a json.py in
     it stays what it is to a program that has imported json before.
     """
     package = Path(vglann_fast.__file__).parent.parent

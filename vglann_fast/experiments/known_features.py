@@ -1,4 +1,4 @@
-"""What each metric sees of feature sets with a known answer, as the Markdown table of docs/metrics.md.
+"""Measure feature sets with a known answer by each metric, as the Markdown table of docs/metrics.md.
 
     python -m vglann_fast.experiments.known_features [--repeats 5]
 

@@ -18,7 +18,7 @@ RECOMPUTE_LATENTS = 2048
 class _NormAndRelu(nn.modules.batchnorm._BatchNorm):
     """A BatchNorm layer and, unless told otherwise, the ReLU that follows it: one op of the kernel library.
 
-    processes: in train mode the statistics are those of the batches of all of them.
+    processes: in train mode the statistics are taken over the batches of all of them.
     """
 
     processes = 1

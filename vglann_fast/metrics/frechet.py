@@ -111,7 +111,7 @@ def frechet_distance(real: FeatureMoments, made: FeatureMoments) -> float:
 
 
 def frechet_warnings(real: FeatureMoments, made: FeatureMoments, distance: float) -> list[str]:
-    """What makes this distance doubtful, a line each: n < 2 d, unequal n, identical sets."""
+    """Return the reasons to doubt this distance, a line each: n < 2 d, unequal n, identical sets."""
     lines, d = [], len(real.mean)
     if frechet_is_doubtful(min(real.n, made.n), d):
         lines.append(

@@ -90,7 +90,7 @@ def read_features(path: str | Path) -> np.ndarray:
 
 
 def file_tables(figures: dict[str, Any], real: str | Path, generated: str | Path) -> str:
-    """What `compare_files` returns as Markdown tables."""
+    """Return the record of `compare_files` as Markdown tables."""
     name = Path(generated).name
     cells = feature_tables(f"against {Path(real).name}", {TRUTH: {"splits": figures["truth"]}, name: figures})
     parts = tables_with_notes(cells)

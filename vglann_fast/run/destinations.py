@@ -153,7 +153,7 @@ def _move_all(moves: Sequence[tuple[Path, Path]]) -> None:
 
 
 def _move_back(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Undo those of the moves that were done."""
+    """Undo the moves that were done."""
     for source, target in reversed(moves):
         if os.path.lexists(target) and not os.path.lexists(source):
             with suppress(OSError):

@@ -141,7 +141,7 @@ def _check_shape(name: str, shape: Any) -> None:
 def open_regular(path: str | Path) -> Iterator[BufferedReader]:
     """Open a file for reading in the block.
 
-    Raises `FileNotFoundError` where there is no such file, ValueError where something else has its name (reading a
+    Raises `FileNotFoundError` where the file is missing, ValueError where something else has its name (reading a
     pipe would block for ever) or the file system finds it damaged, and `UnreadableError` for every other error of the
     operating system in the block.
     """

@@ -1,4 +1,4 @@
-"""How many processors this process may use, and how its threads wait for each other. Loads no PyTorch.
+"""Count the processors this process may use, and let its threads sleep while they wait. Loads no PyTorch.
 
 OpenMP's threads spin at each barrier by default. Where another job holds a processor, a spinning thread burns the
 time slice that the other thread waits for: on two processors with busy neighbors a mapping took 275 s so, and 16 s
@@ -13,7 +13,7 @@ from pathlib import Path
 PROC, CGROUPS, PROCESSORS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/cpuinfo")
 # As Linux calls the units in PROCESSORS: of x86, then of ARM.
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
-# Each of them says how OpenMP's threads wait: the standard's name, and those of GNU's and Intel's libraries.
+# Each says how OpenMP's threads wait: the name in the standard, then the names in GNU's and Intel's libraries.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # OpenBLAS' threads sleep after 2 to the power of this many processor cycles; 4 is the least it takes.
 OPENBLAS = ("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -95,7 +95,7 @@ def _granted(folder: Path) -> float | None:
         else:
             time, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         granted = float(time) / float(period)
-    # "max" and a missing file are no limit; so is what this cannot read.
+    # "max", a missing file and a file of another form set no limit.
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return granted if granted > 0 else None

@@ -114,7 +114,7 @@ def _forward_kernel(
 ):  # fmt: skip
     # One dtype: x, y [rows,channels]. float32: partials [parts,2,channels] of `rows_of_part` of `all_rows` rows;
     # mean, invstd [channels]. Any float: weight, bias, running_mean, running_var [channels]. int64: counter [].
-    # PARTS = 0: there are no partials, and this program has all rows.
+    # PARTS = 0: this program has all rows, and nothing was left by another launch.
     part = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < channels
@@ -217,7 +217,7 @@ def _backward_kernel(
 ):  # fmt: skip
     # One dtype: x, grad, grad_x [rows,channels]. Any float: weight, bias, grad_weight, grad_bias [channels].
     # float32: mean, invstd [channels]; partials [parts,2,channels] of `all_rows` rows.
-    # PARTS = 0: there are no partials, and this program has all rows.
+    # PARTS = 0: this program has all rows, and nothing was left by another launch.
     part = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < channels

@@ -209,7 +209,7 @@ def batch_norm_relu(
     training=True takes mean and (biased) variance of each channel from x, moves `running_mean` and `running_var`
     [C] (unbiased) by `momentum` of the way towards them and adds 1 to `num_batches_tracked` (int64 []), each where
     given; a momentum of None averages over all calls counted there. training=False takes the running statistics.
-    processes: in training, the statistics are those of the batches, of one size, of this many processes in
+    processes: in training, the statistics are taken over the batches, of one size, of this many processes in
     torch.distributed's default group, each of which makes this call. A parameter's gradient is of the own batch.
 
     x float32, bfloat16, float16 or float64; the vectors float32 (float64 for float64) or the dtype of x; computed in

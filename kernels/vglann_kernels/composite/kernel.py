@@ -254,7 +254,7 @@ def composite_bwd(
     pixels = height * width
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if grad_video is not None:
-        # So the offsets within a frame are those of a dense frame at most, and fit into 32 bits.
+        # So no offset within a frame is larger than in a dense frame, and all fit into 32 bits.
         if grad_video.stride(3) != width * grad_video.stride(4) or grad_video.stride(4) not in (0, 1, 3):
             grad_video = grad_video.contiguous()
         strides = (*grad_video.stride()[:3], grad_video.stride(4))

@@ -150,7 +150,7 @@ def test_batchnorm_relu(monkeypatch):
         grad_x = batchnorm_relu.backward(x, grad, *saved, sums, 1, True)[0]
     near_sums = batchnorm_relu.gradient_sums(near, near_grad, *saved)
     assert torch.equal(sums, near_sums)
-    # Of all rows of x, of which the sums are those of the last tile alone.
+    # Of all rows of x; only the last tile adds to the sums.
     mask = expected > 0
     masked = near_grad.float() * mask
     normalized = (near.float() - mean.view(1, -1, 1, 1)) * invstd.view(1, -1, 1, 1)
