@@ -28,15 +28,20 @@ def _is_terminal(stream: Any) -> bool:
 
 
 class Progress:
-    """Counts `total` units on standard error; use as a context manager."""
+    """Counts `total` units on standard error; use as a context manager. Not `shown`, it counts in silence."""
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, name: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> None:
         from tqdm import tqdm
 
         self._name, self._total, self._unit, self._done = name, total, unit, done
         self._first, self._started, self._line_at = done, time.monotonic(), 0.0
+        self._shown = shown
         self._bar = tqdm(
-            total=total, initial=done, desc=name, unit=unit, disable=not _is_terminal(sys.stderr)
+            total=total,
+            initial=done,
+            desc=name,
+            unit=unit,
+            disable=not (shown and _is_terminal(sys.stderr)),
         )
 
     def __enter__(self) -> Self:
@@ -54,6 +59,8 @@ class Progress:
 
     def show(self, **figures: float) -> None:
         """Show the latest figures; as a logged line at most every few seconds, and at the end."""
+        if not self._shown:
+            return
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if not self._bar.disable:
             self._bar.set_postfix_str(text)

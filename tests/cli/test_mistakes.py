@@ -196,7 +196,8 @@ def test_a_wrong_variable_is_one_line(untouched, monkeypatch, capsys, value, mes
 def test_torchrun_is_for_commands_that_share_their_work(untouched, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sample", str(untouched / "run")]) == 2
-    assert "only train and map" in capsys.readouterr().err
+    assert "sample" not in (said := capsys.readouterr().err).split("only")[1]
+    assert "WORLD_SIZE unset" in said
 
 
 @pytest.mark.parametrize(

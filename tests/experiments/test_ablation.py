@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_options
 
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.experiments import ablation, ablation_figure, time_to_quality
+from vglann_fast.experiments import ablation, ablation_figure
 from vglann_fast.experiments.ablation import CHANGES, PlannedTraining
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo.latents import LatentTable
@@ -57,18 +57,21 @@ def test_three_seeds_for_the_ends_and_one_for_the_rows_between():
     for row in CHANGES:
         for regime in ("short", "long"):
             seeds = [wanted.seed for wanted in plan if (wanted.row, wanted.regime) == (row, regime)]
-            assert sorted(seeds) == ([0, 1, 2] if row in ("paper", "modern") else [0])
+            assert sorted(seeds) == ([0, 1, 2] if row in ("paper", "modern-2026a") else [0])
 
 
 def test_lines_share_a_training_only_where_nothing_in_it_differs():
-    assert PlannedTraining("modern", "long", 1).folder == PlannedTraining("modern", "short", 1).folder
+    assert (
+        PlannedTraining("modern-2026a", "long", 1).folder
+        == PlannedTraining("modern-2026a", "short", 1).folder
+    )
     assert (
         PlannedTraining("+ Laplacian kernel", "short", 0).folder
         == PlannedTraining("+ statistics anew", "short", 0).folder
     )
     assert (
         PlannedTraining("+ statistics anew", "short", 0).folder
-        != PlannedTraining("modern", "short", 0).folder
+        != PlannedTraining("modern-2026a", "short", 0).folder
     )
     dense = [row for row in CHANGES if ablation.options_of(row).latent_mode == "dense"]
     folders = {PlannedTraining(row, regime, 0).folder for row in dense for regime in ("short", "long")}
@@ -177,29 +180,6 @@ def test_every_line_whose_training_is_finished_is_measured_in_its_own_mode(clips
     assert ablation_figure.values(record, "paper", "short", "psnr") == [found["paper", "short"]["psnr"]]
 
 
-# ---- time to quality
-
-
-def test_steps_to_a_quality_are_counted_to_the_end_of_the_epoch_that_has_it(tmp_path):
-    run = RunDir(tmp_path, {})
-    for step, value in enumerate([10.0, 12.0, 14.0, 15.0, 18.0, 17.0], start=1):
-        run.logs.add({"stage": "glo", "step": step, "psnr": value})
-    psnr = time_to_quality.psnr_by_epoch(run, 2)
-    assert psnr == [11.0, 14.5, 17.5]
-    assert time_to_quality.steps_to(14.5, psnr, 2) == 4
-    assert time_to_quality.steps_to(17.6, psnr, 2) is None
-
-
-def test_the_table_of_times_names_what_was_not_reached():
-    seeds = [
-        {"seed": n, "psnr": [15.5, 16.0 + n], "steps": [10 * (n + 1), None if n else 40]} for n in range(2)
-    ]
-    record = {"targets": [15.0, 17.0], "rows": [{"row": "modern", "ms": 500.0, "seeds": seeds}]}
-    assert time_to_quality.table(record).splitlines()[-1] == (
-        "| modern | 500 | 8 (5 to 10) | in 1 of 2 seeds | 16.00 to 17.00 |"
-    )
-
-
 # ---- what was recorded
 
 
@@ -211,7 +191,9 @@ def recorded():
 def test_modern_beats_paper_in_every_seed_and_on_the_last_frame(recorded):
     for regime, (all_frames, last) in {"short": (2.2, 5.4), "long": (3.1, 6.4)}.items():
         for measure, margin in (("psnr", all_frames), ("psnr_last_frame", last)):
-            ends = [ablation_figure.values(recorded, row, regime, measure) for row in ("paper", "modern")]
+            ends = [
+                ablation_figure.values(recorded, row, regime, measure) for row in ("paper", "modern-2026a")
+            ]
             gains = [modern - paper for paper, modern in zip(*ends, strict=True)]
             assert len(gains) == 3
             assert min(gains) > 0
@@ -222,8 +204,6 @@ def test_the_documented_table_is_the_recorded_one(recorded):
     seconds = json.loads((RESULTS / "ablation_time.json").read_text())
     text = (ROOT / "docs" / "ablation.md").read_text()
     assert ablation_figure.table(recorded, seconds) in text
-    quality = json.loads((RESULTS / "ablation_quality.json").read_text())
-    assert time_to_quality.table(quality) in text
 
 
 def test_the_figure_is_drawn(recorded, tmp_path):

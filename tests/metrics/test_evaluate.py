@@ -16,13 +16,14 @@ from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
-from vglann_fast.metrics import evaluate as module
+from vglann_fast.metrics import evaluate as evaluation
 from vglann_fast.metrics import reconstruction
 from vglann_fast.metrics.compare import compare, measure
 from vglann_fast.metrics.evaluate import evaluate
 from vglann_fast.metrics.features import extract
 from vglann_fast.metrics.frechet import FeatureMoments, frechet_distance
 from vglann_fast.metrics.record import doubts, tables
+from vglann_fast.metrics.sides import prepare
 from vglann_fast.metrics.temporal import frame_steps, motion_statistics
 from vglann_fast.samples import nearest
 from vglann_fast.samples.invert import invert
@@ -104,7 +105,7 @@ def test_the_seed_decides_alone(run, monkeypatch):
         }
 
     first = figures()
-    monkeypatch.setattr(module, "_BLOCK", 7)
+    monkeypatch.setattr(evaluation, "_BLOCK", 7)
     monkeypatch.setattr(nearest, "_CLIPS", 3)
     again = figures()
     # The generator's own batches may round otherwise, to one step of a color; everything else is exact.
@@ -208,10 +209,10 @@ def test_comparing_a_set_with_itself_is_warned_of():
 def test_no_more_are_compared_than_there_are_training_clips(tmp_path):
     """The floor takes as many training clips as there are real ones."""
     training = ClipSet.open(mixed_folder(tmp_path / "clips", 5, 9), "train")
-    sides, _ = module.prepare(training, [], None, "cpu", [])
+    sides, _ = prepare(training, [], None, "cpu", [])
     assert sides.n == len(sides.training_rows[sides.floor]) == 5
     with pytest.raises(VglannError, match="9 test clips and 5 others: 5 at most"):
-        module.prepare(training, [], 6, "cpu", [])
+        prepare(training, [], 6, "cpu", [])
 
 
 def test_the_spread_is_over_disjoint_quarters():

@@ -118,9 +118,9 @@ def _fail(message: str) -> int:
 
 def _check_processes(command: str) -> None:
     """Raise `VglannError` under torchrun for a command that does not share its work: every process would write it."""
-    if command not in ("train", "map", "doctor") and job_size() > 1:
+    if command not in ("train", "map", "evaluate", "doctor") and job_size() > 1:
         raise VglannError(
-            "under torchrun only train and map run in several processes; start this one alone, "
+            "under torchrun only train, map and evaluate run in several processes; start this one alone, "
             "with WORLD_SIZE unset"
         )
 

@@ -1,7 +1,5 @@
 """`train`: a run trained from the start, or from its newest checkpoint."""
 
-from contextlib import nullcontext
-
 import torch
 
 from vglann_fast.clips.dataset import ClipSet
@@ -54,7 +52,7 @@ def train(
             if first:
                 warn_of_slow_precision(training.precision, training.device)
             self_test(training.generator, training.precision, training.device)
-            with run.locked() if first else nullcontext():
+            with run.locked(training.ranks.rank):
                 if resume:
                     training.resume(on_mismatch)
                 else:

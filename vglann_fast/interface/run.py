@@ -3,7 +3,7 @@
 import html
 import logging
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from vglann_fast.interface.decoding import latents_between, reconstructed, rows_
 from vglann_fast.interface.machine import computing, torch_device
 from vglann_fast.interface.videos import Videos, gif_html
 from vglann_fast.mapping.fit import fit_mapping, load_mapping
-from vglann_fast.metrics.evaluate import Evaluation
+from vglann_fast.metrics.evaluate import PATIENCE, Evaluation
 from vglann_fast.metrics.evaluate import evaluate as evaluate_run
 from vglann_fast.metrics.record import doubts
 from vglann_fast.options.fields import options_from_json
@@ -182,15 +182,13 @@ class Run:
         """
         seed = checked_seed(seed)
         chosen = self.mapping_options(kind, preset, options)
-        with self._computing(), joined(self.device) as ranks:
-            first = ranks.rank == 0
-            run = RunDir.open(self.path)
-            with run.locked() if first else nullcontext():
-                folder = fit_mapping(self.path, kind, chosen, seed=seed, device=self.device, ranks=ranks)
-                if first:
-                    call = {"kind": kind, "preset": preset, "seed": seed, "kernels": self.kernels}
-                    given = {name: getattr(chosen, name) for name in options}
-                    run.logs.remember("map", {**call, "device": str(self.device), **given})
+        run = RunDir.open(self.path)
+        with self._computing(), joined(self.device) as ranks, run.locked(ranks.rank):
+            folder = fit_mapping(self.path, kind, chosen, seed=seed, device=self.device, ranks=ranks)
+            if ranks.rank == 0:
+                call = {"kind": kind, "preset": preset, "seed": seed, "kernels": self.kernels}
+                given = {name: getattr(chosen, name) for name in options}
+                run.logs.remember("map", {**call, "device": str(self.device), **given})
         warn(run.warnings)
         return folder
 
@@ -228,7 +226,8 @@ class Run:
         process or thread is writing to.
         """
         seed, invert = checked_seed(seed), whole("invert", invert, 0, MAX_VIDEOS)
-        with self._computing(), RunDir.open(self.path).locked():
+        run = RunDir.open(self.path)
+        with self._computing(), joined(self.device, PATIENCE) as ranks, run.locked(ranks.rank):
             result = evaluate_run(
                 self.path,
                 kinds=words(kinds),
@@ -237,6 +236,7 @@ class Run:
                 invert=invert,
                 seed=seed,
                 device=self.device,
+                ranks=ranks,
             )
         warn([*result.warnings, *doubts(result.records)])
         return result

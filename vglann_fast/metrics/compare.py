@@ -16,6 +16,7 @@ from vglann_fast.metrics.kernel_distance import kernel_distance
 from vglann_fast.metrics.prdc import density_coverage, precision_recall
 from vglann_fast.metrics.temporal import frame_steps
 from vglann_fast.progress import Progress
+from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.samples.nearest import nearest_clips
 
 MANIFOLD_K, BALL_K = 3, 5  # neighbors: of precision and recall, of density and coverage
@@ -34,6 +35,16 @@ class Measurement:
     )
     digests: list[bytes]  # sha256 of each video
 
+    @classmethod
+    def joined(cls, parts: list["Measurement"]) -> "Measurement":
+        """The measurements of parts of a set, of one or more videos each, as one."""
+        return cls(
+            {key: torch.cat([part.features[key] for part in parts]) for key in parts[0].features},
+            torch.cat([part.steps for part in parts]),
+            torch.cat([part.distances for part in parts]),
+            [digest for part in parts for digest in part.digests],
+        )
+
     @property
     def sha256(self) -> str:
         """Of the videos, whatever their order."""
@@ -47,27 +58,31 @@ def measure(
     extractors: Mapping[str, Extractor],
     training: ClipSet | None = None,
     device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
 ) -> Measurement:
-    """Measure n uint8 videos, handed over in blocks (b, 3, T, H, W) of any size.
+    """Measure uint8 videos, handed over in blocks (b, 3, T, H, W) of any size.
 
-    name: of the set, for the line of progress. Distances in pixels are taken where there are `training` clips to
-    take them to.
+    Args:
+        name: of the set, for the line of progress.
+        videos: with several `ranks` the blocks of this process's share.
+        n: how many videos these are, for the line of progress.
+        training: clips to which distances in pixels are taken. Default: no distances.
+
+    Returns the measurement of all processes' blocks, in every process.
     """
-    features: dict[str, list[Tensor]] = {key: [] for key in extractors}
-    steps, distances, digests = [], [torch.zeros(0, dtype=torch.float64)], []
-    with Progress(name, n, "video") as progress:
+    ranks = ranks or Ranks()
+    blocks = []
+    with Progress(name, n, "video", shown=ranks.rank == 0) as progress:
         for block in videos:
-            for key, rows in extract(extractors, block).items():
-                features[key].append(rows)
-            steps.append(frame_steps(torch.from_numpy(block)))
+            steps, distances = frame_steps(torch.from_numpy(block)), torch.zeros(0, dtype=torch.float64)
             if training is not None:
-                distances.append(nearest_clips(block, training, device)[1].sqrt())
-            digests += [hashlib.sha256(video.tobytes()).digest() for video in block]
+                distances = nearest_clips(block, training, device)[1].sqrt()
+            digests = [hashlib.sha256(video.tobytes()).digest() for video in block]
+            blocks.append(Measurement(extract(extractors, block), steps, distances, digests))
             for _ in block:
                 progress.advance()
-            progress.show(motion=steps[-1].mean().item())
-    together = {key: torch.cat(parts) for key, parts in features.items()}
-    return Measurement(together, torch.cat(steps), torch.cat(distances), digests)
+            progress.show(motion=steps.mean().item())
+    return Measurement.joined(ranks.gather_shares(blocks))
 
 
 def compare(real: Tensor, made: Tensor, shots: Tensor | None = None) -> dict[str, Any]:

@@ -10,10 +10,14 @@ Nothing here depends on the batches of measuring or on the order of clips: of re
 lowest ids are taken, which are hashes, and what is drawn comes from the seed. A video that is made with
 batchnorm="train", as preset `paper` does, depends on those it is made with, and so on n. The records are specified in
 `record.py`. Features of clips, real and training ones, are computed once for all runs, see `kept_features.py`.
+
+Several processes share what is done for each video: rendering, inversion, features, distances in pixels. Each then
+has all of it and computes the same figures; process 0 writes them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +25,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vglann_fast.clips.dataset import ClipSet, read_index
+from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.fit import load_mapping
 from vglann_fast.mapping.split import shot_numbers
 from vglann_fast.metrics.compare import Measurement, compare, measure
-from vglann_fast.metrics.features import Extractor, load_extractors
+from vglann_fast.metrics.features import Extractor
 from vglann_fast.metrics.kept_features import features_of_clips
 from vglann_fast.metrics.prdc import nearest_distances
 from vglann_fast.metrics.reconstruction import inversion_quality, reconstruction_quality, training_pca
-from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, write_record
+from vglann_fast.metrics.record import RECONSTRUCTION, TRAINING_LATENTS, record_of
+from vglann_fast.metrics.sides import Protocol, Sides, prepare
 from vglann_fast.metrics.temporal import motion_statistics, quantiles
 from vglann_fast.metrics.truth import Truth
+from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.sample import draw_latents, render
 
-FVD_VIDEOS = 2048  # on each side; also the most that are taken unasked
-PAPER_VIDEOS = 16  # what the paper's author's code compares
+# For a process to wait for another: shares are of one size, but hosts may not be equally fast.
+PATIENCE = timedelta(hours=1)
 _BLOCK = 64  # videos held at a time
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """One way to compare videos: what it is called, its network, and how many videos it takes, if not all."""
-
-    title: str
-    extractor: Extractor
-    videos: int | None = None
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Real clips, n of them, and all training clips, both by ascending id: rows of their sets.
-
-    split: "test", or "train" where too few clips are held out; half of the training clips are real ones then.
-    others: where in `training_rows` those clips begin that are not among the real ones.
-    """
-
-    real: ClipSet
-    real_rows: np.ndarray
-    training: ClipSet
-    training_rows: np.ndarray
-    split: str
-    others: int
-
-    @property
-    def n(self) -> int:
-        """Videos on each side."""
-        return len(self.real_rows)
-
-    @property
-    def floor(self) -> slice:
-        """Which of the training rows are held against the real clips, n of them if there are as many."""
-        return slice(self.others, self.others + self.n)
 
 
 @dataclass(frozen=True)
@@ -111,6 +83,12 @@ class Evaluation:
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def add(self, name: str, content: dict[str, Any], ranks: Ranks) -> None:
+        """Take up a record; process 0 writes it."""
+        self.records[name] = record_of(name, content)
+        if ranks.rank == 0:
+            write_json(self.folder / f"{name}.json", self.records[name])
+
 
 @numerics(tf32=False)
 def evaluate(
@@ -122,6 +100,7 @@ def evaluate(
     invert: int = 8,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Measure reconstruction and generation of a run, and write evaluation/<name>.json into it.
 
@@ -130,10 +109,11 @@ def evaluate(
         features: names that `metrics.features` has, or "i3d-16"; none: no distances of features.
         n: videos on each side; by default all that are held out, at most 2,048.
         invert: how many held-out clips to invert.
+        ranks: the processes that share the work; all of them get the result.
 
     Raises `VglannError` for a mapping or weights that are missing, and too few clips or frames for a protocol.
     """
-    run = RunDir.open(run_path)
+    run, ranks = RunDir.open(run_path), ranks or Ranks()
     fitted = sorted(file.parent.name for file in run.path.glob("mapping/[!.]*/mapping.json"))
     kinds = list(dict.fromkeys(kinds)) or fitted
     if not kinds:
@@ -143,102 +123,39 @@ def evaluate(
     result = Evaluation(run.path / "evaluation")
     sides, protocols = prepare(open_clips(run), features, n, device, result.warnings)
 
-    quality = _reconstruction(run, sides, invert, device)
-    result.records[RECONSTRUCTION] = write_record(result.folder, RECONSTRUCTION, quality)
-    known = _known(sides, protocols, device, result.warnings)
+    quality = _reconstruction(run, sides, invert, device, ranks)
+    result.add(RECONSTRUCTION, quality, ranks)
+    known = _known(sides, protocols, device, result.warnings, ranks)
     for source in (TRAINING_LATENTS, *kinds):
         trained = load_trained(run, device)  # anew: drawing changes the generator's BatchNorm statistics
-        videos = _rendered(trained, _latents(run, trained, source, sides, seed))
-        made = measure(source, videos, sides.n, known.networks, sides.training, device)
+        batches = ranks.share(_batches(trained, _latents(run, trained, source, sides, seed)))
+        videos, n = (render(trained, batch).video for batch in batches), sum(map(len, batches))
+        made = measure(source, videos, n, known.networks, sides.training, device, ranks)
         record = {"step": trained.step, "seed": seed, **_compared(source, made, known)}
-        result.records[source] = write_record(result.folder, source, record | {"warnings": result.warnings})
+        result.add(source, record | {"warnings": result.warnings}, ranks)
     return result
 
 
-def prepare(
-    training: ClipSet,
-    features: Sequence[str],
-    n: int | None,
-    device: torch.device | str,
-    warnings: list[str],
-) -> tuple[Sides, list[Protocol]]:
-    """Choose the clips of an evaluation and load its networks; arguments as `evaluate` has them.
-
-    Needs no run, so that what is wrong with them shows before one is trained. Appends to `warnings`, and raises as
-    `evaluate`.
-    """
-    sides = _sides(training, n, warnings)
-    names = list(dict.fromkeys(features))
-    found = load_extractors(dict.fromkeys(map(_full, names)), device)
-    return sides, [_protocol(name, found[_full(name)], sides) for name in names]
-
-
-def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
-    """Which clips are real. Appends to `warnings`; raises `VglannError` for more or fewer than there can be."""
-    order = np.argsort(training.ids)
-    held_out = sum(clip["split"] == "test" for clip in read_index(training.folder)["clips"])
-    if held_out >= 2:
-        real, split, others = ClipSet.open(training.folder, "test", verify=False), "test", 0
-        rows = np.argsort(real.ids)
-    else:
-        real, split, others = training, "train", len(training) // 2
-        rows = order[:others]
-        warnings.append(
-            f"{held_out} clips are held out in {training.folder}: half of the training clips stand for real ones, "
-            "so nothing is said about clips it has not seen; pack with a larger --test-fraction"
-        )
-    most = min(len(rows), len(training) - others)  # as many training clips are the floor
-    if n is not None and n > most:
-        raise VglannError(
-            f"-n: {n} videos on each side asked for, but there are {len(rows)} {split} clips and "
-            f"{len(training) - others} others: {most} at most"
-        )
-    chosen = rows[: min(most, FVD_VIDEOS) if n is None else n]
-    if len(chosen) < 2:
-        raise VglannError(f"-n: a comparison needs at least 2 videos on each side, here are {len(chosen)}")
-    return Sides(real, chosen, training, order, split, others)
-
-
-def _full(name: str) -> str:
-    """The features behind a name of --features."""
-    return "i3d" if name == "i3d-16" else name
-
-
-def _protocol(name: str, found: Extractor, sides: Sides) -> Protocol:
-    """The protocol `name`. Raises `VglannError` for fewer videos or frames than it needs."""
-    if sides.training.frames < found.min_frames:
-        raise VglannError(
-            f"--features {name}: takes clips of at least {found.min_frames} frames, the run's have "
-            f"{sides.training.frames}"
-        )
-    if name == "i3d" and sides.n < FVD_VIDEOS:
-        raise VglannError(
-            f"--features i3d: FVD takes at least {FVD_VIDEOS} videos on each side, here are {sides.n}; hold out "
-            "more clips, or compare by transnetv2, lite0 or, as the paper did, i3d-16"
-        )
-    if name == "i3d-16":
-        return Protocol(f"frechet[i3d, {PAPER_VIDEOS} videos]", found, PAPER_VIDEOS)
-    return Protocol("FVD" if name == "i3d" else f"frechet[{name}]", found)
-
-
-def _reconstruction(run: RunDir, sides: Sides, invert: int, device: torch.device | str) -> dict[str, Any]:
+def _reconstruction(
+    run: RunDir, sides: Sides, invert: int, device: torch.device | str, ranks: Ranks
+) -> dict[str, Any]:
     """Quality of training clips and, found by inversion, of up to `invert` held-out clips."""
     trained = load_trained(run, device)
     pca = training_pca(trained, sides.training)
     found: dict[str, Any] = {
         "step": trained.step,
-        "train": reconstruction_quality(trained, sides.training, pca),
+        "train": reconstruction_quality(trained, sides.training, pca, ranks),
     }
     if invert and sides.split == "test":
         clips = sides.real.read(sides.real_rows[:invert])
-        found["held_out"] = inversion_quality(trained, clips, sides.training, pca)
+        found["held_out"] = inversion_quality(trained, clips, sides.training, pca, ranks)
     return found
 
 
-def _read(clips: ClipSet, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The clips of `rows`, uint8 (b, 3, T, H, W) at a time."""
-    for start in range(0, len(rows), _BLOCK):
-        yield clips.read(rows[start : start + _BLOCK])
+def _read(clips: ClipSet, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The clips of each block of rows, uint8 (b, 3, T, H, W)."""
+    for rows in blocks:
+        yield clips.read(rows)
 
 
 def _latents(run: RunDir, trained: Trained, source: str, sides: Sides, seed: int) -> Tensor:
@@ -249,19 +166,24 @@ def _latents(run: RunDir, trained: Trained, source: str, sides: Sides, seed: int
     return draw_latents(trained, load_mapping(run, source, trained.latents.device), sides.n, seed)
 
 
-def _rendered(trained: Trained, latents: Tensor) -> Iterator[np.ndarray]:
-    """What the latents decode to, uint8 (b, 3, T, H, W) at a time; no block is left with a single video."""
-    for block in torch.tensor_split(latents, -(-len(latents) // _BLOCK)):
-        yield render(trained, block).video
+def _batches(trained: Trained, latents: Tensor) -> list[Tensor]:
+    """The latents [b, d] that are decoded together; no batch is left with a single video."""
+    size = trained.options.batch_size
+    blocks = torch.tensor_split(latents, -(-len(latents) // _BLOCK))
+    return [batch for block in blocks for batch in torch.tensor_split(block, -(-len(block) // size))]
 
 
 def _known(
-    sides: Sides, protocols: list[Protocol], device: torch.device | str, warnings: list[str]
+    sides: Sides,
+    protocols: list[Protocol],
+    device: torch.device | str,
+    warnings: list[str],
+    ranks: Ranks,
 ) -> EvaluationTargets:
     """Measure the clips of both sides. Appends to `warnings`."""
     networks = {p.title: p.extractor for p in protocols}
-    training = _measured("training clips", sides.training, sides.training_rows, networks)
-    real = _measured("real clips", sides.real, sides.real_rows, networks, sides.training, device)
+    training = _measured("training clips", sides.training, sides.training_rows, networks, ranks)
+    real = _measured("real clips", sides.real, sides.real_rows, networks, ranks, sides.training, device)
     shots = _shots(sides, warnings) if protocols else None
     floors = {
         p.title: _distance("the floor", p, real, training.features[p.title][sides.floor], shots)
@@ -300,13 +222,16 @@ def _measured(
     clips: ClipSet,
     rows: np.ndarray,
     networks: dict[str, Extractor],
+    ranks: Ranks,
     training: ClipSet | None = None,
     device: torch.device | str = "cpu",
 ) -> Measurement:
     """`measure` of clips, whose features may be known."""
-    found = measure(name, _read(clips, rows), len(rows), {}, training, device)
+    # Small enough that every process has some.
+    blocks = ranks.share(np.array_split(rows, min(len(rows), max(ranks.size, -(-len(rows) // _BLOCK)))))
+    found = measure(name, _read(clips, blocks), sum(map(len, blocks)), {}, training, device, ranks)
     shape = (3, clips.frames, clips.size, clips.size)
-    features = features_of_clips(name, _read(clips, rows), shape, found.digests, networks)
+    features = features_of_clips(name, _read(clips, blocks), shape, found.digests, networks, ranks)
     return replace(found, features=features)
 
 

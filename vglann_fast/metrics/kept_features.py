@@ -38,6 +38,7 @@ from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.environment import default_cache
 from vglann_fast.run.files import load_tensors, tensors_header
+from vglann_fast.runtime.distributed import Ranks
 
 FORMAT = ("vglann-features", 1)
 _HEADER = 2**16  # bytes a file may have beside its rows
@@ -51,23 +52,42 @@ def features_of_clips(
     shape: tuple[int, ...],
     digests: Sequence[bytes],
     extractors: Mapping[str, Extractor],
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """By each of the extractors, features of the clips, float64 [n, d]: kept ones, or computed and kept.
 
     Args:
         name: of the set, for the log.
-        videos: uint8 (b, 3, T, H, W) at a time; nothing is read where all features are known.
+        videos: uint8 (b, 3, T, H, W) at a time; with several `ranks` the blocks of this process's share. Nothing is
+            read where all features are known.
         shape: (3, T, H, W). digests: sha256 of each video, n of them.
+        ranks: the processes that share the work. Process 0 alone reads and writes what is kept.
 
     Raises `VglannError` as `extract`.
     """
+    ranks = ranks or Ranks()
     if not extractors:
         return {}
+    found, files, records = _kept(name, shape, digests, extractors) if ranks.rank == 0 else ({}, {}, {})
+    # An object that process 0 alone has.
+    found = ranks.gather_shares([found])[0]
+    missing = {key: one for key, one in extractors.items() if key not in found}
+    if missing:
+        found |= _computed(name, videos, len(digests), missing, ranks)
+    for key in missing.keys() & files.keys():
+        _write(files[key], records[key], found[key])
+    return found
+
+
+def _kept(
+    name: str, shape: tuple[int, ...], digests: Sequence[bytes], extractors: Mapping[str, Extractor]
+) -> tuple[dict[str, Tensor], dict[str, Path], dict[str, str]]:
+    """(rows that are kept, files of all, records of all) by the extractors' keys; all empty without a cache."""
     try:
         folder = default_cache() / "features"
     except VglannError as error:
         log.warning("features are computed and not kept: %s", error)
-        return _computed(name, videos, len(digests), extractors)
+        return {}, {}, {}
     files, records, found = {}, {}, {}
     for key, one in extractors.items():
         records[key] = _record(one, shape, digests)
@@ -77,24 +97,21 @@ def features_of_clips(
             found[key] = rows
     if found:
         log.info("%s: features known from before, %s, in %s", name, ", ".join(found), folder)
-    missing = {key: one for key, one in extractors.items() if key not in found}
-    if missing:
-        found |= _computed(name, videos, len(digests), missing)
-    for key in missing:
-        _write(files[key], records[key], found[key])
-    return found
+    return found, files, records
 
 
 def _computed(
-    name: str, videos: Iterable[np.ndarray], n: int, extractors: Mapping[str, Extractor]
+    name: str, videos: Iterable[np.ndarray], n: int, extractors: Mapping[str, Extractor], ranks: Ranks
 ) -> dict[str, Tensor]:
     blocks = []
-    with Progress(f"features of {name}", n, "video") as progress:
+    own = len(range(ranks.rank, n, ranks.size))
+    with Progress(f"features of {name}", own, "video", shown=ranks.rank == 0) as progress:
         for block in videos:
             blocks.append(extract(extractors, block))
             for _ in block:
                 progress.advance()
             progress.show()
+    blocks = ranks.gather_shares(blocks)
     return {key: torch.cat([block[key] for block in blocks]) for key in extractors}
 
 

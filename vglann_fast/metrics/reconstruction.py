@@ -1,6 +1,6 @@
 """How well the generator reproduces clips from latents: its training clips, and clips it has not seen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vglann_fast.metrics.baselines import (
 )
 from vglann_fast.metrics.record import verdict
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.invert import invert
 from vglann_fast.samples.sample import (
@@ -56,7 +57,7 @@ def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> 
     measures: list[dict[str, Tensor]] = []
     kept: list[RenderedVideos] = []
     measured: list[np.ndarray] = []
-    for rows, made, real in _reconstructed(trained, clips):
+    for rows, made, real in _reconstructed(trained, clips, training_batches(trained)):
         measured.append(rows)
         measures.append(_measured(made.video, real, pca))
         local = np.flatnonzero(np.isin(rows, shown))
@@ -117,29 +118,44 @@ def training_pca(trained: Trained, clips: ClipSet) -> PrincipalComponents | None
 
 
 def reconstruction_quality(
-    trained: Trained, clips: ClipSet, pca: PrincipalComponents | None = None
+    trained: Trained,
+    clips: ClipSet,
+    pca: PrincipalComponents | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Means of `reconstruction_metrics` and baselines over the training clips, see `means_of`.
 
-    pca: of `training_pca`. Raises `VglannError` when `clips` are not those of the training.
+    pca: of `training_pca`. ranks: the processes that share the work. Raises `VglannError` when `clips` are not those
+    of the training.
     """
     check_same_clips(trained.ids, clips.ids)
-    measures = [_measured(made.video, real, pca) for _, made, real in _reconstructed(trained, clips)]
-    return _training_quality(measures, trained, pca)
+    ranks = ranks or Ranks()
+    share = ranks.share(training_batches(trained))
+    own = [_measured(made.video, real, pca) for _, made, real in _reconstructed(trained, clips, share)]
+    return _training_quality(ranks.gather_shares(own), trained, pca)
 
 
 def inversion_quality(
-    trained: Trained, clips: np.ndarray, training: ClipSet, pca: PrincipalComponents | None = None
+    trained: Trained,
+    clips: np.ndarray,
+    training: ClipSet,
+    pca: PrincipalComponents | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """The same of clips the generator has not seen, uint8 [n, 3, T, H, W], from the latents `invert` finds.
 
     There "psnr_nearest" is that of the nearest of the `training` clips.
     """
-    made = render(trained, invert(trained, clips).latents)
-    measures = _measured(made.video, clips, pca)
-    measures["psnr_nearest"] = nearest_psnr(clips, training, trained.latents.device)
+    ranks = ranks or Ranks()
+    share, own = clips[ranks.rank :: ranks.size], []
+    # With more processes than clips some have none.
+    if len(share):
+        made = render(trained, invert(trained, share, shown=ranks.rank == 0).latents)
+        measures = _measured(made.video, share, pca)
+        measures["psnr_nearest"] = nearest_psnr(share, training, trained.latents.device)
+        own = [{name: v[row : row + 1] for name, v in measures.items()} for row in range(len(share))]
     return {
-        **means_of([measures]),
+        **means_of(ranks.gather_shares(own)),
         "pca_components": 0 if pca is None else pca.components,
         "pca_exact": False,
     }
@@ -232,8 +248,8 @@ def _windows(size: int, device: torch.device) -> Tensor:
 
 
 def _reconstructed(
-    trained: Trained, clips: ClipSet
+    trained: Trained, clips: ClipSet, batches: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, RenderedVideos, np.ndarray]]:
-    """(rows, what their latents decode to, the clips uint8 (b, 3, T, H, W)), a batch of the run's size at a time."""
-    for rows in training_batches(trained):
+    """(rows, what their latents decode to, the clips uint8 (b, 3, T, H, W)) of each batch of rows."""
+    for rows in batches:
         yield rows, render_training_clips(trained, rows), clips.read(rows)

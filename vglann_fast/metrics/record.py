@@ -24,7 +24,6 @@ digests. A number that is not finite is null.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vglann_fast.metrics.feature_tables import (
@@ -36,7 +35,6 @@ from vglann_fast.metrics.feature_tables import (
     feature_tables,
     is_marked,
 )
-from vglann_fast.run.files import write_json
 from vglann_fast.samples.write import finite
 
 FORMAT = ("vglann-evaluation", 1)
@@ -62,10 +60,9 @@ BASELINE_COLUMNS = {
 }
 
 
-def write_record(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write evaluation/<name>.json, whole or not at all, and return what it holds."""
+def record_of(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what evaluation/<name>.json is to hold."""
     record: dict[str, Any] = finite({"format": FORMAT[0], "version": FORMAT[1], "name": name, **content})
-    write_json(folder / f"{name}.json", record)
     return record
 
 

@@ -118,12 +118,17 @@ class RunDir:
         return cls(path, options)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, rank: int = 0) -> Iterator[None]:
         """Keep every other process from writing to the run. The lock goes with the process, however that ends.
 
-        Raises `VglannError` that names the process which holds it. A file system without locks has none.
+        rank: this process's among those of its job; 0 alone writes and locks. Raises `VglannError` that names the
+        process which holds the lock. A file system without locks has none.
         """
         import fcntl
+
+        if rank > 0:
+            yield
+            return
 
         lock = self.path / LOCK
         with actionable_os_errors(lock, lock):

@@ -1,16 +1,18 @@
-"""Several processes training together, as `torchrun` starts them: each owns some clips and their latents.
+"""Several processes working together, as `torchrun` starts them.
 
-Process r of W owns the clips r, r + W, r + 2W, ... of the clip set, and their rows of the latent table. Gradients
-of latents never leave their process, and no clip is visited twice to make the shares equal. Gradients of the
-generator are summed over all processes, together with the loss, in one all-reduce a step.
+In a training process r of W owns the clips r, r + W, r + 2W, ... of the clip set, and their rows of the latent table.
+Gradients of latents never leave their process, and no clip is visited twice to make the shares equal. Gradients of
+the generator are summed over all processes, together with the loss, in one all-reduce a step. An evaluation deals out
+blocks of videos in the same way.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from vglann_fast.errors import VglannError
 from vglann_fast.run.environment import launched
+
+T = TypeVar("T")
 
 MEETING = timedelta(minutes=5)  # for all processes to be started
 LAST_WORDS = timedelta(seconds=10)  # for the same, when one has failed before it came to meet them
@@ -28,8 +32,8 @@ TIMEOUT = timedelta(minutes=10)  # without a word from another process; writing 
 class Ranks:
     """This process among all: `rank` of `size`. `control` carries words between hosts, on the CPU.
 
-    Every method but `owns` is a collective: all processes call it, in the same order. They raise `VglannError` when
-    another process has ended.
+    Every method but `owns` and `share` is a collective: all processes call it, in the same order. They raise
+    `VglannError` when another process has ended.
     """
 
     rank: int = 0
@@ -65,6 +69,22 @@ class Ranks:
         with another_process_may_have_ended():
             dist.all_reduce(total, group=self.control)
         return total.item() / self.size
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The items of work that are this process's: one in every `size`."""
+        return items[self.rank :: self.size]
+
+    def gather_shares(self, own: list[T]) -> list[T]:
+        """What all processes made of their `share`, in the order of the items, in every process.
+
+        own: objects that pickle can hold, tensors on the CPU among them, one for each item of the share.
+        """
+        if self.size == 1:
+            return own
+        lists: list[Any] = [None] * self.size
+        with another_process_may_have_ended():
+            dist.all_gather_object(lists, own, group=self.control)
+        return [lists[place % self.size][place // self.size] for place in range(sum(map(len, lists)))]
 
     def gather_words(self, words: list[str]) -> list[str]:
         """The lists of all processes, one after the other, in every process."""
@@ -150,8 +170,10 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
         torch.cuda.set_device(device)
     try:
         store, rank, _ = _meeting(MEETING)
+        # The store still has the words of an earlier group, and a second one of its name would wait forever.
+        name = f"group {next(_groups)}"
         dist.init_process_group(
-            backend, timeout=timeout, store=dist.PrefixStore("group", store), rank=rank, world_size=size
+            backend, timeout=timeout, store=dist.PrefixStore(name, store), rank=rank, world_size=size
         )
     except (ValueError, RuntimeError) as error:
         raise VglannError(
@@ -168,6 +190,7 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
 
 
 _met: list[tuple[Any, int, int]] = []
+_groups = itertools.count()
 
 
 def _meeting(patience: timedelta) -> tuple[Any, int, int]:
@@ -196,8 +219,8 @@ def another_process_may_have_ended() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise VglannError(
-            "another process of this training has ended or hangs; its own message is the one to read. "
-            f"Continue with --resume ({str(error).splitlines()[0][:120]})"
+            "another process of this job has ended or hangs; its own message is the one to read. "
+            f"Continue a training with --resume ({str(error).splitlines()[0][:120]})"
         ) from error
 
 

@@ -51,10 +51,13 @@ class Inversion:
     psnr: Tensor
 
 
-def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int = 200) -> Inversion:
+def invert(
+    trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int = 200, shown: bool = True
+) -> Inversion:
     """The latents of `clips`, uint8 (n, 3, T, H, W) of the size the generator makes.
 
-    starts: latents tried for each clip, all at once. steps: gradient steps. The same in gives the same out.
+    starts: latents tried for each clip, all at once. steps: gradient steps. shown: whether progress is. The same in
+    gives the same out.
     Raises `VglannError` for clips of another size, or starts or steps below 1, and as `load_features`
     and `check_weights`.
     """
@@ -72,7 +75,7 @@ def invert(trained: Trained, clips: np.ndarray, *, starts: int = 4, steps: int =
     candidates = _candidates(trained)
     pictures = _small(render(trained, candidates).video).to(device)
     found, quality = [], []
-    with Progress("invert", len(clips), "clip") as progress:
+    with Progress("invert", len(clips), "clip", shown=shown) as progress:
         for clip, small in zip(torch.from_numpy(clips).to(device), _small(clips).to(device), strict=True):
             near = (pictures - small).square().sum(1).argsort()[:starts]
             latents = F.normalize(candidates[near], dim=1)

@@ -1,8 +1,6 @@
 """Mapping noise to latents, and videos from latents: `vglann map | sample | interpolate | invert`."""
 
 from argparse import Namespace
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from vglann_fast.cli.arguments import (
     BRACKETS,
@@ -62,18 +60,11 @@ def _map(a: Namespace) -> None:
     from vglann_fast.runtime.distributed import joined
 
     device = device_and_kernels(a)
-    with joined(device) as ranks, _only_writer(a.run, ranks):
+    with joined(device) as ranks, RunDir.open(a.run).locked(ranks.rank):
         folder = fit_mapping(a.run, a.kind, options, seed=a.seed or 0, device=device, ranks=ranks)
     if ranks.rank == 0:
         print(describe_gap(read_json(folder / "mapping.json")["gap"]))
         print(f"fitted: {folder}")
-
-
-def _only_writer(path: str, ranks: Any) -> AbstractContextManager[None]:
-    """Keep other commands from writing to the run, in process 0."""
-    from vglann_fast.run.folder import RunDir
-
-    return RunDir.open(path).locked() if ranks.rank == 0 else nullcontext()
 
 
 @command("sample", "make new videos from noise", "vglann sample run -n 16 --seed 1 --kind vae")

@@ -34,6 +34,7 @@ from vglann_fast.options.mapping import MAP_KINDS
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import LOSSES, TrainOptions
 from vglann_fast.progress import say
+from vglann_fast.run.environment import job_size
 
 log = logging.getLogger("vglann_fast")
 
@@ -106,9 +107,10 @@ def add_evaluate(parser: Parser) -> None:
 
 
 def _evaluate(a: Namespace) -> None:
-    from vglann_fast.metrics.evaluate import evaluate
+    from vglann_fast.metrics.evaluate import PATIENCE, evaluate
     from vglann_fast.metrics.record import doubts, tables
     from vglann_fast.run.folder import RunDir
+    from vglann_fast.runtime.distributed import joined
 
     if a.features_file:
         _compare_files(a)
@@ -119,7 +121,7 @@ def _evaluate(a: Namespace) -> None:
             f"--protocol {a.protocol} takes features from files; add --features-file REAL GENERATED"
         )
     device = device_and_kernels(a)
-    with RunDir.open(a.run).locked():
+    with joined(device, PATIENCE) as ranks, RunDir.open(a.run).locked(ranks.rank):
         result = evaluate(
             a.run,
             kinds=a.kind or (),
@@ -128,7 +130,10 @@ def _evaluate(a: Namespace) -> None:
             invert=a.invert,
             seed=a.seed or 0,
             device=device,
+            ranks=ranks,
         )
+    if ranks.rank > 0:
+        return
     for line in (*result.warnings, *doubts(result.records)):
         say(f"vglann: warning: {line}")
     print(tables(result.records), f"{result.folder}", sep="\n\n")
@@ -137,6 +142,10 @@ def _evaluate(a: Namespace) -> None:
 def _compare_files(a: Namespace) -> None:
     from vglann_fast.metrics.given_features import compare_files, file_tables
 
+    if job_size() > 1:
+        raise VglannError(
+            "--features-file: one process compares files; start it alone, with WORLD_SIZE unset"
+        )
     unused = [name for name in a.given if name not in _WITH_FILES]
     if unused:
         raise VglannError(
