@@ -22,7 +22,7 @@ from vglann_fast.metrics.compare import compare, measure
 from vglann_fast.metrics.evaluate import evaluate
 from vglann_fast.metrics.features import extract
 from vglann_fast.metrics.frechet import FeatureMoments, frechet_distance
-from vglann_fast.metrics.record import doubts, tables
+from vglann_fast.metrics.record import doubts, markdown, tables
 from vglann_fast.metrics.sides import prepare
 from vglann_fast.metrics.temporal import frame_steps, motion_statistics
 from vglann_fast.samples import nearest
@@ -93,6 +93,24 @@ def test_a_whole_evaluation(run, capsys):
     assert "held-out clips, inverted" in table
     assert str(folder) in table
     assert "warning" not in printed.err
+
+
+def test_a_column_one_character_wide_has_a_whole_rule():
+    rule = markdown(["a", "b"], [["1", "2"]]).splitlines()[1]
+    assert re.fullmatch(r"\|( -+:? \|){2}", rule), rule
+
+
+def test_training_clips_held_against_real_ones_are_of_shots_too(run, monkeypatch):
+    pairs = torch.arange(20) // 2
+    monkeypatch.setattr(evaluation, "shot_numbers", lambda clips: pairs)
+    compared, distance = [], evaluation.compare
+    monkeypatch.setattr(evaluation, "compare", lambda *given: compared.append(given) or distance(*given))
+    evaluate(run.path, kinds=["gaussian"], features=["lite0"], n=20, invert=0)
+    shots = [(real, made) for _, _, real, made in compared]
+    # The floor, the training latents, the samples.
+    assert [made is None for _, made in shots] == [False, False, True]
+    assert all(torch.equal(real, pairs) for real, _ in shots)
+    assert all(torch.equal(made, pairs) for _, made in shots[:2])
 
 
 def test_the_seed_decides_alone(run, monkeypatch):

@@ -128,6 +128,14 @@ def test_pairs_of_one_shot_are_left_out(monkeypatch):
     assert found["mmd"] == pytest.approx(within + parts[0] - 2 * parts[1], rel=1e-10)
 
 
+def test_shots_count_on_either_side():
+    (x, shots), (y, others) = clustered(0), clustered(1)
+    found = kernel_distance(x, y, shots, others)
+    assert found == pytest.approx(kernel_distance(y, x, others, shots), rel=1e-9)
+    # The training clips that stand for generated ones are of shots, too; their pairs raised the distance.
+    assert found["mmd"] < kernel_distance(x, y, shots)["mmd"] < kernel_distance(x, y)["mmd"]
+
+
 def test_of_nineteen_shots_there_is_no_error_and_of_twenty_uneven_ones_there_is():
     y = rows(40, 3, 1)
     assert kernel_distance(rows(57, 3, 0), y, torch.arange(57) % 19)["mmd_error"] is None

@@ -56,6 +56,15 @@ def test_clips_that_are_alike_do_not_raise_the_kernel_distance_between_halves():
     assert abs(made["mean"]) < 2 * made["sd"]
 
 
+def test_a_source_of_clips_that_are_alike_needs_its_shots():
+    real, shots = rows(180, 8, 2, scale=1.09**0.5), torch.arange(30).repeat(6)
+    made = rows(30, 8, 0)[shots] + rows(180, 8, 1, scale=0.3)
+    truth = Truth(real)
+    known, unknown = truth.figures_of(made, shots)["mmd"], truth.figures_of(made)["mmd"]
+    assert abs(known["mean"]) < 2 * known["sd"]
+    assert unknown["mean"] > known["mean"] + known["sd"]
+
+
 def test_the_truth_compared_with_itself_is_within_its_spread():
     real, made = rows(200, 8, 0), rows(200, 8, 1)
     truth = Truth(real)

@@ -85,8 +85,10 @@ def measure(
     return Measurement.joined(ranks.gather_shares(blocks))
 
 
-def compare(real: Tensor, made: Tensor, shots: Tensor | None = None) -> dict[str, Any]:
-    """Features [n, d] of real videos against generated ones; shots: int64 [n], of the real ones, where known.
+def compare(
+    real: Tensor, made: Tensor, shots: Tensor | None = None, made_shots: Tensor | None = None
+) -> dict[str, Any]:
+    """Features [n, d] of real videos against generated ones; shots: int64 [n], of either side, where known.
 
     Returns, JSON-able:
 
@@ -106,7 +108,7 @@ def compare(real: Tensor, made: Tensor, shots: Tensor | None = None) -> dict[str
     figures: dict[str, Any] = {
         "n": n,
         "dimensions": real.shape[1],
-        **kernel_distance(real, made, shots),
+        **kernel_distance(real, made, shots, made_shots),
         "frechet": distance,
         "quarters": _quarters(real, made),
     }

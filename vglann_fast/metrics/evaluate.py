@@ -55,7 +55,8 @@ _BLOCK = 64  # videos held at a time
 class EvaluationTargets:
     """Both sides, measured, and what sources are compared with.
 
-    shots: int64 [n], of the real clips; None where they are not known.
+    shots: int64 [n], of the real clips, and `floor_shots` of the training clips held against them; None where they
+        are not known.
     floors, truths, truth_figures: by the title of each protocol. The last two are the halves of the real clips and
         the figures of one half against the other, None where the halves are too small.
     """
@@ -65,6 +66,7 @@ class EvaluationTargets:
     training: Measurement
     real: Measurement
     shots: Tensor | None
+    floor_shots: Tensor | None
     floors: dict[str, dict[str, Any]]
     truths: dict[str, Truth | None]
     truth_figures: dict[str, dict[str, Any] | None]
@@ -184,9 +186,9 @@ def _known(
     networks = {p.title: p.extractor for p in protocols}
     training = _measured("training clips", sides.training, sides.training_rows, networks, ranks)
     real = _measured("real clips", sides.real, sides.real_rows, networks, ranks, sides.training, device)
-    shots = _shots(sides, warnings) if protocols else None
+    shots, floor_shots = _shots(sides, warnings) if protocols else (None, None)
     floors = {
-        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor], shots)
+        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor], shots, floor_shots)
         for p in protocols
     }
     truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
@@ -196,25 +198,32 @@ def _known(
             f"{sides.n} real clips cannot be split by shots into halves of more than 5, so the truth row is missing; "
             "hold out more clips, or of more shots, with a larger --test-fraction"
         )
-    return EvaluationTargets(sides, protocols, training, real, shots, floors, truths, figures)
+    return EvaluationTargets(sides, protocols, training, real, shots, floor_shots, floors, truths, figures)
 
 
-def _shots(sides: Sides, warnings: list[str]) -> Tensor | None:
-    """The shots of the real clips, int64 [n]; None, with a warning, where they are not known."""
+def _shots(sides: Sides, warnings: list[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The shots of the real and of the floor's clips, int64 [n] each; None, with a warning, where unknown."""
     try:
-        return shot_numbers(sides.real.clips[row] for row in sides.real_rows)
+        return (
+            shot_numbers(sides.real.clips[row] for row in sides.real_rows),
+            shot_numbers(sides.training.clips[row] for row in sides.training_rows[sides.floor]),
+        )
     except VglannError as error:
         warnings.append(
             "the truth row splits single clips, not shots, so it may be too good, and kernel distances "
             f"take clips as independent, so their errors may be too small ({error})"
         )
-        return None
+        return None, None
 
 
 def _truth(protocol: Protocol, real: Tensor, shots: Tensor | None) -> Truth | None:
-    shots = None if shots is None else shots[: protocol.videos]
-    truth = Truth(real[: protocol.videos], shots)
+    truth = Truth(real[: protocol.videos], _first_of(shots, protocol))
     return truth if truth.enough else None
+
+
+def _first_of(rows: Any, protocol: Protocol) -> Any:
+    """The rows of as many videos as the protocol takes; None stays."""
+    return None if rows is None else rows[: protocol.videos]
 
 
 def _measured(
@@ -238,6 +247,8 @@ def _measured(
 def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[str, Any]:
     """The part of a source's record that says how its videos compare."""
     sides, real, training = known.sides, known.real, known.training
+    # Made from the latents of the floor's clips, in their order.
+    shots = known.floor_shots if source == TRAINING_LATENTS else None
     return {
         "frames": sides.training.frames,
         "size": sides.training.size,
@@ -248,8 +259,9 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
             p.title: {
                 "protocol": p.extractor.protocol,
                 "generated": {
-                    **_distance(source, p, real, made.features[p.title], known.shots),
-                    "splits": truth and truth.figures_of(made.features[p.title][: p.videos]),
+                    **_distance(source, p, real, made.features[p.title], known.shots, shots),
+                    "splits": truth
+                    and truth.figures_of(made.features[p.title][: p.videos], _first_of(shots, p)),
                 },
                 "floor": known.floors[p.title],
                 "truth": known.truth_figures[p.title],
@@ -264,12 +276,17 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
 
 
 def _distance(
-    source: str, protocol: Protocol, real: Measurement, made: Tensor, shots: Tensor | None
+    source: str,
+    protocol: Protocol,
+    real: Measurement,
+    made: Tensor,
+    shots: Tensor | None,
+    made_shots: Tensor | None = None,
 ) -> dict[str, Any]:
     """`compare`, whose errors are to name the source and the protocol."""
+    sides = (real.features[protocol.title], made, shots, made_shots)
     try:
-        shots = None if shots is None else shots[: protocol.videos]
-        return compare(real.features[protocol.title][: protocol.videos], made[: protocol.videos], shots)
+        return compare(*(_first_of(side, protocol) for side in sides))
     except VglannError as error:
         raise VglannError(f"{protocol.title} of {source}: {error}") from error
 

@@ -7,9 +7,10 @@ With the kernel of Bińkowski et al. 2018 (KID), k(x, y) = (x·y / d + 1)³, ove
 Over independent rows of one distribution the mean of this estimate is 0 whatever n is, so it may be negative. A
 Fréchet distance of n < d rows has a large bias instead, and the bias is smaller for a set of too little spread.
 
-Clips of one shot are not independent: they are alike, so their pairs raise the first mean. Where the shots of the
-real rows are given, pairs of one shot are left out of it, and the mean is 0 again for shots that are independent.
-Without shots rows are taken as independent. Generated rows always are.
+Clips of one shot are not independent: they are alike, so their pairs raise the first mean. Where the shots of a side
+are given, pairs of one shot are left out of it, and the mean is 0 again for shots that are independent. Without shots
+rows are taken as independent. The generated side has shots where it stands for real clips: training clips, or what is
+decoded from their latents.
 
 The standard error comes from `BLOCKS` = 10 disjoint blocks of each side: the standard deviation of their distances
 over the square root of 10. Rows are taken in their order, n // 10 a block, and shots are kept whole. There is no
@@ -39,6 +40,8 @@ JEDI_VIDEOS = 5000  # on each side, in the published protocol
 _CHUNK = 512  # rows against all others at a time: 40 MB for 10,000 of them
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
+# Features [n, d], and the shot of each row, int64 [n].
+_Side = tuple[Tensor, Tensor]
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +55,10 @@ def square_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kernel_distance(
-    real: Tensor | np.ndarray, generated: Tensor | np.ndarray, shots: Tensor | None = None
+    real: Tensor | np.ndarray,
+    generated: Tensor | np.ndarray,
+    shots: Tensor | None = None,
+    generated_shots: Tensor | None = None,
 ) -> dict[str, Any]:
     """The unbiased distance of features [n, d] and [m, d], and its standard error.
 
@@ -62,16 +68,17 @@ def kernel_distance(
         real: features [n, d].
         generated: features [m, d].
         shots: int64 [n], the shot of each real row. None, or all of one shot: rows are taken as independent.
+        generated_shots: the same of the generated rows, int64 [m].
 
     Returns {"mmd": float, "mmd_error": float or None}. Raises `VglannError` for features that are not finite [n, d],
     fewer than 2 rows, another d, or numbers so large that the kernel overflows.
     """
     real, generated = _pair(real, generated)
-    groups = independent_groups(len(real), shots)
-    return {
-        "mmd": _finite(_unbiased(real, generated, groups)),
-        "mmd_error": _standard_error(real, generated, groups),
-    }
+    sides = (
+        (real, independent_groups(len(real), shots)),
+        (generated, independent_groups(len(generated), generated_shots)),
+    )
+    return {"mmd": _finite(_unbiased(*sides)), "mmd_error": _standard_error(*sides)}
 
 
 def jedi_distance(real: Tensor | np.ndarray, generated: Tensor | np.ndarray) -> float:
@@ -96,22 +103,21 @@ def pairs_between(groups: Tensor) -> int:
     return len(groups) ** 2 - int(sizes.square().sum())
 
 
-def _unbiased(real: Tensor, generated: Tensor, groups: Tensor) -> float:
+def _unbiased(real: _Side, generated: _Side) -> float:
     within = [
-        _sum(rows, rows, cubic_kernel, kinds) / pairs_between(kinds)
-        for rows, kinds in ((real, groups), (generated, independent_groups(len(generated))))
+        _sum(rows, rows, cubic_kernel, groups) / pairs_between(groups) for rows, groups in (real, generated)
     ]
-    between = _sum(real, generated, cubic_kernel) / (len(real) * len(generated))
+    between = _sum(real[0], generated[0], cubic_kernel) / (len(real[0]) * len(generated[0]))
     return (within[0] + within[1] - 2 * between).item()
 
 
-def _standard_error(real: Tensor, generated: Tensor, groups: Tensor) -> float | None:
-    size, places = len(generated) // BLOCKS, _places(groups)
-    if size < 2 or places is None:
+def _standard_error(real: _Side, generated: _Side) -> float | None:
+    places, others = _places(real[1]), _places(generated[1])
+    if places is None or others is None:
         return None
     values = [
-        _unbiased(real[rows], generated[number * size : (number + 1) * size], groups[rows])
-        for number, rows in enumerate(places)
+        _unbiased((real[0][at], real[1][at]), (generated[0][there], generated[1][there]))
+        for at, there in zip(places, others, strict=True)
     ]
     return float(np.std(values, ddof=1)) / BLOCKS**0.5
 

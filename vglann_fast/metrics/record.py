@@ -191,7 +191,8 @@ def _number(value: float | None) -> str:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table whose columns line up as plain text, too; all but the first are numbers."""
     head, *rows = [[escaped(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    # A rule of one character would be a colon without its dash.
+    widths = [max(2, *(len(row[i]) for row in (head, *rows))) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
     for row in (head, rule, *rows):

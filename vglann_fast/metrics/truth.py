@@ -68,10 +68,15 @@ class Truth:
             )
         return self._record(found)
 
-    def figures_of(self, generated: Tensor | np.ndarray) -> dict[str, Any]:
-        """The record of features [m, d] of a source, m at least `n`."""
+    def figures_of(self, generated: Tensor | np.ndarray, groups: Tensor | None = None) -> dict[str, Any]:
+        """The record of features [m, d] of a source, m at least `n`.
+
+        groups: int64 [m], the shot of each row, where the source stands for real clips.
+        """
         generated = check_features(generated)
-        generated = generated[_chosen(torch.arange(len(generated)))]
+        groups = torch.arange(len(generated)) if groups is None else groups.cpu()
+        chosen = _chosen(torch.arange(len(generated)))
+        generated, groups = generated[chosen], groups[chosen]
         sides = (self._real, self._real), (generated, generated), (generated, self._real)
         real, made, between = (_distances(*pair) for pair in sides)
         real_kernel, made_kernel, between_kernel = (cubic_kernel(*pair) for pair in sides)
@@ -82,7 +87,7 @@ class Truth:
                 _figures(
                     [real[a][:, a], made[drawn][:, drawn], between[drawn][:, a]],
                     [real_kernel[a][:, a], made_kernel[drawn][:, drawn], between_kernel[drawn][:, a]],
-                    [independent_groups(self.n, self._groups[a]), independent_groups(self.n)],
+                    [independent_groups(self.n, self._groups[a]), independent_groups(self.n, groups[drawn])],
                 )
             )
         return self._record(rows)
