@@ -80,7 +80,7 @@ _DEMO_MAP: dict[str, MapOptions] = {
     "gmm": GmmOptions(components="1", holdout_fraction=0.0),
 }
 _DEMO = Preset(
-    train=replace(_MODERN.train, width=32, batch_size=5, epochs=130),
+    train=replace(_MODERN.train, width=32, batch_size=5, epochs=100),
     map={kind: replace(options, holdout_fraction=0.0) for kind, options in _DEMO_MAP.items()},
 )
 
