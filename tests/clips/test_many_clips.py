@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.load import sparse_clips
+
+from vglann_fast.experiments.sparse_clips import write_sparse_clips
 
 CLIPS, DIMENSIONS = 600_000, 8
 # Bytes of memory a clip: the text and the objects of its index entry, its latent with Adam's moments, and the
@@ -37,7 +38,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("many")
-    sparse_clips(where, CLIPS)
+    write_sparse_clips(where, CLIPS)
     return where
 
 

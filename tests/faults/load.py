@@ -64,34 +64,11 @@ def index() -> None:
     )
 
 
-def sparse_clips(folder: Path, count: int = CLIPS) -> None:
-    """A clip folder of holes: `count` clips of 32x64x64."""
-    from vglann_fast.clips.pack import _npy_header
+def sparse_clips(folder: Path) -> None:
+    """A clip folder of holes."""
+    from vglann_fast.experiments.sparse_clips import write_sparse_clips
 
-    shards, shape = [], (3, 32, 64, 64)
-    for first in range(0, count, 1024):
-        held = min(1024, count - first)
-        file = folder / f"clips-{len(shards):05d}.npy"
-        with file.open("wb") as stream:
-            stream.write(_npy_header(held, shape))
-            stream.truncate(128 + held * 393216)
-        shards.append({"file": file.name, "clips": held, "sha256": "0" * 64})
-    clips = [
-        {
-            "id": f"{n:016x}",
-            "source": n // 40,
-            "shot": n % 40,
-            "first_frame": 32 * n,
-            "crop": [280, 0, 720, 720],
-            "split": "train",
-        }
-        for n in range(count)
-    ]
-    sources = [{"name": f"video-{n:04d}.mp4", "sha256": "0" * 64} for n in range(count // 40)]
-    head = {"format": "vglann-clips", "version": 1, "frames": 32, "size": 64, "stride": 1, "options": {}}
-    counts = {"rejected": 0, "shots": count, "static": 0, "repeated": 0, "unstable": 0}
-    record = {**head, "sources": sources, "shards": shards, "counts": counts, "clips": clips}
-    (folder / "index.json").write_text(json.dumps(record))
+    write_sparse_clips(folder, CLIPS)
 
 
 def latents() -> None:

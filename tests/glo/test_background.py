@@ -91,6 +91,7 @@ def test_the_target_is_the_mean_frame():
 def test_a_loss_of_networks_alone_is_a_pyramid_in_the_background_phase():
     assert background_options(TrainOptions(loss="resnet50-3d")).loss_terms == {"laplacian": 1.0}
     assert background_options(TrainOptions(loss="lite0:0.1,l1:2")).loss_terms == {"l1": 2.0}
+    assert background_options(TrainOptions(loss="l2,motion:4")).loss_terms == {"l2": 1.0}
 
 
 def test_the_background_alone_is_the_background_of_the_whole():

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from vglann_fast.glo.generator import TwoStreamGenerator
-from vglann_fast.options.training import PERCEPTUAL, TrainOptions
+from vglann_fast.options.training import OF_VIDEOS, TrainOptions
 
 
 def background_options(options: TrainOptions) -> TrainOptions:
-    """The options of a background step: the loss without networks, which see videos, and without the mask."""
-    terms = {name: weight for name, weight in options.loss_terms.items() if name not in PERCEPTUAL}
+    """The options of a background step: the loss without terms that see videos, and without the mask."""
+    terms = {name: weight for name, weight in options.loss_terms.items() if name not in OF_VIDEOS}
     loss = ",".join(f"{name}:{weight}" for name, weight in terms.items()) or "laplacian"
     return replace(options, loss=loss, mask_weight=0.0, frame_reduction="mean")
 

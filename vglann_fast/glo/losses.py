@@ -108,7 +108,9 @@ def reconstruction_loss(
     Returns:
         A scalar: means over all clips and frames or, with frame_reduction="sum-but-last", the author's sums over
         all frames but the last. "laplacian": sum over pyramid bands of the mean absolute difference, see
-        `vglann_kernels`. "l1": mean absolute difference. "l2": mean squared difference. Networks: `FeatureLoss`.
+        `vglann_kernels`. "l1": mean absolute difference. "l2": mean squared difference. "motion": the same of what
+        each frame adds to its video's mean frame; motion R² is one minus this, over the clips' own. Networks:
+        `FeatureLoss`.
     """
     video = _in_float32(video)
     terms = []
@@ -134,5 +136,7 @@ def _pixel_loss(name: str, video: Tensor, clips: Tensor, options: TrainOptions) 
         )
     else:
         difference = made - to_range(real, made.dtype, options.target_limits)
+        if name == "motion":
+            difference = difference - difference.mean(2, keepdim=True)
         loss = difference.abs().mean() if name == "l1" else difference.square().mean()
     return loss if options.frame_reduction == "mean" else scored * loss

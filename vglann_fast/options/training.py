@@ -28,7 +28,9 @@ MAXIMA = {"width": 4096, "latent_dim": 65_536, "epochs": 10**9, "batch_size": 65
 BACKGROUND_COST = 0.05
 # Beyond this many passes the background gains little, however long the run.
 MAX_BACKGROUND_PASSES = 100
-LOSSES = ("laplacian", "l1", "l2", *PERCEPTUAL)
+LOSSES = ("laplacian", "l1", "l2", "motion", *PERCEPTUAL)
+# Losses that a still picture has none of.
+OF_VIDEOS = ("motion", *PERCEPTUAL)
 
 # The headings of --help.
 MODEL, LOSS, OPTIMIZATION, MACHINE = "model", "loss", "optimization", "machine"

@@ -1,0 +1,109 @@
+"""Several nodes: agents of torchrun that meet over the network, here two of them on one machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from several_processes import finish, processes
+from tiny import tiny_options
+
+from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.options.fields import options_to_json
+from vglann_fast.run.folder import RunDir
+
+MAIN = "import sys; from vglann_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_clip_folder(tmp_path_factory.mktemp("nodes") / "clips", moving_squares(9))
+
+
+def training(clips, out, **changes):
+    """The words of a tiny training on a CPU."""
+    words = ["train", str(clips), "--out", str(out), "--device", "cpu", "--log-every", "1"]
+    for name, value in options_to_json(tiny_options(batch_size=2, **changes)).items():
+        words += [f"--{name.replace('_', '-')}", str(value).lower() if value in (True, False) else str(value)]
+    return words
+
+
+def agents(words):
+    """Two agents that meet at a port of this machine, as those of two nodes meet at a port of the first."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return [
+        subprocess.Popen(
+            [*command, "-m", "vglann_fast", *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+
+
+def losses(run):
+    return [row["loss"] for row in RunDir.open(run).logs.metrics("glo")]
+
+
+def test_two_nodes_train_as_two_processes_of_one(clips, tmp_path):
+    codes, said = finish(agents(training(clips, tmp_path / "nodes", epochs=2)))
+    assert codes == [0, 0], said
+    codes, said = finish(processes(MAIN, *training(clips, tmp_path / "one", epochs=2)))
+    assert codes == [0, 0], said
+    assert losses(tmp_path / "nodes") == losses(tmp_path / "one")
+    nodes, one = (RunDir.open(tmp_path / name).checkpoints.load()[1] for name in ("nodes", "one"))
+    assert torch.equal(nodes["latents"]["rows"], one["latents"]["rows"])
+
+
+def test_a_node_that_dies_ends_the_other_and_one_node_can_resume(clips, tmp_path):
+    run = tmp_path / "run"
+    started = agents([*training(clips, run, epochs=100_000), "--checkpoint-every", "1"])
+    try:
+        wait_for_checkpoint(run, started)
+        kill_node(started[0])
+        said = started[1].communicate(timeout=300)[1]
+        assert started[1].returncode != 0
+        assert "another process of this job has ended" in said
+    finally:
+        for agent in started:
+            kill_node(agent)
+    state, _ = RunDir.open(run).checkpoints.load()
+    assert state["processes"] == 2
+    words = ["train", "--resume", str(run), "--device", "cpu"]
+    alone = subprocess.Popen([sys.executable, "-c", MAIN, *words], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_checkpoint(run, [alone], after=state["step"])
+        alone.terminate()
+        assert alone.wait(timeout=300) == 128 + signal.SIGTERM
+    finally:
+        alone.kill()
+    after, _ = RunDir.open(run).checkpoints.load()
+    assert (after["processes"], after["step"] > state["step"]) == (1, True)
+
+
+def kill_node(agent):
+    """Kill an agent and the processes it has started."""
+    file = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    workers = map(int, file.read_text().split()) if agent.poll() is None else ()
+    for pid in (*workers, agent.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for_checkpoint(run: Path, started, after=0):
+    """Return when there is a checkpoint of a step after `after`."""
+    while all(int(found.name.split("-")[1]) <= after for found in run.glob("checkpoints/step-*")):
+        assert all(one.poll() is None for one in started), [one.communicate()[1] for one in started]
+        time.sleep(0.1)
