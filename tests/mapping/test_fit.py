@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from vglann_fast.cli.main import main
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.mapping import fit
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
+from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.generalization import describe_gap, measure_gap
 from vglann_fast.options.mapping import MAP_KINDS, map_options
 from vglann_fast.options.presets import PRESETS
@@ -51,6 +53,22 @@ def test_every_kind_has_options_in_every_preset():
 def test_only_kinds_that_choose_by_latents_set_them_aside_unasked():
     aside = {kind for kind, options in PRESETS["modern"].map.items() if options.holdout_fraction > 0}
     assert aside == {"gmm", "flow", "autoregressive"}
+
+
+@pytest.mark.parametrize(("few", "threads"), [(4096, 4), (10, 6)])
+def test_a_fit_to_few_latents_takes_few_threads(run, monkeypatch, few, threads):
+    monkeypatch.setattr(fit, "FEW_LATENTS", few)
+    seen, whole = [], Gaussian.fit
+    monkeypatch.setattr(
+        Gaussian, "fit", lambda *a, **k: seen.append(torch.get_num_threads()) or whole(*a, **k)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        fit_mapping(run, "gaussian", PRESETS["modern"].map["gaussian"])
+        assert (seen, torch.get_num_threads()) == ([threads], 6)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_nothing_set_aside_still_tells_the_distance(run, capsys):

@@ -15,7 +15,7 @@ from vglann_fast.glo.training import Training
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.folder import RunDir
-from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.distributed import Ranks, suggest_all_gpus
 
 
 def train(
@@ -51,6 +51,7 @@ def train(
         try:
             if first:
                 warn_of_slow_precision(training.precision, training.device)
+                suggest_all_gpus(training.device, training.ranks)
             self_test(training.generator, training.precision, training.device)
             with run.locked(training.ranks.rank):
                 if resume:

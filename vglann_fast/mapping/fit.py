@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vglann_fast.errors import VglannError
-from vglann_fast.glo.checkpoint import load_trained
+from vglann_fast.glo.checkpoint import Trained, load_trained
 from vglann_fast.mapping.base import MAPPING_FILE, LatentSampler
 from vglann_fast.mapping.drifting import Drifting
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
@@ -23,6 +23,10 @@ from vglann_fast.run.destinations import atomic_dir
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
+
+# Steps of a mapping multiply matrices of some hundred rows, which do not keep more threads busy than these. Only the
+# nearest rows of many latents are work for all.
+FEW_THREADS, FEW_LATENTS = 4, 4096
 
 KINDS: dict[str, type[LatentSampler]] = {
     kind.kind: kind
@@ -47,12 +51,21 @@ def fit_mapping(
     steps, and the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
     metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that
     are not finite.
+
+    On a CPU a fit to fewer than 4,096 latents takes at most 4 threads.
     """
     run = RunDir.open(run_path)
     if ranks is not None and ranks.size > 1 and kind != IMLE.kind:
         raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
     trained = load_trained(run, device)
+    few = min(FEW_THREADS, torch.get_num_threads()) if len(trained.latents) < FEW_LATENTS else None
+    with numerics(threads=few):
+        return _fit(run, kind, options, trained, seed, ranks or Ranks())
+
+
+def _fit(run: RunDir, kind: str, options: MapOptions, trained: Trained, seed: int, ranks: Ranks) -> Path:
     latents = trained.latents
+    device = latents.device
     mapping = _mapping_class(kind)(latents.shape[1], options, device, seed=seed)
     mapping.check_latents(latents)
     fitted, held_out = latents, None
@@ -60,7 +73,7 @@ def fit_mapping(
         fitted, held_out = set_aside(latents, run_shots(run, trained.ids), options.holdout_fraction, seed)
     generator = torch.Generator(device).manual_seed(seed)
     destination = run.path / "mapping" / kind
-    if ranks is not None and ranks.rank > 0:
+    if ranks.rank > 0:
         mapping.fit(fitted, generator, held_out=held_out)
         return destination
     rows: list[dict[str, Any]] = []

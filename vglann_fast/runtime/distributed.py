@@ -7,6 +7,7 @@ blocks of videos in the same way.
 """
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from vglann_fast.errors import VglannError
 from vglann_fast.run.environment import launched
 
 T = TypeVar("T")
+
+log = logging.getLogger("vglann_fast")
 
 MEETING = timedelta(minutes=5)  # for all processes to be started
 LAST_WORDS = timedelta(seconds=10)  # for the same, when one has failed before it came to meet them
@@ -121,6 +124,18 @@ class Ranks:
         if self.size > 1:
             with another_process_may_have_ended():
                 dist.barrier(group=self.control)
+
+
+def suggest_all_gpus(device: torch.device, ranks: Ranks) -> None:
+    """Log one line where a training takes one of several GPUs, unless its user has named that one."""
+    if device.type != "cuda" or device.index is not None or ranks.size > 1:
+        return
+    if (count := torch.cuda.device_count()) > 1:
+        log.info(
+            "one of %d GPUs is used; `torchrun --nproc-per-node %d -m vglann_fast train ...` uses all",
+            count,
+            count,
+        )
 
 
 class StopAgreement:
