@@ -14,11 +14,25 @@ ROOT = Path(__file__).parents[2]
 ONLY_PARSED = ("clips fetch", "clips pack", "weights import", "evaluate run --kind", "table", "study")
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+def shell_lines(document):
+    """The lines of a document's shell blocks, whole, without their comments."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(), flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.strip().startswith("vglann ")]
+    return [line.split(" #")[0].strip() for line in lines]
+
+
+def readme_commands():
+    return [line for line in shell_lines(ROOT / "README.md") if line.startswith("vglann ")]
+
+
+def test_every_command_in_the_documents_has_words_the_program_knows():
+    documents = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "kernels").rglob("*.md")]
+    found = 0
+    for line in (line for document in documents for line in shell_lines(document)):
+        if command := re.search(r"(?:^|\s)(?:vglann|-m vglann_fast) ([a-z].*)", line):
+            found += 1
+            parse(shlex.split(command[1].split(" && ")[0], comments=True))
+    assert found > 30
 
 
 def test_every_command_in_the_readme_runs(route, tiny, tmp_path, monkeypatch):

@@ -3,9 +3,9 @@
     python -m vglann_fast.experiments.neighbors RUN CLIPS [--neighbors 3] [--rounds 3]
 
 RUN: a run of preset `demo`, whose mapping is fitted again in a copy. CLIPS: its clips, for a short training. The
-neighbors are processes that multiply matrices with PyTorch on all processors, spinning while they wait, as PyTorch does
-unasked. Prints a Markdown table: wall seconds and CPU seconds, medians of the rounds. Settings take turns within a
-round, so that what else the machine does meets all of them.
+neighbors are processes that multiply matrices with PyTorch on all processors and spin while they wait, as PyTorch
+does unasked. Prints a Markdown table: wall seconds and CPU seconds, medians of the rounds. Settings take turns within
+a round, so that what else the machine does meets all of them.
 """
 
 import argparse
