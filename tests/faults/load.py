@@ -67,7 +67,7 @@ def index() -> None:
 
 def sparse_clips(folder: Path) -> None:
     """A clip folder of holes."""
-    from vglann_fast.clips.pack import _npy_header
+    from vglann_fast.clips.writer import _npy_header
 
     shards, shape = [], (3, 32, 64, 64)
     for first in range(0, CLIPS, 1024):

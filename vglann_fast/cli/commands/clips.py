@@ -1,4 +1,4 @@
-"""Videos to packed clips: `vglann clips fetch | pack | show`."""
+"""Videos to packed clips: `vglann clips fetch | pack | merge | show`."""
 
 import os
 from argparse import Namespace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vglann_fast.cli.arguments import POSITIVE, add_choice, add_seed
 from vglann_fast.cli.parser import Parser, command
-from vglann_fast.cli.types import fraction, one_of, positive, real, whole
+from vglann_fast.cli.types import fraction, one_of, place, positive, real, whole
 
 
 @command(
@@ -91,6 +91,14 @@ def add_pack(parser: Parser) -> None:
         default="histogram",
     )
 
+    several = parser.add_argument_group("several machines")
+    several.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=place,
+        help="pack part I of N of the videos, counted from 1; `vglann clips merge` puts all N together",
+    )
+
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--workers",
@@ -141,8 +149,27 @@ def _pack(a: Namespace) -> None:
         workers=a.workers,
         limits=limits,
         overwrite=a.overwrite,
+        shard=a.shard,
     )
     print(report)
+
+
+@command(
+    "clips merge",
+    "merge clip folders: all shards of a pack, or packs of different videos",
+    "vglann clips merge shard-1 shard-2 shard-3 --out clips",
+)
+def add_merge(parser: Parser) -> None:
+    parser.add_argument("folders", metavar="CLIPS", nargs="+", help="clip folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="clip folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing clip folder")
+    parser.set_defaults(func=_merge)
+
+
+def _merge(a: Namespace) -> None:
+    from vglann_fast.clips.merge import merge
+
+    print(merge(a.folders, a.out, overwrite=a.overwrite))
 
 
 @command("clips show", "write a contact sheet of a clip folder", "vglann clips show clips")
