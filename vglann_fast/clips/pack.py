@@ -106,6 +106,7 @@ def pack(
     limits: DecodeLimits | None = None,
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
+    scheduler: str | None = None,
 ) -> PackReport:
     """Cut videos into clips and write them as a clip folder.
 
@@ -123,6 +124,7 @@ def pack(
     workers: decoding processes; None is one a CPU, at most 8.
     overwrite: replace a clip folder that is there already.
     shard: (I, N) packs the I-th of N parts of the sources, counted from 1, for `merge`.
+    scheduler: address of a Dask scheduler; its workers decode, see `cluster.py`.
 
     A clip folder that is there with the same options and sources is left as it is and reported as reused.
     Raises `VglannError` for a bad option or source, an `out` that is in the way, more than 5 % of the sources
@@ -145,6 +147,10 @@ def pack(
         limits.max_pixels,
         named,
     )
+    if scheduler is not None and workers is not None:
+        raise VglannError(
+            "--workers is for this machine, but --scheduler has workers of its own; remove one of them"
+        )
     workers = min(available(), 8) if workers is None else whole("workers", workers, 1)
     overwrite = switch("overwrite", overwrite)
     for module in ("av", "cv2"):
@@ -165,7 +171,12 @@ def pack(
         scratch = folder.with_name("scratch")  # beside what is kept, so that it may go later
         scratch.mkdir()
         with closing(ClipWriter(folder, options)) as writer:
-            steps = add_videos(writer, found, scratch, limits, workers)
+            if scheduler is None:
+                steps = add_videos(writer, found, scratch, limits, workers)
+            else:
+                from vglann_fast.clips.cluster import add_by_workers
+
+                steps = add_by_workers(writer, found, scratch, limits, scheduler)
             with closing(steps), Progress("pack", len(found), "video") as progress:
                 for _ in steps:
                     progress.advance()

@@ -33,6 +33,7 @@ def pack(
     max_seconds: float | None = None,
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
+    scheduler: str | None = None,
 ) -> ClipSet:
     """Cut videos into clips, write them to the clip folder `out`, and open it.
 
@@ -58,6 +59,8 @@ def pack(
         max_seconds: seconds of decoding after which a file is rejected. Default: 1,800, with `stabilize` 10,800.
         overwrite: whether to replace an existing clip folder.
         shard: (I, N) packs part I of N of the videos, counted from 1, for `merge`.
+        scheduler: address of a Dask scheduler whose workers decode, such as "tcp://host:8786". Trust it, and all that
+            can reach it, as you trust a shell.
 
     Returns:
         The train and the test clips together. `ClipSet.open(out, "train")` opens the train clips alone.
@@ -84,6 +87,7 @@ def pack(
             limits=limits,
             overwrite=overwrite,
             shard=shard,
+            scheduler=scheduler,
         )
     log.info("%s", report)
     return ClipSet.open(out, verify=report.reused)

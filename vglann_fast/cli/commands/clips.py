@@ -32,6 +32,7 @@ def _fetch(a: Namespace) -> None:
     "cut videos into clips and store them as uint8 arrays",
     "vglann clips pack VIDEOS/ --out clips",
     "vglann clips pack a.mp4 b.mp4 --out clips --frames 16 --size 32 --stabilize",
+    "vglann clips pack VIDEOS/ --out clips --scheduler tcp://HOST:8786",
 )
 def add_pack(parser: Parser) -> None:
     parser.add_argument(
@@ -98,6 +99,11 @@ def add_pack(parser: Parser) -> None:
         type=place,
         help="pack part I of N of the videos, counted from 1; `vglann clips merge` puts all N together",
     )
+    several.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="decode by the workers of this Dask scheduler, such as tcp://HOST:8786; trust it as you trust a shell",
+    )
 
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -150,6 +156,7 @@ def _pack(a: Namespace) -> None:
         limits=limits,
         overwrite=a.overwrite,
         shard=a.shard,
+        scheduler=a.scheduler,
     )
     print(report)
 
