@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vglann_fast.clips.dataset import ClipSet as ClipSet
     from vglann_fast.errors import VglannError as VglannError
     from vglann_fast.glo.generator import TwoStreamGenerator as TwoStreamGenerator
+    from vglann_fast.interface.packing import merge as merge
     from vglann_fast.interface.packing import pack as pack
     from vglann_fast.interface.run import Run as Run
     from vglann_fast.interface.run import evaluate as evaluate
@@ -35,6 +36,7 @@ _MODULES = {
     "Videos": "interface.videos",
     "evaluate": "interface.run",
     "load": "interface.run",
+    "merge": "interface.packing",
     "pack": "interface.packing",
     "resume": "interface.training",
     "train": "interface.training",

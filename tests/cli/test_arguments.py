@@ -7,7 +7,7 @@ import pytest
 from vglann_fast.cli import main as module
 from vglann_fast.cli.main import main
 from vglann_fast.cli.parser import COMMANDS, command_parser
-from vglann_fast.cli.types import boolean, fraction, names, positive, real
+from vglann_fast.cli.types import boolean, fraction, names, place, positive, real
 from vglann_fast.options.presets import PRESETS
 
 CASES = [(name, dest) for name in COMMANDS for dest in command_parser(name).arguments]
@@ -17,7 +17,7 @@ REFUSING = [
     for name, dest in CASES
     if (action := command_parser(name).arguments[dest]).option_strings or action.type not in (None, str)
 ]
-TEXTS = {boolean: "false", real: "0.5", positive: "0.5", fraction: "0.5", names: "l1,imle"}
+TEXTS = {boolean: "false", real: "0.5", positive: "0.5", fraction: "0.5", names: "l1,imle", place: "2/3"}
 
 
 def good(action):

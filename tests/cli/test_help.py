@@ -14,7 +14,7 @@ from vglann_fast.cli.words import GROUPS, parse
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.options.training import TrainOptions
 
-HEAVY = {"torch", "triton", "faiss", "av", "cv2", "matplotlib", "numpy", "scipy", "yaml"}
+HEAVY = {"torch", "triton", "faiss", "av", "cv2", "matplotlib", "numpy", "scipy", "yaml", "distributed"}
 
 
 def printed(words, capsys):

@@ -12,7 +12,7 @@ pytest.importorskip("cv2")
 
 from video_files import gif_bytes, write_video  # noqa: E402
 
-from vglann_fast.clips import pack as pack_module  # noqa: E402
+from vglann_fast.clips import writer as writer_module  # noqa: E402
 from vglann_fast.clips.dataset import ClipSet  # noqa: E402
 from vglann_fast.clips.decode import DecodeLimits  # noqa: E402
 from vglann_fast.clips.pack import pack  # noqa: E402
@@ -113,7 +113,7 @@ def test_a_bad_video_is_rejected_with_a_reason_or_packed(case, tmp_path, monkeyp
     folder.mkdir()
     video(folder, "a good one.mp4")
     make(folder)
-    monkeypatch.setattr(pack_module, "MAX_REJECTED_SHARE", 0.5)
+    monkeypatch.setattr(writer_module, "MAX_REJECTED_SHARE", 0.5)
     limits = DecodeLimits(seconds=60, max_frames=1000)
     report = pack(folder, tmp_path / "clips", frames=4, size=32, limits=limits, workers=1)
     clips = ClipSet.open(tmp_path / "clips")

@@ -16,7 +16,7 @@ import pytest
 av = pytest.importorskip("av")
 cv2 = pytest.importorskip("cv2")
 
-from vglann_fast.clips import pack as pack_module  # noqa: E402
+from vglann_fast.clips import writer as writer_module  # noqa: E402
 from vglann_fast.clips.cut import clip_id, shot_split  # noqa: E402
 from vglann_fast.clips.dataset import ClipSet  # noqa: E402
 from vglann_fast.clips.decode import DecodeLimits  # noqa: E402
@@ -154,7 +154,7 @@ def test_a_shot_is_never_in_both_splits(tmp_path):
 
 def test_shards_are_filled_in_order(videos, tmp_path, monkeypatch):
     pack([videos], tmp_path / "one", frames=4, size=32)
-    monkeypatch.setattr(pack_module, "_SHARD_CLIPS", 5)
+    monkeypatch.setattr(writer_module, "_SHARD_CLIPS", 5)
     pack([videos], tmp_path / "many", frames=4, size=32)
     one, many = ClipSet.open(tmp_path / "one"), ClipSet.open(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.npy"))) == -(-len(one) // 5) > 3
@@ -303,7 +303,7 @@ def test_full_disk_leaves_nothing(videos, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pack_module._Shards, "write", full)
+    monkeypatch.setattr(writer_module._Shards, "write", full)
     with pytest.raises(VglannError, match="disk is full"):
         pack([videos], tmp_path / "clips", frames=4, size=32)
     assert list(tmp_path.iterdir()) == []
@@ -323,10 +323,10 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_killed_leaves_no_clip_folder_and_no_process(videos, tmp_path):
     code = (
-        "import sys, time; from vglann_fast.clips import pack as module\n"
+        "import sys, time; from vglann_fast.clips import pack, writer as module\n"
         "slow = module._Shards.write\n"
         "module._Shards.write = lambda *args: (slow(*args), print('clip', flush=True), time.sleep(60))\n"
-        "module.pack([sys.argv[1]], sys.argv[2], frames=4, size=32, workers=1)\n"
+        "pack.pack([sys.argv[1]], sys.argv[2], frames=4, size=32, workers=1)\n"
     )
     command = [sys.executable, "-c", code, str(videos), str(tmp_path / "clips")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -8,7 +8,7 @@ pytest.importorskip("cv2")
 from decoding import pictures
 from video_files import write_video
 
-from vglann_fast.clips import pack as pack_module
+from vglann_fast.clips import writer as writer_module
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pack import pack
 from vglann_fast.clips.sheet import show
@@ -27,9 +27,9 @@ def videos(tmp_path):
 
 def meanwhile(monkeypatch, action):
     """Do something once the decoding is over."""
-    check = pack_module._check_enough
+    check = writer_module._check_enough
     monkeypatch.setattr(
-        pack_module, "_check_enough", lambda *args: (monkeypatch.undo(), action(), check(*args))
+        writer_module, "_check_enough", lambda *args: (monkeypatch.undo(), action(), check(*args))
     )
 
 

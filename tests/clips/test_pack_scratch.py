@@ -16,9 +16,10 @@ from decoding import pictures  # noqa: E402
 from video_files import write_video  # noqa: E402
 
 from vglann_fast.clips import decode as decode_module  # noqa: E402
-from vglann_fast.clips import pack as pack_module  # noqa: E402
+from vglann_fast.clips import writer as writer_module  # noqa: E402
+from vglann_fast.clips.cut import PackOptions, cut  # noqa: E402
 from vglann_fast.clips.dataset import ClipSet  # noqa: E402
-from vglann_fast.clips.decode import DecodeJob, DecodeLimits, decode_all  # noqa: E402
+from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, decode_all  # noqa: E402
 from vglann_fast.clips.pack import pack  # noqa: E402
 
 MAPS = Path("/proc/self/maps")
@@ -79,12 +80,33 @@ def test_nothing_is_mapped_when_files_are_removed(tmp_path, renamed):
     assert not (tmp_path / "clips" / "scratch").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc to see what is in memory")
+def test_frames_that_were_cut_do_not_stay_in_memory(tmp_path):
+    """An hour of video is gigabytes of mapped frames, and Dask ends a worker that has as much in memory."""
+
+    def resident():
+        _, found = Path("/proc/self/smaps").read_text().split(str(video.files[0]))
+        return int(found.split("Rss:")[1].split()[0])
+
+    video = DecodedVideo(
+        "0" * 64, False, [[0, 0, 64, 64]], (64, 64), None, None, None, (tmp_path / "a.tiles",)
+    )
+    frames = np.zeros((400, 1, 64, 64, 3), np.uint8)
+    frames.tofile(video.files[0])
+    video.tiles = np.memmap(video.files[0], np.uint8, "r", shape=frames.shape)
+    assert video.tiles.sum() == 0
+    assert resident() >= frames.nbytes // 1024
+    for _ in cut(video, [(0, 400)], 0, PackOptions(frames=4, size=64)):
+        assert resident() < frames.nbytes // 4096
+    video.discard()
+
+
 def test_a_pack_that_fails_removes_its_files_too(tmp_path, renamed, monkeypatch):
     def full(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     folder = videos(tmp_path / "videos")
-    monkeypatch.setattr(pack_module._Shards, "write", full)
+    monkeypatch.setattr(writer_module._Shards, "write", full)
     with pytest.raises(Exception, match="disk"):
         pack(folder, tmp_path / "clips", **OPTIONS)
     assert renamed == []
@@ -109,7 +131,7 @@ def test_files_of_a_child_whose_pipe_was_closed_in_the_middle_are_removed(tmp_pa
             Path(file).touch()
         raise ValueError("I/O operation on closed file")
 
-    monkeypatch.setattr(decode_module._Child, "_ask", closed)
+    monkeypatch.setattr(decode_module.Decoder, "_ask", closed)
     (tmp_path / "scratch").mkdir()
     results = decode_all([DecodeJob(tmp_path / "a.mkv")], tmp_path / "scratch", DecodeLimits(), 1)
     with pytest.raises(ValueError, match="closed file"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import redirect_stdout
@@ -15,6 +16,7 @@ from tiny_study import answer_all, prefer, tiny_study
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.merge import merge
 from vglann_fast.clips.of_run import has_clips, open_clips
 from vglann_fast.clips.sources import find_sources
 from vglann_fast.errors import VglannError
@@ -42,6 +44,12 @@ def readers(root: Path) -> Iterable[Reader]:
     clips, study = root / "made" / "clips", tiny_study(root / "study")
     lists = _source_list(root / "sources")
     yield Reader("index.json", clips, ("index.json",), lambda folder: ClipSet.open(folder, "train").read([0]))
+    yield Reader(
+        "index.json and rejected.jsonl, merged",
+        _shard(clips, root),
+        ("index.json", "rejected.jsonl"),
+        _merged,
+    )
     yield Reader("sources.json", lists, ("sources.json",), find_sources)
     yield Reader("options.json", run, ("options.json",), _trained)
     state = (_newest(run) + "/state.json",)
@@ -60,6 +68,22 @@ def readers(root: Path) -> Iterable[Reader]:
     yield Reader("table.json", run, ("table.json",), write_table_page, share=0.3)
     yield Reader("weights record", weights_of_lite0(root / "weights"), ("lite0.json",), _weights)
     yield Reader("answers to a study", _answered(study, root), ("answers.json",), _answers, share=0.5)
+
+
+def _shard(clips: Path, root: Path) -> Path:
+    """A clip folder that is the only part of a pack, with a clip that could not be stabilized."""
+    folder = shutil.copytree(clips, root / "shard")
+    index = json.loads((folder / "index.json").read_text())
+    index["part"] = {"number": 1, "of": 1, "sources": "0" * 64}
+    index["counts"]["unstable"] = 1
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "rejected.jsonl").write_text(json.dumps({"source": "film.mp4", "reason": "shaken", "clip": {}}))
+    return folder
+
+
+def _merged(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        merge([folder], Path(place) / "clips")
 
 
 def _newest(run: Path) -> str:

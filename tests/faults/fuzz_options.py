@@ -155,6 +155,7 @@ def _lines(name: str, route: Route) -> list[str]:
     needed = {
         "train": ["train", *train],
         "table": ["table", *train, "--features", "none"],
+        "clips merge": ["clips", "merge", str(route.clips), "--out", "made"],
         "clips show": ["clips", "show", str(route.clips)],
         "import-glann": ["import-glann", "file", "file", "--out", "made"],
         "map": ["map", "run", "--epochs", "1", "--holdout-fraction", "0"],

@@ -99,6 +99,7 @@ def writers(route: Route) -> list[Writer]:
         Writer("clips pack --overwrite", run["packed"], lambda place: [
             "clips", "pack", videos, *PACK, "--overwrite", "--out", place / "out"
         ], whole_folder=True),
+        to_new("clips merge", clips, whole_folder=True),
         Writer("clips show", empty, lambda place: ["clips", "show", clips, "--out", place / "out" / "a.png"], True),
         to_new("train", clips, *SHAPE, *TRAIN, again=True),
         Writer("train --resume", run["stopped"], lambda place: ["train", "--resume", place / "out", *TRAIN[2:]]),

@@ -77,6 +77,14 @@ def names(text: str) -> list[str]:
     return found
 
 
+def place(text: str) -> tuple[int, int]:
+    """Return the numbers I and N in "I/N", 1 <= I <= N."""
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ArgumentTypeError(f"expected I/N with I from 1 to N, got {text!r}")
+    return int(number), int(of)
+
+
 def of_hint(hint: Any) -> Convert:
     """Return the function for a field of an option dataclass."""
     if choices := get_args(hint):

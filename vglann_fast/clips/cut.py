@@ -120,11 +120,13 @@ def _tiles(
     """The tiles (3, T, size, size) of these frames, or None, and what the clips' entries say of stabilization."""
     if video.motions is None:
         window = np.asarray(video.tiles[numbers])
+        video.release()
         return [window[:, tile].transpose(3, 0, 1, 2) for tile in range(window.shape[1])], {}
     from vglann_fast.clips.stabilize import cropped, stabilize
 
     # Row k holds the frames passed between frame k and k + 1 of the clip; where the last frame is repeated, none.
     frames = np.asarray(video.tiles[numbers, 0])
+    video.release()
     motions = [np.asarray(video.motions[a + 1 : b + 1]) for a, b in pairwise(numbers)]
     steady, quality = stabilize(frames, motions, video.frame_size)
     record = {"stabilization": quality.as_json()}

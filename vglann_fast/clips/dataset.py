@@ -6,15 +6,18 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from vglann_fast.clips.parts import Part
 from vglann_fast.errors import VglannError
 from vglann_fast.run.files import open_regular
 
-FORMAT, VERSION, INDEX_FILE = "vglann-clips", 1, "index.json"
+FORMAT, VERSION = "vglann-clips", 1
+INDEX_FILE, REJECTED_FILE = "index.json", "rejected.jsonl"
 COUNTS = ("rejected", "shots", "static", "repeated", "unstable")
 _SHARD_NAME = re.compile(r"clips-\d{5,}\.npy")
 _CLIP_ID = re.compile(r"[0-9a-f]{16}")
@@ -63,10 +66,11 @@ class ClipSet:
             raise VglannError(f"split must be train, test or None, not {split!r}")
         folder = Path(folder)
         index = read_index(folder)
-        shards = [_map_shard(folder, shard, index, verify) for shard in index["shards"]]
+        shards = [map_shard(folder, shard, index, verify) for shard in index["shards"]]
         wanted = [split is None or clip["split"] == split for clip in index["clips"]]
         rows = np.flatnonzero(wanted)
-        if not rows.size:
+        # A part of a pack may be empty.
+        if not rows.size and (split or "part" not in index):
             raise VglannError(f"{folder}: has no {split} clips; pack more videos or with another test share")
         return cls(folder, index, shards, rows, _index_sha256(folder))
 
@@ -110,7 +114,7 @@ def _opened_again(folder: str, rows: np.ndarray, index_sha256: str) -> ClipSet:
     index = read_index(path)
     if _index_sha256(path) != index_sha256:
         raise VglannError(f"{folder}: was packed again since it was opened; open it again")
-    shards = [_map_shard(path, shard, index, verify=False) for shard in index["shards"]]
+    shards = [map_shard(path, shard, index, verify=False) for shard in index["shards"]]
     return ClipSet(path, index, shards, rows, index_sha256)
 
 
@@ -146,10 +150,15 @@ def _check_index(index: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(index[name], kind):
             raise ValueError(f"{name} is not a {kind.__name__}")
-    if set(index["counts"]) | {"unstable"} != set(
-        COUNTS
-    ):  # folders made before there was --stabilize lack it
+    if not all(isinstance(source, dict) for source in index["sources"]):
+        raise ValueError("sources")
+    # Folders made before there was --stabilize lack "unstable".
+    if set(index["counts"]) | {"unstable"} != set(COUNTS):
         raise ValueError("counts")
+    if not all(type(count) is int and count >= 0 for count in index["counts"].values()):
+        raise ValueError("counts")
+    if "part" in index:
+        Part(**index["part"])
     for shard in index["shards"]:
         if not _SHARD_NAME.fullmatch(shard["file"]):  # also keeps a path from leading out of the folder
             raise ValueError(f"shard name {shard['file']!r}")
@@ -163,11 +172,32 @@ def _check_index(index: dict[str, Any]) -> None:
             raise ValueError(f"clip {row}")
         if type(clip["source"]) is not int or clip["source"] not in sources:
             raise ValueError(f"source of clip {row}")
-    if not clips or len({clip["id"] for clip in clips}) != len(clips):
+    # Of the parts of a pack some may have none.
+    if not (clips or "part" in index) or len({clip["id"] for clip in clips}) != len(clips):
         raise ValueError("no clips, or two of one id")
 
 
-def _map_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any], verify: bool) -> np.ndarray:
+def read_rejected(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of rejected.jsonl. Raises `VglannError` if they are not as many as the index says."""
+    file, lines = folder / REJECTED_FILE, []
+    try:
+        with suppress(FileNotFoundError), open_regular(file) as stream:
+            lines = [json.loads(line) for line in stream]
+        if not all(isinstance(line[name], str) for line in lines for name in ("source", "reason")):
+            raise ValueError("not a source and a reason on each line")
+        expected = index["counts"]["rejected"] + index["counts"].get("unstable", 0)
+        if len(lines) != expected:
+            raise ValueError(f"{len(lines)} lines, not {expected}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise VglannError(f"{file}: damaged ({error}); pack the videos again") from error
+    return lines
+
+
+def map_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any], verify: bool = True) -> np.ndarray:
+    """Return the clips of a shard, mapped. Raises `VglannError` if the file is not what the index says.
+
+    verify: compare its sha256.
+    """
     file = folder / shard["file"]
     shape = (shard["clips"], 3, index["frames"], index["size"], index["size"])
     try:

@@ -29,6 +29,7 @@ finds. Where the machine or its limits keep it from working, that is an error, a
 import dataclasses
 import json
 import math
+import mmap
 import os
 import select
 import signal
@@ -117,6 +118,14 @@ class DecodedVideo:
     motions: np.ndarray | None
     files: tuple[Path, ...]
 
+    def release(self) -> None:
+        """Take the tiles out of this process's memory; they are read again from their file where they are used.
+
+        What is mapped counts as memory of the process. An hour of video is gigabytes, for which Dask ends workers.
+        """
+        if isinstance(self.tiles.base, mmap.mmap):
+            self.tiles.base.madvise(mmap.MADV_DONTNEED)
+
     def discard(self) -> None:
         """Let go of the arrays, which are empty after, then remove the temporary files.
 
@@ -165,11 +174,11 @@ def decode_all(
     from working.
     """
     local = threading.local()
-    children: list[_Child] = []
+    children: list[Decoder] = []
 
     def decode(number: int, job: DecodeJob) -> DecodedVideo | Rejected:
         if not hasattr(local, "child"):
-            local.child = _Child(limits)
+            local.child = Decoder(limits)
             children.append(local.child)
         return local.child.decode(job, folder / f"{number}")
 
@@ -207,11 +216,11 @@ class _Killed(Exception):
     """The system has killed a child; the video may have nothing to do with that."""
 
 
-class _Child:
+class Decoder:
     """A decoding process, started at the first file, and again after it was killed or has died."""
 
     def __init__(self, limits: DecodeLimits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._files = 0
         self._closed = False
@@ -219,6 +228,7 @@ class _Child:
         self._lock = threading.RLock()
 
     def decode(self, job: DecodeJob, stem: Path) -> DecodedVideo | Rejected:
+        """Decode a source into temporary files with the name `stem`. Raises as `decode_all`."""
         files = tuple(stem.with_suffix(suffix) for suffix in (".tiles", ".thumbnails", ".motions"))
         result = None
         try:
@@ -235,8 +245,8 @@ class _Child:
             **dataclasses.asdict(job),
             "path": str(job.path.absolute()),
             "outputs": [str(file.absolute()) for file in files],
-            "max_frames": self._limits.max_frames,
-            "max_pixels": self._limits.max_pixels,
+            "max_frames": self.limits.max_frames,
+            "max_pixels": self.limits.max_pixels,
         }
         try:
             reply = self._ask(request)
@@ -265,6 +275,7 @@ class _Child:
         return DecodedVideo(**reply, tiles=tiles, thumbnails=small, motions=motions, files=files)
 
     def close(self) -> None:
+        """End the process; a file that it decodes in another thread is rejected."""
         with self._lock:
             self._closed = True
             self._kill()
@@ -315,8 +326,8 @@ class _Child:
         assert process.stdout is not None
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN | select.POLLHUP)
-        if not poll.poll(min(self._limits.seconds * 1000, 2**31 - 1)):
-            raise _Silent(f"decoding took more than {self._limits.seconds:g} s")
+        if not poll.poll(min(self.limits.seconds * 1000, 2**31 - 1)):
+            raise _Silent(f"decoding took more than {self.limits.seconds:g} s")
         line = process.stdout.readline()
         if line.endswith(b"\n"):
             return line
@@ -329,8 +340,8 @@ class _Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._kill()
-        seconds = math.ceil(self._limits.seconds) + 10
-        command = child_command(self._limits.memory_mb, seconds)
+        seconds = math.ceil(self.limits.seconds) + 10
+        command = child_command(self.limits.memory_mb, seconds)
         try:
             # Unbuffered, because poll() does not see the lines that a buffer holds.
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)

@@ -7,6 +7,7 @@ The clip folder, format "vglann-clips", version 1:
         frames, size        T and the side of a clip in pixels
         stride              source frames from one clip frame to the next
         options             the options of `pack` that decide what is in the folder
+        part                only in a part of a pack (`pack --shard`): its place, see `parts.py`
         sources             [{"name": file name, "sha256", "first_frame", "last_frame" as in sources.json,
                             "frames" decoded, "truncated": whether it has more than max_frames, "shots",
                             "clips", "credit" where sources.json has one}], rejected ones too, with 0 frames
@@ -23,28 +24,23 @@ A clip's id is the first 16 hex digits of the sha256 of "SHA256 first_frame x,y,
 SHA256 being that of the source file: it does not depend on names or on the other sources.
 """
 
-import hashlib
 import importlib.util
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from vglann_fast.clips.cut import PackOptions, cut
-from vglann_fast.clips.dataset import COUNTS, FORMAT, INDEX_FILE, VERSION, read_index
-from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, Rejected, decode_all
+from vglann_fast.clips.cut import PackOptions
+from vglann_fast.clips.dataset import INDEX_FILE, REJECTED_FILE, read_index
+from vglann_fast.clips.decode import DecodeLimits
 from vglann_fast.clips.numbers import switch, whole
-from vglann_fast.clips.shots import find_shots
+from vglann_fast.clips.parts import Part, part_of
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
+from vglann_fast.clips.writer import ClipWriter, add_videos, shot_finder, source_entry
 from vglann_fast.errors import VglannError
-from vglann_fast.nets.weights import load_weights
 from vglann_fast.options.aliases import read_options
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir, content_of
@@ -52,13 +48,9 @@ from vglann_fast.run.temporary import remove_strays
 from vglann_fast.runtime.processors import available
 
 ShotMethod = Literal["histogram", "transnetv2"]
-ShotFinder = Callable[[np.ndarray], list[tuple[int, int]]]
 
-MAX_REJECTED_SHARE = 0.05
-REJECTED_FILE = "rejected.jsonl"
 OTHER_FILES = (REJECTED_FILE, "clips-*.npy", "sheet.png")  # beside the index; the sheet is from `clips show`
 STABILIZE_SECONDS = 6 * DecodeLimits.seconds  # for a file: finding keypoints takes longer than decoding
-_SHARD_CLIPS, _SHARD_BYTES = 1024, 2**29
 
 
 @dataclass(frozen=True)
@@ -113,6 +105,8 @@ def pack(
     workers: int | None = None,
     limits: DecodeLimits | None = None,
     overwrite: bool = False,
+    shard: tuple[int, int] | None = None,
+    scheduler: str | None = None,
 ) -> PackReport:
     """Cut videos into clips and write them as a clip folder.
 
@@ -129,13 +123,15 @@ def pack(
     shots: how cuts are found: by colour histograms, or by TransNetV2, whose weights must have been imported.
     workers: decoding processes; None is one a CPU, at most 8.
     overwrite: replace a clip folder that is there already.
+    shard: (I, N) packs the I-th of N parts of the sources, counted from 1, for `merge`.
+    scheduler: address of a Dask scheduler; its workers decode, see `cluster.py`.
 
     A clip folder that is there with the same options and sources is left as it is and reported as reused.
     Raises `VglannError` for a bad option or source, an `out` that is in the way, more than 5 % of the sources
-    rejected, no clip, or a full disk; then nothing is left behind.
+    rejected, no clip, or a full disk; then nothing is left behind. A part may have no clips and any rejected files.
     """
     began = time.monotonic()
-    finder, named = _shot_finder(shots)
+    named = shot_finder(shots)[1]
     limits = limits or decode_limits(switch("stabilize", stabilize))
     options = PackOptions(
         frames,
@@ -151,24 +147,42 @@ def pack(
         limits.max_pixels,
         named,
     )
+    if scheduler is not None and workers is not None:
+        raise VglannError(
+            "--workers is for this machine, but --scheduler has workers of its own; remove one of them"
+        )
     workers = min(available(), 8) if workers is None else whole("workers", workers, 1)
     overwrite = switch("overwrite", overwrite)
     for module in ("av", "cv2"):
         if importlib.util.find_spec(module) is None:
             raise VglannError(f"reading video needs the module {module}: pip install 'vglann-fast[video]'")
-    found = find_sources(sources)
+    found: Sequence[Source] = find_sources(sources)
+    part = None
+    if shard is not None:
+        of = whole("shard", shard[1], 1)
+        part, found = part_of(found, whole("shard", shard[0], 1, of + 1), of)
     out = Path(out)
-    if content_of(out, INDEX_FILE, OTHER_FILES):
-        if not (out / INDEX_FILE).is_file():
-            raise VglannError(f"{out}: is there already and is no clip folder; choose another --out")
-        if not overwrite:
-            existing = read_index(out)
-            _check_same(out, existing, options, found)
-            remove_strays(Path(os.path.realpath(out)), replaced=True)
-            return _report(out, existing, began, reused=True)
+    existing = existing_index(out, overwrite)
+    if existing is not None:
+        here = (source_entry(source, _sha256_or_empty(source)) for source in found)
+        check_same(out, existing, options, here, part)
+        return report(out, existing, began, reused=True)
     with atomic_dir(out, INDEX_FILE, OTHER_FILES) as folder:
-        index = _write(folder, found, options, limits, workers, finder)
-    return _report(out, index, began, reused=False)
+        scratch = folder.with_name("scratch")  # beside what is kept, so that it may go later
+        scratch.mkdir()
+        with closing(ClipWriter(folder, options)) as writer:
+            if scheduler is None:
+                steps = add_videos(writer, found, scratch, limits, workers)
+            else:
+                from vglann_fast.clips.cluster import add_by_workers
+
+                steps = add_by_workers(writer, found, scratch, limits, scheduler)
+            with closing(steps), Progress("pack", len(found), "video") as progress:
+                for _ in steps:
+                    progress.advance()
+                    progress.show()
+            index = writer.finish(part)
+    return report(out, index, began, reused=False)
 
 
 def decode_limits(
@@ -185,181 +199,50 @@ def decode_limits(
     return DecodeLimits(usual if seconds is None else seconds, max_frames=frames, max_pixels=pixels)
 
 
-def _shot_finder(method: str) -> tuple[ShotFinder, str]:
-    """The function that finds shots, and what the index says of it."""
-    if method == "histogram":
-        return find_shots, method
-    if method != "transnetv2":
-        raise VglannError(f"shots must be histogram or transnetv2, not {method!r}")
-    from vglann_fast.clips.shots_transnetv2 import shot_finder
+def existing_index(out: Path, overwrite: bool) -> dict[str, Any] | None:
+    """Return the index of a clip folder that is to be reused, or None where a new one is to be written.
 
-    weights = load_weights(method)
-    return shot_finder(weights), f"{method} {weights.sha256}"
+    Raises `VglannError` if something else is there.
+    """
+    if not content_of(out, INDEX_FILE, OTHER_FILES):
+        return None
+    if not (out / INDEX_FILE).is_file():
+        raise VglannError(f"{out}: is there already and is no clip folder; choose another --out")
+    return None if overwrite else read_index(out)
 
 
-def _write(
-    folder: Path,
-    sources: list[Source],
+def check_same(
+    out: Path,
+    index: dict[str, Any],
     options: PackOptions,
-    limits: DecodeLimits,
-    workers: int,
-    finder: ShotFinder,
-) -> dict[str, Any]:
-    jobs = [
-        DecodeJob(
-            s.path,
-            s.frame_files,
-            s.first_frame,
-            s.last_frame,
-            options.tiles,
-            options.size,
-            strip=s.strip,
-            stabilize=options.stabilize,
-        )
-        for s in sources
-    ]
-    scratch = folder.with_name("scratch")  # beside what is kept, so that it may go later
-    scratch.mkdir()
-    shards = _Shards(folder, options)
-    entries: list[dict[str, Any]] = []
-    clips: list[dict[str, Any]] = []
-    rejected: list[dict[str, Any]] = []
-    unstable: list[dict[str, Any]] = []
-    counts = dict.fromkeys(COUNTS, 0)
-    ids: set[str] = set()
-    with closing(decode_all(jobs, scratch, limits, workers)) as decoded, closing(shards):
-        for source, video in zip(sources, _shown(decoded, len(jobs)), strict=True):
-            entry = _source_entry(source, video.sha256)
-            entries.append(entry)
-            if isinstance(video, Rejected):
-                rejected.append({"source": source.name, "reason": video.reason})
-                continue
-            try:
-                # A strip is one shot, and repeats its last frame where a clip runs past it.
-                shots = [(0, len(video.tiles))] if source.strip else finder(video.thumbnails)
-                counts["shots"] += len(shots)
-                entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
-                for clip, pixels in cut(video, shots, source.first_frame, options, repeat_last=source.strip):
-                    if pixels is None:
-                        reason = "a clip could not be stabilized"
-                        unstable.append({"source": source.name, "reason": reason, "clip": clip})
-                    elif _motion(pixels) < options.min_motion:
-                        counts["static"] += 1
-                    elif clip["id"] in ids:
-                        counts["repeated"] += 1  # the same file twice, under two names
-                    else:
-                        ids.add(clip["id"])
-                        clips.append({**clip, "source": len(entries) - 1})
-                        shards.write(pixels)
-                        entry["clips"] += 1
-            finally:
-                video.discard()
-    counts.update(rejected=len(rejected), unstable=len(unstable))
-    _check_enough(len(clips), rejected, counts, len(sources), options)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "frames": options.frames,
-        "size": options.size,
-        "stride": options.stride,
-        "options": asdict(options),
-        "sources": entries,
-        "shards": shards.entries,
-        "counts": counts,
-        "clips": clips,
-    }
-    # One clip a line: readable, and quick to search in.
-    (folder / INDEX_FILE).write_text(json.dumps(index, separators=(",", ":")).replace('{"id"', '\n{"id"'))
-    (folder / REJECTED_FILE).write_text("".join(json.dumps(line) + "\n" for line in rejected + unstable))
-    return index
-
-
-def _shown(decoded: Iterable[DecodedVideo | Rejected], count: int) -> Iterator[DecodedVideo | Rejected]:
-    """The same, with their progress."""
-    with Progress("pack", count, "video") as progress:
-        for video in decoded:
-            yield video
-            progress.advance()
-            progress.show()
-
-
-def _source_entry(source: Source, sha256: str) -> dict[str, Any]:
-    entry = {"name": source.name, "sha256": sha256, "first_frame": source.first_frame}
-    entry |= {"last_frame": source.last_frame, "frames": 0, "truncated": False, "shots": 0, "clips": 0}
-    return entry | ({"credit": source.credit} if source.credit else {})
-
-
-class _Shards:
-    """Writes clips one after the other into shards of at most 1024 clips and half a GiB."""
-
-    def __init__(self, folder: Path, options: PackOptions) -> None:
-        self.entries: list[dict[str, Any]] = []
-        self._folder = folder
-        self._shape = (3, options.frames, options.size, options.size)
-        self._most = max(1, min(_SHARD_CLIPS, _SHARD_BYTES // int(np.prod(self._shape))))
-        self._file: BufferedRandom | None = None
-        self._clips = 0
-
-    def write(self, pixels: np.ndarray) -> None:
-        if self._file is None:
-            self._name = f"clips-{len(self.entries):05d}.npy"
-            self._file = (self._folder / self._name).open("w+b")
-            self._file.write(_npy_header(0, self._shape))
-        self._file.write(np.ascontiguousarray(pixels).data)
-        self._clips += 1
-        if self._clips == self._most:
-            self.close()
-
-    def close(self) -> None:
-        """Finish the shard being written, if any: its header gets the number of clips."""
-        file, clips = self._file, self._clips
-        self._file, self._clips = None, 0
-        if file is not None:
-            with file:
-                file.seek(0)
-                file.write(_npy_header(clips, self._shape))
-                file.seek(0)
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            self.entries.append({"file": self._name, "clips": clips, "sha256": sha256})
-
-
-def _npy_header(clips: int, clip_shape: tuple[int, ...]) -> bytes:
-    """A NumPy 1.0 header of 128 bytes for any number of clips, so that it can be written over."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (clips, *clip_shape)}
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{header!s:<117}\n".encode()
-
-
-def _motion(pixels: np.ndarray) -> float:
-    """Mean |frame - frame before| of a clip (3, T, H, W), in 1/255."""
-    return float(np.abs(np.diff(pixels.astype(np.int16), axis=1)).mean())
-
-
-def _check_enough(
-    clips: int, rejected: list[dict[str, Any]], counts: dict[str, int], sources: int, options: PackOptions
+    sources: Iterable[dict[str, Any]],
+    part: Part | None = None,
 ) -> None:
-    if len(rejected) > MAX_REJECTED_SHARE * sources:
-        named = "; ".join(f"{line['source']!r} {line['reason']}" for line in rejected[:3])
-        more = ", ..." if len(rejected) > 3 else ""
-        raise VglannError(f"{len(rejected)} of {sources} videos cannot be used, remove them: {named}{more}")
-    if not clips:
-        dropped = {"were static": counts["static"], "could not be stabilized": counts["unstable"]}
-        why = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
-        raise VglannError(
-            f"no clip in {sources} videos: {why or f'no shot has {options.span} frames'}; give other videos, "
-            "fewer frames or less min_motion"
-        )
+    """Raise `VglannError` unless the clip folder was made with these options from the sources with these entries.
 
-
-def _check_same(out: Path, index: dict[str, Any], options: PackOptions, sources: list[Source]) -> None:
-    """Raise `VglannError` unless the clip folder was made with these options and sources."""
+    What a killed pack left in the folder is removed.
+    """
     remedy = "choose another --out or set --overwrite"
-    old, new = asdict(PackOptions()) | read_options("clips pack", index["options"]), asdict(options)
-    differing = sorted(name for name in new if old.get(name) != new[name])
+    differing = differing_options(index, options)
     if differing:
         raise VglannError(f"{out}: was packed with other options ({', '.join(differing)}); {remedy}")
-    here = [_source_key(_source_entry(source, _sha256_or_empty(source))) for source in sources]
-    if here != [_source_key(entry) for entry in index["sources"]]:
+    if index.get("part") != (part and asdict(part)):
+        raise VglannError(f"{out}: was packed as another --shard; {remedy}")
+    if [_source_key(entry) for entry in sources] != [_source_key(entry) for entry in index["sources"]]:
         raise VglannError(f"{out}: was packed from other sources; {remedy}")
+    remove_strays(Path(os.path.realpath(out)), replaced=True)
+
+
+def options_of(index: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a clip folder under their present names, with defaults for those it does not have."""
+    shape = {name: index[name] for name in ("frames", "size", "stride")}
+    return asdict(PackOptions()) | read_options("clips pack", index["options"]) | shape
+
+
+def differing_options(index: dict[str, Any], options: PackOptions) -> list[str]:
+    """Return the names of the options with which a clip folder was packed otherwise."""
+    old, new = options_of(index), asdict(options)
+    return sorted(name for name in new if old.get(name) != new[name])
 
 
 def _source_key(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -373,7 +256,8 @@ def _sha256_or_empty(source: Source) -> str:
         return ""  # as in the index: such a source was rejected then, too
 
 
-def _report(out: Path, index: dict[str, Any], began: float, reused: bool) -> PackReport:
+def report(out: Path, index: dict[str, Any], began: float, reused: bool) -> PackReport:
+    """Return the counts of a clip folder with this index."""
     train = sum(clip["split"] == "train" for clip in index["clips"])
     return PackReport(
         folder=str(out),

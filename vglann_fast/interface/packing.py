@@ -1,9 +1,10 @@
-"""`vf.pack`: what `vglann clips pack` does."""
+"""`vf.pack` and `vf.merge`: what `vglann clips pack` and `vglann clips merge` do."""
 
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from vglann_fast.clips import merge as merging
 from vglann_fast.clips import pack as stage
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.decode import DecodeLimits
@@ -31,6 +32,8 @@ def pack(
     max_pixels: int = DecodeLimits.max_pixels,
     max_seconds: float | None = None,
     overwrite: bool = False,
+    shard: tuple[int, int] | None = None,
+    scheduler: str | None = None,
 ) -> ClipSet:
     """Cut videos into clips, write them to the clip folder `out`, and open it.
 
@@ -55,6 +58,9 @@ def pack(
         max_pixels: pixels of a frame; files with more are rejected.
         max_seconds: seconds of decoding after which a file is rejected. Default: 1,800, with `stabilize` 10,800.
         overwrite: whether to replace an existing clip folder.
+        shard: (I, N) packs part I of N of the videos, counted from 1, for `merge`.
+        scheduler: address of a Dask scheduler whose workers decode, such as "tcp://host:8786". Trust it, and all that
+            can reach it, as you trust a shell.
 
     Returns:
         The train and the test clips together. `ClipSet.open(out, "train")` opens the train clips alone.
@@ -80,6 +86,30 @@ def pack(
             workers=workers,
             limits=limits,
             overwrite=overwrite,
+            shard=shard,
+            scheduler=scheduler,
         )
+    log.info("%s", report)
+    return ClipSet.open(out, verify=report.reused)
+
+
+def merge(folders: Iterable[str | Path], out: str | Path, *, overwrite: bool = False) -> ClipSet:
+    """Merge clip folders into the clip folder `out`, and open it.
+
+    All parts of a pack (`pack(..., shard=(I, N))`), in any order, become what one `pack` of all videos writes, byte
+    for byte. Other folders become what one `pack` of their videos writes, in the order given.
+
+    Args:
+        folders: clip folders.
+        out: folder to write.
+        overwrite: whether to replace an existing clip folder.
+
+    Returns:
+        The train and the test clips together.
+
+    Raises `VglannError` for folders with different options or with a clip in common, a part that is missing, more
+    than 5 % rejected videos, an `out` that is in the way, or a full disk. Nothing is left behind then.
+    """
+    report = merging.merge(list(folders), out, overwrite=overwrite)
     log.info("%s", report)
     return ClipSet.open(out, verify=report.reused)

@@ -1,4 +1,4 @@
-"""Videos to packed clips: `vglann clips fetch | pack | show`."""
+"""Videos to packed clips: `vglann clips fetch | pack | merge | show`."""
 
 import os
 from argparse import Namespace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vglann_fast.cli.arguments import POSITIVE, add_choice, add_seed
 from vglann_fast.cli.parser import Parser, command
-from vglann_fast.cli.types import fraction, one_of, positive, real, whole
+from vglann_fast.cli.types import fraction, one_of, place, positive, real, whole
 
 
 @command(
@@ -32,6 +32,7 @@ def _fetch(a: Namespace) -> None:
     "cut videos into clips and store them as uint8 arrays",
     "vglann clips pack VIDEOS/ --out clips",
     "vglann clips pack a.mp4 b.mp4 --out clips --frames 16 --size 32 --stabilize",
+    "vglann clips pack VIDEOS/ --out clips --scheduler tcp://HOST:8786",
 )
 def add_pack(parser: Parser) -> None:
     parser.add_argument(
@@ -91,6 +92,19 @@ def add_pack(parser: Parser) -> None:
         default="histogram",
     )
 
+    several = parser.add_argument_group("several machines")
+    several.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=place,
+        help="pack part I of N of the videos, counted from 1; `vglann clips merge` puts all N together",
+    )
+    several.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="decode by the workers of this Dask scheduler, such as tcp://HOST:8786; trust it as you trust a shell",
+    )
+
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--workers",
@@ -141,8 +155,28 @@ def _pack(a: Namespace) -> None:
         workers=a.workers,
         limits=limits,
         overwrite=a.overwrite,
+        shard=a.shard,
+        scheduler=a.scheduler,
     )
     print(report)
+
+
+@command(
+    "clips merge",
+    "merge clip folders: all shards of a pack, or packs of different videos",
+    "vglann clips merge shard-1 shard-2 shard-3 --out clips",
+)
+def add_merge(parser: Parser) -> None:
+    parser.add_argument("folders", metavar="CLIPS", nargs="+", help="clip folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="clip folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing clip folder")
+    parser.set_defaults(func=_merge)
+
+
+def _merge(a: Namespace) -> None:
+    from vglann_fast.clips.merge import merge
+
+    print(merge(a.folders, a.out, overwrite=a.overwrite))
 
 
 @command("clips show", "write a contact sheet of a clip folder", "vglann clips show clips")
