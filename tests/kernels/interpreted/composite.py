@@ -1,4 +1,4 @@
-"""The kernels of `mask_composite` in the interpreter; run by test_kernels_interpreted.py."""
+"""The kernels of `mask_composite` in the interpreter."""
 
 import pytest
 import torch

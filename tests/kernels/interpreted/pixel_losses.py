@@ -1,4 +1,4 @@
-"""`l1_weight` and `l2_weight` of the two losses in the interpreter; run by test_kernels_interpreted.py."""
+"""`l1_weight` and `l2_weight` of the two losses in the interpreter."""
 
 import pytest
 import torch
