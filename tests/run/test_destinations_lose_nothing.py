@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from destination import MARKER, OTHERS, held, strays, whole, write
@@ -20,6 +21,7 @@ from vglann_fast.run.temporary import remove_strays, temporary_folder
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 # ---- what comes there meanwhile
