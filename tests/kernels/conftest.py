@@ -8,7 +8,9 @@ and rounding the interpreter does not compute right; a GPU shows it (`python -m 
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -18,17 +20,41 @@ FOLDER = Path(__file__).parent / "interpreted"
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Reads the path of a file of tests and where to write what they say, runs them in a process forked for it, and
+# writes its exit code: importing torch and Triton for each would take as long as many of the tests.
+SERVER = """
+import os, sys, pytest, torch._dynamo, torch.testing._internal.optests, vglann_kernels.verify
+for line in sys.stdin:
+    path, log = line.rstrip("\\n").split("\\t")
+    process = os.fork()
+    if process == 0:
+        with open(log, "w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", path])
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+@cache
+def server() -> subprocess.Popen:
+    """Start what interprets; it ends when this process does."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("VGLANN_KERNELS", None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    return subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes)
+
+
 class Interpreted(pytest.Item):
     """The tests of one file, in a process of their own."""
 
     def runtest(self) -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        environment.pop("VGLANN_KERNELS", None)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(self.path)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        with tempfile.NamedTemporaryFile("r", suffix=".txt") as log:
+            server().stdin.write(f"{self.path}\t{log.name}\n")
+            code = server().stdout.readline().strip()
+            assert code == "0", log.read()[-8000:]
 
 
 class InterpretedFile(pytest.File):
