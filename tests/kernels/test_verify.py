@@ -130,8 +130,8 @@ def test_the_command_line_in_the_interpreter():
         "1",
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    # The losses take half a minute here, and are compared in tests of their own.
-    ops = ("composite", "latent_adam", "nearest", "batchnorm_relu", "step_guard")
+    # The others take half a minute here, and interpreted/ compares each of them by the same functions.
+    ops = ("composite", "nearest", "step_guard")
     done = subprocess.run(
         [*command, "--size", "32", "--op", *ops], env=environment, capture_output=True, text=True, timeout=300
     )
