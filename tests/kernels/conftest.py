@@ -23,11 +23,12 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # Reads the path of a file of tests and where to write what they say, runs them in a process forked for it, and
 # writes its exit code: importing torch and Triton for each would take as long as many of the tests.
 SERVER = """
-import os, sys, pytest, torch._dynamo, torch.testing._internal.optests, vglann_kernels.verify
+import os, signal, sys, pytest, torch._dynamo, torch.testing._internal.optests, vglann_kernels.verify
 for line in sys.stdin:
     path, log = line.rstrip("\\n").split("\\t")
     process = os.fork()
     if process == 0:
+        signal.alarm(600)
         with open(log, "w") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
