@@ -71,6 +71,19 @@ def test_an_option_shows_the_defaults_of_the_presets(monkeypatch, capsys):
         assert re.search(rf"{flag} [^\[]*(\[BOOL\])?(\[-1, 1\]|\[0, 1\]|[^\[])*\[{shown}[\];]", text), flag
 
 
+def test_a_plan_does_not_load_the_compiler_of_torch(tmp_path):
+    """It takes longer than the rest of torch; setting PyTorch's algorithms to what they are would load it."""
+    code = (
+        "import sys; from vglann_fast.cli.main import main\n"
+        "main(['train', 'clips', '--out', 'run', '--dry-run'])\n"
+        "print('heavy:', sorted({'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "heavy: []" in done.stdout
+
+
 def test_quirks_of_the_paper_stand_in_a_group_at_the_end(capsys):
     text = printed(["train", "--help"], capsys)
     titles = re.findall(r"^(\w[^\n]*):$", text, flags=re.MULTILINE)

@@ -51,6 +51,8 @@ def test_every_command_in_the_readme_runs(route, tiny, tmp_path, monkeypatch):
             assert main([*words, "--epochs", "1", *tiny]) == 0, command
         elif words[0] == "map":
             assert main([*words, "--epochs", "2"]) == 0, command
+        elif words[0] == "profile":
+            assert main([*words, "--steps", "2"]) == 0, command
         else:
             assert main(words) == 0, command
 

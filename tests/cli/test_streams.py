@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -19,7 +20,12 @@ from vglann_fast.progress import Progress, say
 
 ROOT = Path(__file__).parents[2]
 
-PLAN = ["-m", "vglann_fast", "train", "clips", "--out", "run", "--dry-run"]  # prints, and loads nothing heavy
+
+@pytest.fixture(scope="module")
+def show(tmp_path_factory):
+    """The arguments of a Python that prints a line and loads nothing heavy: `vglann clips show CLIPS`."""
+    clips = write_clip_folder(tmp_path_factory.mktemp("streams") / "clips", moving_squares(2))
+    return ["-m", "vglann_fast", "clips", "show", str(clips)]
 
 
 @pytest.fixture
@@ -138,24 +144,21 @@ def test_standard_error_that_takes_nothing_is_no_reason_to_stop(printing, monkey
     assert main(["doctor"]) == 0
 
 
-def run_plan(redirection, tmp_path):
-    command = f'"{sys.executable}" {" ".join(PLAN)} {redirection}'
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)
-
-
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_failure(redirection, tmp_path):
-    done = run_plan(redirection, tmp_path)
+def test_closed_streams_are_no_failure(redirection, show):
+    command = f"{shlex.join([sys.executable, *show])} {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["at the end", "at once"])
-def test_a_full_disk_behind_standard_output_is_one_line(unbuffered):
+def test_a_full_disk_behind_standard_output_is_one_line(unbuffered, show):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        command = [sys.executable, *PLAN]
-        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            [sys.executable, *show], env=environment, stdout=full, stderr=subprocess.PIPE, check=False
+        )
     assert done.returncode == 2
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("vglann: error: ")
@@ -163,7 +166,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(unbuffered):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_behind_standard_error_keeps_the_exit_code():
-    command = [sys.executable, "-m", "vglann_fast", "train", "--out", "run"]
+    command = [sys.executable, "-m", "vglann_fast", "clips", "show"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
     assert done.returncode == 2

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from forked_process import ranks
 from safetensors.torch import load_file
 from tiny import new_run, tiny_options
 
@@ -44,40 +44,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def processes(code, *arguments, size=2):
-    """Start `size` processes that find each other, each running `code`."""
-    port = str(free_port())
-    started = []
-    for rank in range(size):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": str(size),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-        }
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    return started
-
-
 def finish(started, timeout=300):
     """Wait for all; their exit codes and what they said."""
     try:
-        said = [process.communicate(timeout=timeout)[1] for process in started]
+        codes = [process.wait(timeout) for process in started]
     finally:
         for process in started:
-            process.kill()
-    return [process.returncode for process in started], said
+            process.end(signal.SIGKILL)
+    return codes, [process.said() for process in started]
 
 
 TRAIN = """
@@ -98,7 +72,9 @@ def as_arguments(options):
 
 
 def train_in_processes(clips, out, options, size=2):
-    codes, said = finish(processes(TRAIN, clips, "--out", out, *as_arguments(options), size=size))
+    codes, said = finish(
+        ranks(TRAIN, clips, "--out", out, *as_arguments(options), folder=out.parent, size=size)
+    )
     assert codes == [0] * size, said
     return RunDir.open(out)
 
@@ -179,9 +155,9 @@ def test_sync_bn_equals_one_process_with_the_whole_batch(clips, tmp_path):
 
 def test_sigterm_to_one_process_saves_and_ends_all(clips, tmp_path):
     options = tiny_options("modern", batch_size=2, epochs=100_000)
-    started = processes(TRAIN, clips, "--out", tmp_path / "run", *as_arguments(options))
+    started = ranks(TRAIN, clips, "--out", tmp_path / "run", *as_arguments(options), folder=tmp_path)
     run = wait_for_metrics(tmp_path / "run", started, 3)
-    started[1].terminate()
+    started[1].end(signal.SIGTERM)
     codes, said = finish(started)
     assert codes == [143, 143], said
     assert all("stopped by SIGTERM and saved" in text for text in said)
@@ -202,9 +178,9 @@ def wait_for_metrics(path, started, lines):
 
 def test_a_killed_process_ends_the_other_at_once(clips, tmp_path):
     options = tiny_options("modern", batch_size=2, epochs=100_000)
-    started = processes(TRAIN, clips, "--out", tmp_path / "run", *as_arguments(options))
+    started = ranks(TRAIN, clips, "--out", tmp_path / "run", *as_arguments(options), folder=tmp_path)
     wait_for_metrics(tmp_path / "run", started, 3)
-    started[1].send_signal(signal.SIGKILL)
+    started[1].end(signal.SIGKILL)
     before = time.monotonic()
     codes, said = finish(started)
     assert codes == [2, -signal.SIGKILL]
@@ -229,17 +205,13 @@ except VglannError as error:
 """
 
 
-def test_a_hanging_process_ends_the_other_within_the_timeout():
-    started = processes(HANG)
-    before = time.monotonic()
+def test_a_hanging_process_ends_the_other_within_the_timeout(tmp_path):
+    started = ranks(HANG, folder=tmp_path)
     try:
-        said = started[0].communicate(timeout=60)[1]
-        assert started[0].returncode == 2, said
-        assert "another process of this training has ended or hangs" in said
-        assert time.monotonic() - before < 60
+        assert started[0].wait(60) == 2, started[0].said()
+        assert "another process of this training has ended or hangs" in started[0].said()
     finally:
-        started[1].kill()
-        started[1].communicate()
+        started[1].end(signal.SIGKILL)
 
 
 def test_a_process_with_an_error_of_its_own_says_so_first(clips, tmp_path):
@@ -254,7 +226,9 @@ def test_a_process_with_an_error_of_its_own_says_so_first(clips, tmp_path):
         "    Training.train_step = broken\n",
     )
     options = tiny_options("modern", batch_size=2, epochs=3)
-    codes, said = finish(processes(code, clips, "--out", tmp_path / "run", *as_arguments(options)))
+    codes, said = finish(
+        ranks(code, clips, "--out", tmp_path / "run", *as_arguments(options), folder=tmp_path)
+    )
     assert codes == [2, 2], said
     assert "vglann (process 1): error: clips-00000.npy: damaged" in said[1]
     assert "error" not in said[0]
@@ -265,7 +239,7 @@ def test_the_same_error_in_all_processes_is_one_line(clips, tmp_path):
         [clips, "--out", tmp_path / "run", "--batch-size", "1"],
         [tmp_path, "--out", tmp_path / "run"],
     ):
-        codes, said = finish(processes(TRAIN, *arguments))
+        codes, said = finish(ranks(TRAIN, *arguments, folder=tmp_path))
         assert codes == [2, 2], said
         assert sum(text.count("error:") for text in said) == 1, said
 
@@ -277,7 +251,7 @@ def test_a_checkpoint_continues_with_another_number_of_processes(clips, tmp_path
     state, parts = run.checkpoints.load()
     record = (tmp_path / "run" / "options.json").read_text()
     (tmp_path / "run" / "options.json").write_text(record.replace('"epochs": 2', '"epochs": 4'))
-    codes, said = finish(processes(TRAIN, "--resume", tmp_path / "run", size=after))
+    codes, said = finish(ranks(TRAIN, "--resume", tmp_path / "run", folder=tmp_path, size=after))
     assert codes == [0] * after, said
     later, newer = RunDir.open(tmp_path / "run").checkpoints.load()
     assert later["epoch"] == 4
@@ -311,10 +285,10 @@ def test_stopped_within_an_epoch_and_resumed_is_the_same_training_bit_for_bit(cl
     options = tiny_options("modern", batch_size=2, epochs=3)
     whole = train_in_processes(clips, tmp_path / "whole", options)
     parts = new_run(tmp_path / "parts", clips, options, preset="modern")
-    codes, said = finish(processes(STOP_IN_THE_MIDDLE, parts.path))
+    codes, said = finish(ranks(STOP_IN_THE_MIDDLE, parts.path, folder=tmp_path))
     assert codes == [0, 0], said
     assert parts.checkpoints.load()[0]["position"] == 1
-    codes, said = finish(processes(TRAIN, "--resume", parts.path))
+    codes, said = finish(ranks(TRAIN, "--resume", parts.path, folder=tmp_path))
     assert codes == [0, 0], said
     assert [row["loss"] for row in whole.logs.metrics("glo")] == [
         row["loss"] for row in parts.logs.metrics("glo")
@@ -339,7 +313,9 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_names_its_clips(
         "Training.train_step = poisoned\n",
     )
     options = tiny_options("modern", batch_size=2, epochs=3)
-    codes, said = finish(processes(code, clips, "--out", tmp_path / "run", *as_arguments(options)))
+    codes, said = finish(
+        ranks(code, clips, "--out", tmp_path / "run", *as_arguments(options), folder=tmp_path)
+    )
     assert codes == [2, 2], said
     ids = ClipSet.open(clips, "train").ids
     share = Ranks(1, 2).owns(CLIPS).numpy()

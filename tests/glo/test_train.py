@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forked_process import Forked
 from tiny import new_run, tiny_options
 
 from vglann_fast.clips.dataset import ClipSet
@@ -141,25 +142,19 @@ def test_a_changed_clip_set_is_refused_with_a_list(clips, tmp_path):
         train(ClipSet.open(turned, "train"), run, resume=True)
 
 
+RESUME = ["--checkpoint-every", "1", "--log-every", "1", "--device", "cpu"]
 CHILD = """
 import sys
 from vglann_fast.cli.main import main
-sys.exit(main(["train", "--resume", sys.argv[1], "--checkpoint-every", "1", "--log-every", "1", "--device", "cpu"]))
+sys.exit(main(["train", "--resume", *sys.argv[1:]]))
 """
-
-
-def resume_in_child(run):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(run.path)], env=environment, stderr=subprocess.PIPE
-    )
 
 
 def wait_for_checkpoint(run, after, process):
     for _ in range(2400):
         if run.checkpoints.exist() and run.checkpoints.folders()[-1].name > f"step-{after:08d}":
             return
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None
         time.sleep(0.05)
     raise AssertionError("no checkpoint in two minutes")
 
@@ -169,12 +164,11 @@ def test_sigkill_never_loses_the_previous_checkpoint(clips, tmp_path):
     run = new_run(tmp_path / "run", clips, tiny_options(epochs=100_000))
     random, last = np.random.default_rng(0), -1
     for _ in range(3):
-        process = resume_in_child(run)
+        process = Forked(CHILD, [str(run.path), *RESUME], tmp_path / "said.txt", CUDA_VISIBLE_DEVICES="")
         wait_for_checkpoint(run, max(last, 0), process)
         time.sleep(random.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        process.end(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL, process.said()
         step = RunDir.open(run.path).checkpoints.load()[0]["step"]
         assert step > last
         last = step
@@ -182,7 +176,9 @@ def test_sigkill_never_loses_the_previous_checkpoint(clips, tmp_path):
 
 def test_sigterm_finishes_the_step_saves_and_exits_143(clips, tmp_path):
     run = new_run(tmp_path / "run", clips, tiny_options(epochs=100_000))
-    process = resume_in_child(run)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", CHILD, str(run.path), *RESUME]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     wait_for_checkpoint(run, 0, process)
     process.terminate()
     assert process.wait(timeout=30) == 143

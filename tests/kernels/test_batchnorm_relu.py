@@ -1,4 +1,4 @@
-"""`batch_norm_relu`: its definition, its gradient, what it refuses. The kernels: test_interpreted.py."""
+"""`batch_norm_relu`: its definition, its gradient, what it refuses. The kernels: interpreted/batchnorm_relu.py."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`mask_composite`: its definition, its gradient, what it refuses. The kernel: test_kernels_interpreted.py."""
+"""`mask_composite`: its definition, its gradient, what it refuses. The kernel: interpreted/composite.py."""
 
 import pytest
 import torch

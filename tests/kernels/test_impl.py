@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ def no_default(monkeypatch):
 def test_importing_the_package_loads_no_torch():
     code = "import sys, vglann_kernels; assert not {'torch', 'triton', 'faiss'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_op_with_a_kernel_is_interpreted():
+    files = (Path(__file__).parent / "interpreted").glob("*.py")
+    assert {path.stem for path in files} >= set(switch.OPS)
 
 
 def test_every_public_name_can_be_imported():

@@ -1,4 +1,4 @@
-"""`guard_step`: what it decides, and what it refuses. The kernel: test_interpreted.py."""
+"""`guard_step`: what it decides, and what it refuses. The kernel: interpreted/step_guard.py."""
 
 import pytest
 import torch

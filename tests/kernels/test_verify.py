@@ -133,7 +133,11 @@ def test_the_command_line_in_the_interpreter():
     # The losses take half a minute here, and are compared in tests of their own.
     ops = ("composite", "latent_adam", "nearest", "batchnorm_relu", "step_guard")
     done = subprocess.run(
-        [*command, "--size", "32", "--op", *ops], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--size", "32", "--latent-dim", "8", "--op", *ops],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all within their limits" in done.stdout

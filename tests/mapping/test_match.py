@@ -1,15 +1,12 @@
 """The matching of IMLE and its options: RS-IMLE's rejection, adaptive re-matching, several processes."""
 
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fitted_imle import fitted
+from forked_process import ranks
 from golden_data import golden
 
 from vglann_fast.errors import VglannError
@@ -146,13 +143,9 @@ def test_replayed_steps_are_the_steps(monkeypatch):
 
 
 TWO_PROCESSES = """
-import sys
 import torch, torch.distributed as dist
 from vglann_kernels import nearest_rows
 from vglann_kernels.nearest.sharded import nearest_rows_sharded
-
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[3])
 from nearest_data import hard_case
 from fitted_imle import fitted
 
@@ -171,7 +164,7 @@ def answers():
     return found + list(mapping.network.state_dict().values()), rows
 
 alone = answers()
-dist.init_process_group("gloo", init_method=sys.argv[1], world_size=2, rank=int(sys.argv[2]))
+dist.init_process_group("gloo")
 together = answers()
 
 @torch.no_grad()
@@ -194,17 +187,6 @@ assert not first or alone[1] == parted
 """
 
 
-def test_two_processes_find_what_one_finds():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(rank), str(Path(__file__).parent)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+def test_two_processes_find_what_one_finds(tmp_path):
+    started = ranks(TWO_PROCESSES, folder=tmp_path)
+    assert [process.wait(120) for process in started] == [0, 0], [process.said() for process in started]

@@ -52,8 +52,8 @@ def test_no_block_of_the_kernel_is_larger_than_a_chunk_of_rows(monkeypatch):
     assert max(seen) == 512
 
 
-def test_ten_thousand_rows_on_each_side():
-    x, y = rows(10_000, 2, 0), rows(10_000, 2, 1)
+def test_thousands_of_rows_on_each_side():
+    x, y = rows(4_000, 2, 0), rows(4_000, 2, 1)
     found = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
     assert abs(found["mmd"]) < 5 * found["mmd_error"] < 0.2
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from destination import MARKER, OTHERS, held, strays, whole, write
@@ -20,6 +21,7 @@ from vglann_fast.run.temporary import remove_strays, temporary_folder
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 # ---- what comes there meanwhile
@@ -92,11 +94,11 @@ def test_a_folder_that_is_removed_meanwhile_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("before", ["nothing", "empty", "older"])
 @pytest.mark.parametrize("call", CALLS)
-def test_any_error_of_any_call_is_one_line_and_loses_nothing(tmp_path, before, call):
+def test_any_error_of_any_call_is_one_line_and_loses_nothing(in_memory, before, call):
     """Each call fails in turn, once: then either all is done, or the older files are there as they were."""
     for name in ERRORS:
-        (tmp_path / name).mkdir()
-        each_call_fails(tmp_path / name, before, call, getattr(errno, name))
+        (in_memory / name).mkdir()
+        each_call_fails(in_memory / name, before, call, getattr(errno, name))
 
 
 def each_call_fails(folder, before, call, number):
@@ -200,12 +202,12 @@ def killed_at(change, function, *arguments):
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty", "older"])
-def test_killed_at_any_change_the_folder_is_whole_or_has_no_marker(tmp_path, before):
+def test_killed_at_any_change_the_folder_is_whole_or_has_no_marker(in_memory, before):
     """Never does it hold old and new files under a marker, and the next one who writes there finds no obstacle."""
     change = 0
     while True:
         change += 1
-        place = tmp_path / f"change-{change}"
+        place = in_memory / f"change-{change}"
         out = place / "out"
         place.mkdir()
         if before == "empty":

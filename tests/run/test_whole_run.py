@@ -95,9 +95,9 @@ def killed_at(change, path):
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty"])
-def test_killed_at_any_change_it_does_not_block_the_next_try(tmp_path, before):
+def test_killed_at_any_change_it_does_not_block_the_next_try(in_memory, before):
     for change in range(1, 80):
-        out = tmp_path / str(change) / "out"
+        out = in_memory / str(change) / "out"
         out.parent.mkdir()
         if before == "empty":
             out.mkdir()

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from tiny import COLORS, new_run, tiny_options
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.glo.train import train
 from vglann_fast.mapping.fit import fit_mapping
+from vglann_fast.metrics import reconstruction
 from vglann_fast.metrics.evaluate import evaluate
 from vglann_fast.metrics.reconstruction import reconstruct
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.report.page import write_report
 from vglann_fast.run.folder import RunDir
-from vglann_fast.samples.invert import invert_videos
+from vglann_fast.samples.invert import invert, invert_videos
 from vglann_fast.samples.sample import interpolate, sample
 
 STAGES = {
@@ -47,6 +49,7 @@ def template(tmp_path_factory):
 @pytest.fixture
 def run(template, tmp_path, monkeypatch):
     instead_of_networks(monkeypatch, tmp_path / "cache", COLORS)
+    monkeypatch.setattr(reconstruction, "invert", partial(invert, starts=1, steps=2))
     return shutil.copytree(template, tmp_path / "work") / "run"
 
 

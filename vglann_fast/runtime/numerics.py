@@ -133,7 +133,7 @@ def _apply(settings: _Settings) -> None:
         if settings.deterministic:
             # cuBLAS reads it when it starts.
             os.environ.setdefault(_CUBLAS, ":4096:8")
-        torch.use_deterministic_algorithms(settings.deterministic)
+        _use_deterministic_algorithms(settings.deterministic, warn_only=False)
         torch.backends.cudnn.deterministic = settings.deterministic
         torch.backends.cudnn.benchmark = False
     if settings.tf32 is not None:
@@ -146,9 +146,16 @@ def _apply(settings: _Settings) -> None:
         torch.set_num_threads(threads)
 
 
+def _use_deterministic_algorithms(mode: bool, warn_only: bool) -> None:
+    """Restrict PyTorch to deterministic algorithms or not, if it differs: PyTorch's own call imports its compiler."""
+    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if (mode, warn_only) != now:
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
 def _restore(state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["dtype"])
-    torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+    _use_deterministic_algorithms(state["deterministic"], state["warn_only"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = state["cudnn"]
     for module, precision in zip(_products(), state["fp32_precision"], strict=True):
         module.fp32_precision = precision

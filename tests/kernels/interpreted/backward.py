@@ -1,4 +1,4 @@
-"""The backward pass of the losses in the interpreter: data it must not move; run by test_kernels_interpreted.py."""
+"""The backward pass of the losses in the interpreter: data it must not move."""
 
 import pytest
 import torch

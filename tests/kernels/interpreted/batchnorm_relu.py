@@ -1,13 +1,9 @@
-"""The kernels of `batch_norm_relu` in the interpreter; run by test_interpreted.py."""
-
-import os
-import socket
-import subprocess
-import sys
+"""The kernels of `batch_norm_relu` in the interpreter."""
 
 import pytest
 import torch
 from counted import Traffic, poisoned
+from forked_process import ranks
 from vglann_kernels import batch_norm_relu, verify
 from vglann_kernels.batchnorm_relu import kernel, op
 
@@ -233,10 +229,10 @@ def test_traffic(share, monkeypatch):
 
 
 PROCESS = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from vglann_kernels import batch_norm_relu
-rank, impl, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", rank=rank, world_size=2)
+rank, impl, path = int(os.environ["RANK"]), *sys.argv[1:]
+dist.init_process_group("gloo")
 x, weight, bias, upstream = torch.load(path)
 half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
 dtype = torch.float64 if impl == "reference" else torch.float32
@@ -254,13 +250,8 @@ def test_several_processes_normalize_by_the_statistics_of_all_batches(impl, shar
         pytest.skip("the reference has one way of sharing the rows")
     given, path = inputs((4, 5, 6, 7), center=3.0), tmp_path / "given"
     torch.save(given, path)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS]
-    started = [subprocess.Popen([*command, str(rank), impl, str(path)], env=environment) for rank in range(2)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    started = ranks(PROCESS, impl, path, folder=tmp_path)
+    assert [process.wait(120) for process in started] == [0, 0], [process.said() for process in started]
     parts = zip(*(torch.load(f"{path}.{rank}") for rank in range(2)), strict=True)
     y, grad, grad_weight, grad_bias, mean, var, counter = parts
     x, weight, bias, upstream = given

@@ -1,4 +1,4 @@
-"""The kernel of `composite_laplacian_loss` in the interpreter; run by test_kernels_interpreted.py."""
+"""The kernel of `composite_laplacian_loss` in the interpreter."""
 
 import pytest
 import torch

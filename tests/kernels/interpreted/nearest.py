@@ -1,4 +1,4 @@
-"""`nearest_rows(impl="triton")` in Triton's interpreter; run by test_kernels_interpreted.py."""
+"""`nearest_rows(impl="triton")` in Triton's interpreter."""
 
 import os
 

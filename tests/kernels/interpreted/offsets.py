@@ -1,4 +1,4 @@
-"""Offsets of more than 2^31 elements, kernel by kernel, in the interpreter; run by test_kernels_interpreted.py.
+"""Offsets of more than 2^31 elements, kernel by kernel, in the interpreter.
 
 Tables are reserved at their full size and only their ends are written, so they take no memory; only the programs
 of the ends run. An offset that wraps around at 32 bits misses them, or the process. `laplacian` takes strides and has

@@ -1,4 +1,4 @@
-"""The kernel of `guard_step` in the interpreter; run by test_interpreted.py."""
+"""The kernel of `guard_step` in the interpreter."""
 
 import itertools
 

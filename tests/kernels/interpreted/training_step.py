@@ -1,4 +1,4 @@
-"""The generator's norms and the guard by their kernels in whole training steps; run by test_interpreted.py."""
+"""The generator's norms and the guard by their kernels in whole training steps."""
 
 import pytest
 import torch
