@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from several_processes import finish, processes
+from forked_process import ranks
 from tiny import tiny_options
 
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
@@ -58,10 +58,11 @@ def losses(run):
 
 
 def test_two_nodes_train_as_two_processes_of_one(clips, tmp_path):
-    codes, said = finish(agents(training(clips, tmp_path / "nodes", epochs=2)))
-    assert codes == [0, 0], said
-    codes, said = finish(processes(MAIN, *training(clips, tmp_path / "one", epochs=2)))
-    assert codes == [0, 0], said
+    started = agents(training(clips, tmp_path / "nodes", epochs=2))
+    said = [agent.communicate(timeout=300)[1] for agent in started]
+    assert [agent.returncode for agent in started] == [0, 0], said
+    started = ranks(MAIN, *training(clips, tmp_path / "one", epochs=2), folder=tmp_path)
+    assert [process.wait(300) for process in started] == [0, 0], [process.said() for process in started]
     assert losses(tmp_path / "nodes") == losses(tmp_path / "one")
     nodes, one = (RunDir.open(tmp_path / name).checkpoints.load()[1] for name in ("nodes", "one"))
     assert torch.equal(nodes["latents"]["rows"], one["latents"]["rows"])
@@ -104,6 +105,8 @@ def kill_node(agent):
 
 def wait_for_checkpoint(run: Path, started, after=0):
     """Return when there is a checkpoint of a step after `after`."""
+    patience = time.monotonic() + 300
     while all(int(found.name.split("-")[1]) <= after for found in run.glob("checkpoints/step-*")):
         assert all(one.poll() is None for one in started), [one.communicate()[1] for one in started]
+        assert time.monotonic() < patience, "no checkpoint in five minutes"
         time.sleep(0.1)

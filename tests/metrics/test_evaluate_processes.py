@@ -6,38 +6,48 @@ from functools import partial
 import pytest
 import torch
 from evaluated import instead_of_networks, trained_run
-from several_processes import finish, processes
+from forked_process import ranks
 
 from vglann_fast.cli.main import main
-from vglann_fast.metrics import reconstruction
+from vglann_fast.metrics import evaluate, reconstruction
 from vglann_fast.samples.invert import invert
 
-# Three processes: none of them has as many blocks as another, and one has no clip to invert.
-ARGUMENTS = ["--features", "lite0", "--invert", "2", "--device", "cpu"]
 EVALUATE = """
 import sys
 from functools import partial
 from pytest import MonkeyPatch
 from evaluated import instead_of_networks
 from vglann_fast.cli.main import main
-from vglann_fast.metrics import reconstruction
+from vglann_fast.metrics import evaluate, reconstruction
 from vglann_fast.samples.invert import invert
 instead_of_networks(MonkeyPatch(), sys.argv[1])
 reconstruction.invert = partial(invert, starts=2, steps=2)
-sys.exit(max(main(["evaluate", run, *sys.argv[4:]]) for run in sys.argv[2:4]))
+evaluate._BLOCK = int(sys.argv[2])
+sys.exit(max(main(["evaluate", run, *sys.argv[5:]]) for run in sys.argv[3:5]))
 """
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
+    """As in the processes started here."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of the same clips in both modes of BatchNorm: with "train" a video depends on the batch it is made in."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        trained_run(folder / mode, training=13, held_out=11, epochs=2, batchnorm=mode)
+        for mode in ("eval", "train")
+    ]
+
+
 def records(run):
-    """What an evaluation wrote, by name; each file is removed."""
+    """The records of an evaluation by name; their files are removed."""
     found = {}
     for file in (run.path / "evaluation").iterdir():
         found[file.stem] = json.loads(file.read_text())
@@ -45,23 +55,30 @@ def records(run):
     return found
 
 
-def test_three_processes_find_what_one_finds(tmp_path, monkeypatch, one_thread):
-    """In both modes of BatchNorm: with mode "train" a video depends on the batch it is made in."""
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        # Shares of two blocks and of one; a process without a clip to invert.
+        (3, ["--invert", "2"]),
+        # A process without a video of either side.
+        (64, ["--invert", "0", "-n", "2"]),
+    ],
+)
+def test_three_processes_find_what_one_finds(runs, tmp_path, monkeypatch, block, words):
     monkeypatch.setattr(reconstruction, "invert", partial(invert, starts=2, steps=2))
-    runs = [
-        trained_run(tmp_path / mode, training=13, held_out=11, epochs=2, batchnorm=mode)
-        for mode in ("eval", "train")
-    ]
-    paths = [str(run.path) for run in runs]
+    monkeypatch.setattr(evaluate, "_BLOCK", block)
+    paths, words = [str(run.path) for run in runs], ["--features", "lite0", "--device", "cpu", *words]
     with monkeypatch.context() as patch:
         instead_of_networks(patch, tmp_path / "cache-of-one")
-        assert all(main(["evaluate", path, *ARGUMENTS]) == 0 for path in paths)
+        assert all(main(["evaluate", path, *words]) == 0 for path in paths)
     alone = [records(run) for run in runs]
     assert set(alone[0]) == {"reconstruction", "training-latents", "imle", "gaussian"}
 
-    codes, said = finish(processes(EVALUATE, tmp_path / "cache", *paths, *ARGUMENTS, size=3))
-    assert codes == [0, 0, 0], said
-    assert [records(run) for run in runs] == alone
-    # The second run's clips are those of the first, so their features were known, to all processes.
-    kept = list((tmp_path / "cache").rglob("*.safetensors"))
-    assert len(kept) == 2
+    started = ranks(EVALUATE, tmp_path / "cache", block, *paths, *words, folder=tmp_path, size=3)
+    codes = [process.wait(300) for process in started]
+    assert codes == [0, 0, 0], [process.said() for process in started]
+    together = [records(run) for run in runs]
+    for name in alone[0]:
+        assert [one[name] for one in together] == [one[name] for one in alone]
+    # The clips of the second run are those of the first, so their features were known, to all processes.
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2

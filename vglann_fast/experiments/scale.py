@@ -1,4 +1,4 @@
-"""What a training of many clips takes, and what fits into a GPU: the tables of docs/scale.md.
+"""The tables of docs/scale.md: the cost of a training of many clips, and the largest batch of a GPU.
 
     python -m vglann_fast.experiments.scale FOLDER [--step-ms 1040]
 
@@ -123,7 +123,10 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--step-ms", type=float, default=1040.0, help="a step of 15 videos, width 64 [%(default)s]"
+        "--step-ms",
+        type=float,
+        default=1040.0,
+        help="of 15 videos, width 64; measured with `paper` [%(default)s]",
     )
     a = parser.parse_args()
     print(clips_table(a.folder, a.step_ms), batches_table(), sep="\n\n")

@@ -73,16 +73,18 @@ class PlannedTraining(NamedTuple):
 
 
 PLAN = (
-    PlannedTraining("modern-2026a", 20, 1),
-    PlannedTraining("modern", 20, 2),
-    PlannedTraining("modern", 71, 1),
-    PlannedTraining("modern", 20, 3),
     PlannedTraining("paper", 20, 1),
+    PlannedTraining("modern-2026a", 20, 1),
+    *(PlannedTraining("modern", epochs, seed) for epochs in (7, 20) for seed in (1, 2, 3)),
+    PlannedTraining("modern", 71, 1),
 )
 
 
 def train_all(folder: Path, runs: Path, only: list[str]) -> None:
     """Take the trainings of `PLAN` to their ends; one that was stopped continues."""
+    known = [wanted.name for wanted in PLAN]
+    if unknown := set(only) - set(known):
+        raise SystemExit(f"--only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     clips = ClipSet.open(folder, "train")
     for wanted in PLAN:
         if not only or wanted.name in only:
@@ -112,7 +114,7 @@ def train_one(wanted: PlannedTraining, clips: ClipSet, folder: Path) -> None:
 
 
 def background_steps(training: Training) -> int:
-    """How many of the training's steps are of the background alone."""
+    """Count the steps of a training that are of the background alone."""
     return training.options.background_passes * training.steps_per_epoch
 
 
@@ -136,8 +138,16 @@ def point_of(run: RunDir, clips: ClipSet, background: int) -> dict[str, Any]:
     return point
 
 
+def finished(folder: Path) -> bool:
+    """Return True if a training was taken to its end and measured there."""
+    if not points_of(folder):
+        return False
+    state, _ = RunDir.open(folder).checkpoints.load()
+    return bool(state["finished"]) and points_of(folder)[-1]["step"] == state["step"]
+
+
 def points_of(folder: Path) -> list[dict[str, Any]]:
-    """What was measured of a training so far, the first step first."""
+    """Return the points of a training so far, the first step first."""
     file = folder / "quality.jsonl"
     found = {point["step"]: point for point in json_lines(file)} if file.is_file() else {}
     return [found[step] for step in sorted(found)]
@@ -183,8 +193,10 @@ def _step(training: Training, number: int) -> None:
 def report(folder: Path, runs: Path, out: Path, figure: Path) -> None:
     """Time, write the record, draw the figure and print the table."""
     clips = ClipSet.open(folder, "train")
+    trained = [(one, points_of(runs / one.name)) for one in PLAN if finished(runs / one.name)]
+    if not trained:
+        raise SystemExit(f"{runs}: no training of the study is finished; take one to its end with `train`")
     ms = milliseconds(clips)
-    trained = [(one, points_of(runs / one.name)) for one in PLAN if (runs / one.name).is_dir()]
     rows = [row_of(one.preset, one, ms[one.preset], points) for one, points in trained]
     rows += [row_of(AUTHOR, one, ms[AUTHOR], points) for one, points in trained if one.preset == "paper"]
     newest = load_trained(RunDir.open(runs / trained[0][0].name), "cpu")

@@ -52,14 +52,14 @@ def fit_mapping(
     metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that
     are not finite.
 
-    On a CPU a fit to fewer than 4,096 latents takes at most 4 threads.
+    On a CPU a fit to fewer than 4,096 latents takes at most 4 threads, however many there may be.
     """
     run = RunDir.open(run_path)
     if ranks is not None and ranks.size > 1 and kind != IMLE.kind:
         raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
     trained = load_trained(run, device)
-    few = min(FEW_THREADS, torch.get_num_threads()) if len(trained.latents) < FEW_LATENTS else None
-    with numerics(threads=few):
+    small = trained.latents.device.type == "cpu" and len(trained.latents) < FEW_LATENTS
+    with numerics(threads=min(FEW_THREADS, torch.get_num_threads()) if small else None):
         return _fit(run, kind, options, trained, seed, ranks or Ranks())
 
 

@@ -46,7 +46,7 @@ from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.numerics import numerics
 from vglann_fast.samples.sample import draw_latents, render
 
-# For a process to wait for another: shares are of one size, but hosts may not be equally fast.
+# For a process to wait for another: shares are of nearly one size, but hosts may not be equally fast.
 PATIENCE = timedelta(hours=1)
 _BLOCK = 64  # videos held at a time
 
@@ -55,8 +55,10 @@ _BLOCK = 64  # videos held at a time
 class EvaluationTargets:
     """Both sides, measured, and what sources are compared with.
 
-    shots: int64 [n], of the real clips, and `floor_shots` of the training clips held against them; None where they
-        are not known.
+    shots: int64 [n], of the real clips; None where they are not known.
+    floor_shots: the same of the real clips and of the training clips that are held against them, for comparisons of
+        the two. Both None also where clips of one shot may be on both sides: these pairs would be left out within
+        the sides and not between them.
     floors, truths, truth_figures: by the title of each protocol. The last two are the halves of the real clips and
         the figures of one half against the other, None where the halves are too small.
     """
@@ -66,7 +68,7 @@ class EvaluationTargets:
     training: Measurement
     real: Measurement
     shots: Tensor | None
-    floor_shots: Tensor | None
+    floor_shots: tuple[Tensor | None, Tensor | None]
     floors: dict[str, dict[str, Any]]
     truths: dict[str, Truth | None]
     truth_figures: dict[str, dict[str, Any] | None]
@@ -117,7 +119,8 @@ def evaluate(
     """
     run, ranks = RunDir.open(run_path), ranks or Ranks()
     fitted = sorted(file.parent.name for file in run.path.glob("mapping/[!.]*/mapping.json"))
-    kinds = list(dict.fromkeys(kinds)) or fitted
+    # Process 0 alone waits until nobody writes to the run.
+    kinds = ranks.from_first(list(dict.fromkeys(kinds)) or fitted)
     if not kinds:
         raise VglannError(f"{run.path} has no mapping to sample from; fit one with `vglann map {run.path}`")
     for kind in kinds:
@@ -129,10 +132,11 @@ def evaluate(
     result.add(RECONSTRUCTION, quality, ranks)
     known = _known(sides, protocols, device, result.warnings, ranks)
     for source in (TRAINING_LATENTS, *kinds):
-        trained = load_trained(run, device)  # anew: drawing changes the generator's BatchNorm statistics
+        # Once more for each source: drawing changes the generator's BatchNorm statistics.
+        trained = load_trained(run, device)
         batches = ranks.share(_batches(trained, _latents(run, trained, source, sides, seed)))
-        videos, n = (render(trained, batch).video for batch in batches), sum(map(len, batches))
-        made = measure(source, videos, n, known.networks, sides.training, device, ranks)
+        videos, own = (render(trained, batch).video for batch in batches), sum(map(len, batches))
+        made = measure(source, videos, own, known.networks, sides.training, device, ranks)
         record = {"step": trained.step, "seed": seed, **_compared(source, made, known)}
         result.add(source, record | {"warnings": result.warnings}, ranks)
     return result
@@ -169,7 +173,7 @@ def _latents(run: RunDir, trained: Trained, source: str, sides: Sides, seed: int
 
 
 def _batches(trained: Trained, latents: Tensor) -> list[Tensor]:
-    """The latents [b, d] that are decoded together; no batch is left with a single video."""
+    """The latents [b, d] that are decoded together, in batches of nearly one size."""
     size = trained.options.batch_size
     blocks = torch.tensor_split(latents, -(-len(latents) // _BLOCK))
     return [batch for block in blocks for batch in torch.tensor_split(block, -(-len(block) // size))]
@@ -186,9 +190,10 @@ def _known(
     networks = {p.title: p.extractor for p in protocols}
     training = _measured("training clips", sides.training, sides.training_rows, networks, ranks)
     real = _measured("real clips", sides.real, sides.real_rows, networks, ranks, sides.training, device)
-    shots, floor_shots = _shots(sides, warnings) if protocols else (None, None)
+    shots, others = _shots(sides, warnings) if protocols else (None, None)
+    floor_shots = (shots, others) if sides.split == "test" else (None, None)
     floors = {
-        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor], shots, floor_shots)
+        p.title: _distance("the floor", p, real, training.features[p.title][sides.floor], floor_shots)
         for p in protocols
     }
     truths = {p.title: _truth(p, real.features[p.title], shots) for p in protocols}
@@ -236,19 +241,21 @@ def _measured(
     device: torch.device | str = "cpu",
 ) -> Measurement:
     """`measure` of clips, whose features may be known."""
-    # Small enough that every process has some.
-    blocks = ranks.share(np.array_split(rows, min(len(rows), max(ranks.size, -(-len(rows) // _BLOCK)))))
-    found = measure(name, _read(clips, blocks), sum(map(len, blocks)), {}, training, device, ranks)
+    # As many for each process.
+    count = ranks.size * -(-len(rows) // (_BLOCK * ranks.size))
+    blocks = ranks.share(np.array_split(rows, min(len(rows), count)))
+    own = sum(map(len, blocks))
+    found = measure(name, _read(clips, blocks), own, {}, training, device, ranks)
     shape = (3, clips.frames, clips.size, clips.size)
-    features = features_of_clips(name, _read(clips, blocks), shape, found.digests, networks, ranks)
+    features = features_of_clips(name, _read(clips, blocks), shape, found.digests, networks, ranks, own)
     return replace(found, features=features)
 
 
 def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[str, Any]:
     """The part of a source's record that says how its videos compare."""
     sides, real, training = known.sides, known.real, known.training
-    # Made from the latents of the floor's clips, in their order.
-    shots = known.floor_shots if source == TRAINING_LATENTS else None
+    # Training latents are those of the floor's clips, in their order.
+    shots = known.floor_shots if source == TRAINING_LATENTS else (known.shots, None)
     return {
         "frames": sides.training.frames,
         "size": sides.training.size,
@@ -259,9 +266,9 @@ def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[
             p.title: {
                 "protocol": p.extractor.protocol,
                 "generated": {
-                    **_distance(source, p, real, made.features[p.title], known.shots, shots),
+                    **_distance(source, p, real, made.features[p.title], shots),
                     "splits": truth
-                    and truth.figures_of(made.features[p.title][: p.videos], _first_of(shots, p)),
+                    and truth.figures_of(made.features[p.title][: p.videos], _first_of(shots[1], p)),
                 },
                 "floor": known.floors[p.title],
                 "truth": known.truth_figures[p.title],
@@ -280,11 +287,10 @@ def _distance(
     protocol: Protocol,
     real: Measurement,
     made: Tensor,
-    shots: Tensor | None,
-    made_shots: Tensor | None = None,
+    shots: tuple[Tensor | None, Tensor | None],
 ) -> dict[str, Any]:
-    """`compare`, whose errors are to name the source and the protocol."""
-    sides = (real.features[protocol.title], made, shots, made_shots)
+    """`compare`, whose errors are to name the source and the protocol; shots: of either side."""
+    sides = (real.features[protocol.title], made, *shots)
     try:
         return compare(*(_first_of(side, protocol) for side in sides))
     except VglannError as error:

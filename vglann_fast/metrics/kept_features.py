@@ -53,6 +53,7 @@ def features_of_clips(
     digests: Sequence[bytes],
     extractors: Mapping[str, Extractor],
     ranks: Ranks | None = None,
+    own: int | None = None,
 ) -> dict[str, Tensor]:
     """By each of the extractors, features of the clips, float64 [n, d]: kept ones, or computed and kept.
 
@@ -62,6 +63,7 @@ def features_of_clips(
             read where all features are known.
         shape: (3, T, H, W). digests: sha256 of each video, n of them.
         ranks: the processes that share the work. Process 0 alone reads and writes what is kept.
+        own: how many videos are in this process's share. Default: all.
 
     Raises `VglannError` as `extract`.
     """
@@ -69,11 +71,10 @@ def features_of_clips(
     if not extractors:
         return {}
     found, files, records = _kept(name, shape, digests, extractors) if ranks.rank == 0 else ({}, {}, {})
-    # An object that process 0 alone has.
-    found = ranks.gather_shares([found])[0]
+    found = ranks.from_first(found)
     missing = {key: one for key, one in extractors.items() if key not in found}
     if missing:
-        found |= _computed(name, videos, len(digests), missing, ranks)
+        found |= _computed(name, videos, len(digests) if own is None else own, missing, ranks)
     for key in missing.keys() & files.keys():
         _write(files[key], records[key], found[key])
     return found
@@ -104,8 +105,7 @@ def _computed(
     name: str, videos: Iterable[np.ndarray], n: int, extractors: Mapping[str, Extractor], ranks: Ranks
 ) -> dict[str, Tensor]:
     blocks = []
-    own = len(range(ranks.rank, n, ranks.size))
-    with Progress(f"features of {name}", own, "video", shown=ranks.rank == 0) as progress:
+    with Progress(f"features of {name}", n, "video", shown=ranks.rank == 0) as progress:
         for block in videos:
             blocks.append(extract(extractors, block))
             for _ in block:

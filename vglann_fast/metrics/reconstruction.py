@@ -147,15 +147,15 @@ def inversion_quality(
     There "psnr_nearest" is that of the nearest of the `training` clips.
     """
     ranks = ranks or Ranks()
-    share, own = clips[ranks.rank :: ranks.size], []
-    # With more processes than clips some have none.
-    if len(share):
-        made = render(trained, invert(trained, share, shown=ranks.rank == 0).latents)
-        measures = _measured(made.video, share, pca)
-        measures["psnr_nearest"] = nearest_psnr(share, training, trained.latents.device)
-        own = [{name: v[row : row + 1] for name, v in measures.items()} for row in range(len(share))]
+    share, device = clips[ranks.rank :: ranks.size], trained.latents.device
+    latents = invert(trained, share, shown=ranks.rank == 0).latents.cpu()
+    nearest = nearest_psnr(share, training, device)
+    # In one batch everywhere, as one process would: batches of another size are rounded in another way.
+    made = render(trained, ranks.gather_rows(latents, len(clips)).to(device))
+    measures = _measured(made.video, clips, pca)
+    measures["psnr_nearest"] = ranks.gather_rows(nearest, len(clips))
     return {
-        **means_of(ranks.gather_shares(own)),
+        **means_of([measures]),
         "pca_components": 0 if pca is None else pca.components,
         "pca_exact": False,
     }

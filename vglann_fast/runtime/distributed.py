@@ -74,11 +74,11 @@ class Ranks:
         return total.item() / self.size
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The items of work that are this process's: one in every `size`."""
+        """Return the items of work for this process: one in every `size`."""
         return items[self.rank :: self.size]
 
     def gather_shares(self, own: list[T]) -> list[T]:
-        """What all processes made of their `share`, in the order of the items, in every process.
+        """Return the results of all processes for their `share`, in the order of the items, in every process.
 
         own: objects that pickle can hold, tensors on the CPU among them, one for each item of the share.
         """
@@ -88,6 +88,15 @@ class Ranks:
         with another_process_may_have_ended():
             dist.all_gather_object(lists, own, group=self.control)
         return [lists[place % self.size][place // self.size] for place in range(sum(map(len, lists)))]
+
+    def from_first(self, value: T) -> T:
+        """Return the `value` of process 0, in every process: an object that pickle can hold."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with another_process_may_have_ended():
+            dist.broadcast_object_list(box, 0, group=self.control)
+        return box[0]
 
     def gather_words(self, words: list[str]) -> list[str]:
         """The lists of all processes, one after the other, in every process."""

@@ -70,6 +70,8 @@ def invert(
     shape = (3, *(UPSAMPLING * side for side in generator.grid))
     if clips.shape[1:] != shape:
         raise VglannError(f"clips of {clips.shape[2:]} (frames, rows, columns): the run makes {shape[1:]}")
+    if not len(clips):
+        return Inversion(trained.latents[:0], torch.zeros(0, dtype=torch.float64, device=device))
     features = load_features(trained.options, device)
     check_weights(trained.weights, weight_records(features))
     candidates = _candidates(trained)
