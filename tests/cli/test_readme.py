@@ -31,7 +31,9 @@ def test_every_command_in_the_documents_has_words_the_program_knows():
     for line in (line for document in documents for line in shell_lines(document)):
         if command := re.search(r"(?:^|\s)(?:vglann|-m vglann_fast) ([a-z].*)", line):
             found += 1
-            parse(shlex.split(command[1].split(" && ")[0], comments=True))
+            # Variables of the shell, such as the number of a job, stand for numbers.
+            words = re.sub(r"\$\w+", "1", command[1].split(" && ")[0])
+            parse(shlex.split(words, comments=True))
     assert found > 30
 
 

@@ -26,7 +26,7 @@ def interpret(path):
 
 @pytest.fixture(scope="module")
 def interpreted(request):
-    """What each of the files that are asked for will have said; two run at a time."""
+    """The future output of each file that is asked for; two run at a time."""
     tests = [
         item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
     ]

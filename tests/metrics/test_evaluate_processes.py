@@ -37,7 +37,7 @@ def one_thread():
 
 
 def records(run):
-    """What an evaluation wrote, by name; each file is removed."""
+    """Read what an evaluation wrote, by name, and remove each file."""
     found = {}
     for file in (run.path / "evaluation").iterdir():
         found[file.stem] = json.loads(file.read_text())
@@ -62,6 +62,6 @@ def test_three_processes_find_what_one_finds(tmp_path, monkeypatch, one_thread):
     codes, said = finish(processes(EVALUATE, tmp_path / "cache", *paths, *ARGUMENTS, size=3))
     assert codes == [0, 0, 0], said
     assert [records(run) for run in runs] == alone
-    # The second run's clips are those of the first, so their features were known, to all processes.
+    # The second run's clips are the clips of the first, so their features were known, to all processes.
     kept = list((tmp_path / "cache").rglob("*.safetensors"))
     assert len(kept) == 2

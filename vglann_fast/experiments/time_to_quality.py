@@ -112,7 +112,7 @@ def train_one(wanted: PlannedTraining, clips: ClipSet, folder: Path) -> None:
 
 
 def background_steps(training: Training) -> int:
-    """How many of the training's steps are of the background alone."""
+    """Return the number of training steps of the background alone."""
     return training.options.background_passes * training.steps_per_epoch
 
 
@@ -137,7 +137,7 @@ def point_of(run: RunDir, clips: ClipSet, background: int) -> dict[str, Any]:
 
 
 def points_of(folder: Path) -> list[dict[str, Any]]:
-    """What was measured of a training so far, the first step first."""
+    """Return what was measured of a training so far, the first step first."""
     file = folder / "quality.jsonl"
     found = {point["step"]: point for point in json_lines(file)} if file.is_file() else {}
     return [found[step] for step in sorted(found)]

@@ -6,7 +6,7 @@ beside the truth row: halves of the real clips against each other, see `truth.py
 mapping and, so that generator and mapping can be told apart, videos made from the run's own training latents: a
 mapping that hits their distribution does as well as they.
 
-Nothing here depends on the batches of measuring or on the order of clips: of real and training clips those of the
+Nothing here depends on the batches of measuring or on the order of clips: of real and training clips the
 lowest ids are taken, which are hashes, and what is drawn comes from the seed. A video that is made with
 batchnorm="train", as preset `paper` does, depends on those it is made with, and so on n. The records are specified in
 `record.py`. Features of clips, real and training ones, are computed once for all runs, see `kept_features.py`.
@@ -129,7 +129,8 @@ def evaluate(
     result.add(RECONSTRUCTION, quality, ranks)
     known = _known(sides, protocols, device, result.warnings, ranks)
     for source in (TRAINING_LATENTS, *kinds):
-        trained = load_trained(run, device)  # anew: drawing changes the generator's BatchNorm statistics
+        # Loaded again, because drawing changes the generator's BatchNorm statistics.
+        trained = load_trained(run, device)
         batches = ranks.share(_batches(trained, _latents(run, trained, source, sides, seed)))
         videos, n = (render(trained, batch).video for batch in batches), sum(map(len, batches))
         made = measure(source, videos, n, known.networks, sides.training, device, ranks)

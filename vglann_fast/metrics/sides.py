@@ -45,7 +45,7 @@ class Sides:
 
     @property
     def floor(self) -> slice:
-        """Which of the training rows are held against the real clips, n of them if there are as many."""
+        """The training rows that are held against the real clips, n of them if there are as many."""
         return slice(self.others, self.others + self.n)
 
 
@@ -68,7 +68,7 @@ def prepare(
 
 
 def _sides(training: ClipSet, n: int | None, warnings: list[str]) -> Sides:
-    """Which clips are real. Appends to `warnings`; raises `VglannError` for more or fewer than there can be."""
+    """Choose the real clips. Appends to `warnings`; raises `VglannError` for more or fewer than there can be."""
     order = np.argsort(training.ids)
     held_out = sum(clip["split"] == "test" for clip in read_index(training.folder)["clips"])
     if held_out >= 2:
