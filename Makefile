@@ -3,6 +3,7 @@
 #   make demo    real video in, new video out: prints the path of the report page
 #   make test    the tests               make bench   the benchmarks
 #   make lint    ruff, mypy, file sizes  make resources   registers, stack and shared memory of every kernel
+#   make hub     the kernels in build/hub, in the layout of Hugging Face's kernel-builder (kernels/README.md)
 #   make faults  break it on purpose: writes docs/faults.md; hours, and as root, for full disks and other users
 #
 # Without an NVIDIA driver the CPU build of PyTorch is installed. Where plain pip would give the CUDA build
@@ -14,12 +15,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := runs/demo
 CLIPS := runs/demo-clips
+HUB ?= build/hub
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 # Processes that share the tests: one a processor, four at most, since each of them loads PyTorch.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench lint resources faults clean
+.PHONY: demo test bench lint resources hub faults clean
 .DELETE_ON_ERROR:
 # A training that was interrupted is resumed; without its options it could not be.
 .PRECIOUS: $(RUN)/options.json
@@ -42,6 +44,13 @@ lint: $(VENV)/installed-lint
 
 resources: $(VENV)/installed-test
 	$(BIN)/python -m vglann_kernels.resources
+
+# The builder writes a _ops.py of its own.
+hub:
+	rm -rf $(HUB)/torch-ext
+	mkdir -p $(HUB)/torch-ext
+	cp kernels/build.toml kernels/flake.nix LICENSE $(HUB)
+	cd kernels && find vglann_kernels -name '*.py' ! -name _ops.py -exec cp --parents {} $(abspath $(HUB))/torch-ext \;
 
 faults: $(VENV)/installed-test
 	PYTHONPATH=tests:tests/fixtures OMP_NUM_THREADS=1 $(BIN)/python -m faults.report $(PARTS)
