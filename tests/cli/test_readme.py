@@ -26,7 +26,7 @@ def readme_commands():
 
 
 def test_every_command_in_the_documents_has_words_the_program_knows():
-    documents = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "kernels").rglob("*.md")]
+    documents = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "kernels").rglob("*.md")]
     found = 0
     for line in (line for document in documents for line in shell_lines(document)):
         if command := re.search(r"(?:^|\s)(?:vglann|-m vglann_fast) ([a-z].*)", line):
