@@ -1,4 +1,4 @@
-"""The README: its commands run, and so does its Python."""
+"""The documents: all commands are known, and the README's commands and all Python run."""
 
 import os
 import re
@@ -63,6 +63,19 @@ def test_the_python_of_the_readme_runs():
     names: dict = {}
     exec(block, names)
     assert names["video"].grad.abs().max() > 0
+
+
+def test_the_python_of_the_guides_runs(route, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(route, tmp_path / "run")
+    documents = sorted((ROOT / "docs" / "guides").glob("*.md"))
+    blocks = [
+        b for d in documents for b in re.findall(r"```python\n(.*?)```", d.read_text(), flags=re.DOTALL)
+    ]
+    assert blocks
+    for block in blocks:
+        # Two videos, as inverting takes steps for each.
+        exec(block.replace("sample(16", "sample(2"), {})
 
 
 def test_the_readme_has_no_gaps():
