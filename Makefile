@@ -3,6 +3,8 @@
 #   make demo    real video in, new video out: prints the path of the report page
 #   make test    the tests               make bench   the benchmarks
 #   make lint    ruff, mypy, file sizes  make resources   registers, stack and shared memory of every kernel
+#   make docs    the documentation site in build/site
+#   make hub     the kernels in build/hub, in the layout of Hugging Face's kernel-builder (kernels/README.md)
 #   make faults  break it on purpose: writes docs/faults.md; hours, and as root, for full disks and other users
 #
 # Without an NVIDIA driver the CPU build of PyTorch is installed. Where plain pip would give the CUDA build
@@ -14,12 +16,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := runs/demo
 CLIPS := runs/demo-clips
+HUB ?= build/hub
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 # Processes that share the tests: one a processor, four at most, since each of them loads PyTorch.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench lint resources faults clean
+.PHONY: demo test bench lint docs resources hub faults clean
 .DELETE_ON_ERROR:
 # A training that was interrupted is resumed; without its options it could not be.
 .PRECIOUS: $(RUN)/options.json
@@ -40,8 +43,19 @@ lint: $(VENV)/installed-lint
 	@long=$$(git ls-files '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 400'); \
 	 if [ -n "$$long" ]; then echo "over 400 lines:"; echo "$$long"; exit 1; fi
 
+# Without --quiet, under which a broken link is not an error. The variable hides an advertisement.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --config-file docs/mkdocs.yml
+
 resources: $(VENV)/installed-test
 	$(BIN)/python -m vglann_kernels.resources
+
+# The builder writes a _ops.py of its own.
+hub:
+	rm -rf $(HUB)/torch-ext
+	mkdir -p $(HUB)/torch-ext
+	cp kernels/build.toml kernels/flake.nix LICENSE $(HUB)
+	cd kernels && find vglann_kernels -name '*.py' ! -name _ops.py -exec cp --parents {} $(abspath $(HUB))/torch-ext \;
 
 faults: $(VENV)/installed-test
 	PYTHONPATH=tests:tests/fixtures OMP_NUM_THREADS=1 $(BIN)/python -m faults.report $(PARTS)

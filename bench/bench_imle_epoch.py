@@ -3,8 +3,8 @@
     python bench/bench_imle_epoch.py [--n 50000] [--preset paper] [--rounds 7] [--run RUN]
     pytest bench/bench_imle_epoch.py --benchmark-only
 
-Two rows a machine: `author`, the epoch as his code runs it (blocks of noise one after the other, FAISS's flat
-index on the CPU, a loss read from the device after each step), and `ours`. Where FAISS is not installed his search
+Two rows a machine: `author`, the epoch as the author's code runs it (blocks of noise in turn, FAISS's flat
+index on the CPU, a loss read from the device after each step), and `ours`. Without FAISS the author's search
 is our reference on the device, and "author_search" says so. Both start from the same parameters; their mean losses
 are compared before the times are taken. Without a GPU the default size is small.
 """
@@ -34,7 +34,7 @@ Search = Callable[[Tensor, Tensor], Tensor]  # queries, rows -> index of the nea
 
 
 def author_search() -> tuple[str, Search]:
-    """How the author's epoch searches here: FAISS on the CPU, or without it our reference."""
+    """Return the search of the author's epoch and its name: FAISS on the CPU, or our reference without FAISS."""
     try:
         import faiss
     except ImportError:

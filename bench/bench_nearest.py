@@ -4,7 +4,7 @@
     pytest bench/bench_nearest.py --benchmark-only
 
 Every contender's answer is compared with float64 on up to 4,096 queries before its time is taken; those that are
-not exact are timed all the same, with their agreement beside them. One that cannot run says why. `--run` adds the
+not exact are timed as well, with their agreement beside them. One that cannot run says why. `--run` adds the
 latents of a trained run against the output of its IMLE mapping. Under pytest, and by default without a GPU, the
 sizes are small.
 """
@@ -32,7 +32,7 @@ Search = Callable[[Tensor, Tensor], Tensor]  # queries, database -> index [N]
 
 
 class CannotRun(Exception):
-    """Why a contender has no time."""
+    """Reason that a contender has no time."""
 
 
 def data_sets(

@@ -4,6 +4,8 @@ Shapes, dtypes and devices are always checked. Values (index range, finiteness) 
 CUDA only with `VGLANN_CHECK=1`, because reading a value there waits for the device.
 """
 
+from __future__ import annotations
+
 import operator
 import os
 from typing import Any

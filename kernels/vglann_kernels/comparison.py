@@ -1,5 +1,7 @@
 """Shapes, printed lines and limits of errors of `verify`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """The launches whose resources are tabled: per op the defaults of the presets, at B = 256."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

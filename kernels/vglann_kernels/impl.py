@@ -14,6 +14,8 @@ and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
 Under `torch.compile` the choice is made once, when the graph is traced.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Optional
 
 OPS = (
     "composite",
@@ -39,13 +41,13 @@ VARIABLE = "VGLANN_KERNELS"
 log = logging.getLogger("vglann_kernels")
 
 # device -> None when it can run there, else the reason
-WhyNot = Callable[[Any], str | None]
+WhyNot = Callable[[Any], Optional[str]]
 
 _registered: dict[str, dict[str, WhyNot]] = {op: {} for op in OPS}
 _process_default: str | None = None
 # (spec,) inside `using_impl`, in the thread of that block alone.
 _of_block: ContextVar[tuple[str | None] | None] = ContextVar("vglann_kernels", default=None)
-_reported: set["Choice"] = set()
+_reported: set[Choice] = set()
 
 
 class ImplUnavailable(RuntimeError):

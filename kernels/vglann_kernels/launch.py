@@ -1,5 +1,7 @@
 """Common needs of all launches: can Triton run at all, the right device, and the memory layouts."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
+
 MINIMUM_CAPABILITY = (8, 0)
 # Options of every launch. Triton's own default for fused multiply-adds differs between its versions.
 LAUNCH = {"enable_fp_fusion": True}
 
-_library = torch.library.Library("vglann_kernels", "FRAGMENT")
+_library = torch.library.Library(ops.name, "FRAGMENT")
 
 
 def interpreted() -> bool:
@@ -81,7 +85,7 @@ def processors(device: torch.device) -> int:
 
 
 def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `launch` as the operator `vglann_kernels::<schema>` for all devices and return the operator.
+    """Register `launch` as an operator of this package for all devices and return the operator.
 
     `fake` gives its outputs for tensors without data. The operator has no autograd formula: an autograd.Function
     calls it. `torch.library.custom_op` would add bookkeeping in Python to every call, several times the cost of a
@@ -90,8 +94,8 @@ def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vglann_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.vglann_kernels, name).default
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
+    return getattr(ops, name).default
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -9,6 +9,8 @@ instead and exits with 1 when a bound got worse or the table belongs to other so
 brings the assembler and `cuobjdump`; must not run under TRITON_INTERPRET=1.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import os

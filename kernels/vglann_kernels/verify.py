@@ -17,6 +17,8 @@ On a machine without a GPU it runs under TRITON_INTERPRET=1 (slow; without bfloa
 not compute right). Needs torch, triton and numpy only.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ from .step_guard.op import guard_step
 
 
 def undecided(
-    difference: Tensor, leaves: list[Tensor], shapes: "Shapes", bound: float, pixels: bool = False
+    difference: Tensor, leaves: list[Tensor], shapes: Shapes, bound: float, pixels: bool = False
 ) -> list[Tensor]:
     """For each leaf, which values of its gradient a band within `bound` of 0 reaches: its sign decides them.
 

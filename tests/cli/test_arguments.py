@@ -50,7 +50,7 @@ def words_for(name, without=None):
 
 @pytest.fixture
 def performed(monkeypatch):
-    """What the command line would have run, in place of running it."""
+    """Collect what the command line would have run, in place of running it."""
     values = []
     monkeypatch.setattr(module, "perform", lambda a: values.append(a) or 0)
     monkeypatch.setattr(module, "MADE", {})

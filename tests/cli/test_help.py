@@ -1,4 +1,4 @@
-"""What --help says, and that it loads nothing heavy."""
+"""The text of --help, and that it loads nothing heavy."""
 
 import re
 import shlex

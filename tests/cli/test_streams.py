@@ -91,7 +91,7 @@ def test_a_non_ascii_folder_under_an_ascii_stream(tmp_path):
 
 
 class OnlyWrite:
-    """What a host program may put in place of a stream: no isatty, no fileno, no encoding."""
+    """Stand-in of a host program for a stream: no isatty, no fileno, no encoding."""
 
     def __init__(self):
         self.text = ""

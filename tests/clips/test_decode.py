@@ -186,7 +186,7 @@ def bad_files(tmp_path):
         (tmp_path / name).unlink()
     content = {
         "empty.mp4": (b"", "empty"),
-        "text.mp4": (b"Dear diary, this is no video.\n" * 50, "cannot be read"),
+        "text.mp4": (b"Dear diary, this is not a video.\n" * 50, "cannot be read"),
         "playlist.mp4": (b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n", "cannot be read"),
         "cut off.mp4": (mp4[: len(mp4) * 6 // 10], "cut off"),
         "no index.mp4": (end[: len(end) * 6 // 10], "cannot be read"),

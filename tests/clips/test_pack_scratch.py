@@ -28,7 +28,7 @@ OPTIONS = {"frames": 4, "size": 32, "workers": 1}
 
 @pytest.fixture
 def renamed(monkeypatch):
-    """What was still mapped when it was removed, and was renamed as NFS and FUSE do."""
+    """Files that were still mapped when they were removed, and were renamed as NFS and FUSE do."""
     if not MAPS.exists():
         pytest.skip("needs /proc to see what is mapped")
     hidden = []

@@ -101,7 +101,7 @@ def test_known_camera_motion_is_found_and_removed(name):
 def test_borders_show_the_frame_before():
     frames, _ = filmed(CAMERAS["pan"])
     steady, quality = stabilize(frames, list(track(frames)[1:, None]), (WIDTH, HEIGHT))
-    # The camera went right by 24.3 in all: the first 22 columns are those of an earlier frame to the end.
+    # The camera went right by 24.3 in all: the first 22 columns show an earlier frame to the end.
     assert np.array_equal(steady[-1][:, :3], frames[0][:, :3])
     share = 1 - (WIDTH - 2.7 * np.arange(FRAMES)) * (HEIGHT - 1.3 * np.arange(FRAMES)) / (WIDTH * HEIGHT)
     assert quality.filled == pytest.approx(share.mean(), abs=0.02)  # and the eroded rim

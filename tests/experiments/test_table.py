@@ -303,7 +303,7 @@ def test_hostile_and_damaged_tables_do_no_harm(tmp_path):
 
 @pytest.mark.parametrize("part", ["features", "motion", "nearest_training_clip"])
 def test_damaged_records_are_said_to_be(made, tmp_path, part):
-    """Those of one run; the other's are shown."""
+    """Figures of one run; the figures of the other are shown."""
     content = json.loads((made / "table.json").read_text())
     for value in (None, "x", 10**400, [], {}, {"generated": 3}, {"FVD": {"generated": {"warnings": 7}}}):
         content["runs"]["l1"]["records"]["imle"][part] = value

@@ -84,7 +84,7 @@ def cases(share: float) -> Iterable[Case]:
 
 
 def undisturbed(route: Route, writer: Writer) -> dict[str, str]:
-    """What the command leaves."""
+    """Return what the command leaves, undisturbed."""
     place = writer.place(route.root / "whole")
     ended = run(writer.words(place), route.log)
     if ended.code:
@@ -93,7 +93,7 @@ def undisturbed(route: Route, writer: Writer) -> dict[str, str]:
 
 
 def in_situation(route: Route, writer: Writer, situation: Situation, whole: dict[str, str]) -> str | None:
-    """What goes wrong, if anything."""
+    """Return what goes wrong in a situation, None if nothing does."""
     with situation.arrange(route, writer) as tried:
         writer.point_to(tried.place, tried.name)
         before = left(tried.place)
@@ -304,5 +304,5 @@ def _arm(call: str, number: int, turn: int, place: Path) -> None:
 
 
 def _is_kept(ended: Ended) -> bool:
-    """What was written is kept beside the destination, which the user has to look at first."""
+    """Return True if the output was kept beside the destination, which the user has to look at first."""
     return "is kept as" in ended.said

@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (-n after signal n), what it said, and the seconds it took."""
+    """The end of a command: its exit code (-n after signal n), what it said, and the seconds it took."""
 
     code: int
     said: str

@@ -50,13 +50,13 @@ def full_disks(route: Route, verb: Verb, sizes: int) -> Case:
 
 
 def half_left(folder: Path) -> str | None:
-    """What is wrong with the folder of a command that failed, if anything."""
+    """Return what is wrong with the folder of a command that failed, None if nothing is."""
     left = strays(folder)
     return f"{left[0]} is left" if left else None
 
 
 def used_bytes(folder: Path) -> int:
-    """What the files under `folder` take on a tmpfs, by whole pages; folders take none."""
+    """Return the bytes that the files under `folder` take on a tmpfs, by whole pages; folders take none."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     return sum(-(-file.stat().st_size // PAGE) * PAGE for file in files)
 

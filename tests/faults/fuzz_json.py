@@ -101,7 +101,7 @@ def _source_list(folder: Path) -> Path:
 
 
 def _trained(folder: Path) -> None:
-    """What sample and reconstruct read of a run."""
+    """Read what sample and reconstruct read of a run."""
     run = RunDir.open(folder)
     load_trained(run)
     if has_clips(run):

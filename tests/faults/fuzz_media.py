@@ -37,7 +37,7 @@ def cases(share: float) -> Iterable[Case]:
 
 
 def broken_files(root: Path, kind: str, count: int) -> list[str | None]:
-    """What went wrong with each of `count` broken files of a kind.
+    """Return what went wrong with each of `count` broken files of a kind.
 
     Raises AssertionError where a whole one is not read, or where files are left that are nobody's.
     """

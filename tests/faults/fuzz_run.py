@@ -38,7 +38,7 @@ def run_with_mappings(root: Path) -> Path:
     """A run of two epochs on eight clips, its mappings and samples, and beside it JSON of all that a report shows."""
     torch.set_num_threads(1)
     clips = write_clip_folder(root / "clips", moving_squares(8))
-    # Batch statistics, for running ones would be computed anew for each video.
+    # Batch statistics, for running ones would be computed again for each video.
     options = tiny_options(width=2, latent_dim=4, levels=1, epochs=2, batchnorm="train")
     run = new_run(root / "run", clips, options)
     train(ClipSet.open(clips, "train"), run, checkpoint_every=1, log_every=1)
@@ -124,7 +124,7 @@ def sampled(folder: Path, kind: str) -> None:
 
 
 def weights_of_lite0(folder: Path) -> Path:
-    """A folder of weights that has those of lite0, zeros."""
+    """A folder with the weights of lite0, all zero."""
     folder.mkdir()
     file = folder.with_suffix(".safetensors")
     save_file({name: torch.zeros(shape) for name, shape in expected_shapes("lite0").items()}, file)

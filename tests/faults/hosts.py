@@ -1,7 +1,7 @@
 """Commands in whatever host they find: its streams, signals, threads, variables, locale, names and PyTorch.
 
 Two ways to run a command: as a guest, `main()` called by a program with a state of its own, which must come back; and
-as a program, in a process with another environment. Either way the artifacts equal those of an undisturbed run.
+as a program, in a process with another environment. Either way the artifacts equal an undisturbed run's.
 """
 
 import io
@@ -165,7 +165,7 @@ def _in_a_thread(words: list[str]) -> int:
 
 
 def _state() -> dict[str, Any]:
-    """What a host program may care for."""
+    """Return the state of the process that a host program may care for."""
     root, ours = logging.getLogger(), logging.getLogger("vglann_fast")
     mask = os.umask(0)
     os.umask(mask)
@@ -276,7 +276,7 @@ def _program(
 
 
 def _judged(route: Route, verb: Verb, folder: Path, ended: Ended) -> str | None:
-    """What is wrong with a command that should have ended well, if anything."""
+    """Return what is wrong with a command that should have ended well, None if nothing is."""
     if "Traceback" in ended.said:
         return f"{verb.name}: {ended.last_line}"
     if strays(folder):

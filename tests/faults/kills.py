@@ -68,7 +68,7 @@ def terminated(route: Route, moments: int, seed: int = 1) -> Case:
 
 
 def usual_seconds(route: Route, verb: Verb) -> float:
-    """What the command takes undisturbed, once all that it needs has been loaded."""
+    """Return the seconds the command takes undisturbed, once all that it needs has been loaded."""
     route.whole(verb)
     return run(verb.start(verb.place(route.root / "timed")), route.log).seconds
 

@@ -20,7 +20,7 @@ INDEX_BYTES = 1000  # of memory a clip: its JSON text and its objects
 TABLE_SPARE = 1.1  # of what `memory_table` says the latents take
 SAVING = 3.1  # while a checkpoint is written: the table, its bytes, and the file's
 # Over all steps: bytes that malloc has given out, blocks of Python's allocator, bytes resident, which has what both
-# keep for later, too; and the length of the last steps' lines over that of the first.
+# keep for later, too; and the length of the last steps' lines over the length of the first.
 MALLOC, BLOCKS, RESIDENT, LINE = 1e6, 10_000, 8e6, 1.2
 
 
@@ -148,7 +148,7 @@ def steps(count: int) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has taken so far; getrusage would count that of the one which started it, too."""
+    """The most memory this process has taken so far; getrusage would count its parent's memory, too."""
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 

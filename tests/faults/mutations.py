@@ -6,7 +6,7 @@ be done again:
     cd tests && python -m faults.mutations PART READER NUMBER
 
 The readers run in a forked process with little more address space than it has already and a clock, so that a
-reader that eats memory, hangs or takes the process with it loses one case, and the next goes on after it.
+reader that eats memory, hangs or takes the process with it loses one case, and the next continues after it.
 """
 
 import importlib
@@ -69,7 +69,7 @@ def fuzz(readers: Iterable[Reader], count: int) -> Iterable[Case]:
 
 
 def tried(reader: Reader, count: int) -> list[str | None]:
-    """What went wrong in each case of a reader, None where nothing did."""
+    """Return what went wrong in each case of a reader, None where nothing did."""
     with tempfile.TemporaryDirectory() as root:
         intact = in_child(lambda: once(reader, Path(root), None))
         if intact is not None:
@@ -118,7 +118,7 @@ def _in_one_child(reader: Reader, root: Path, numbers: range) -> list[str | None
                     lines.write(json.dumps(once(reader, root, number)) + "\n")
                     lines.flush()
             os._exit(0)
-        finally:  # no error of the harness itself goes on in what called it
+        finally:  # no error of the harness itself may reach its caller
             os._exit(1)
     os.close(sink)
     with os.fdopen(source) as lines:
@@ -132,7 +132,7 @@ def _in_one_child(reader: Reader, root: Path, numbers: range) -> list[str | None
 
 
 def in_child(work: Callable[[], str | None]) -> str | None:
-    """What `work` returns in a process with little memory and time; or how it ended that process."""
+    """Return what `work` returns in a process with little memory and time, or how it ended that process."""
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
@@ -279,7 +279,7 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def again(part: str, name: str, number: int) -> str:
-    """What became of a case of the table, done once more in this process."""
+    """Repeat a case of the table in this process and return its outcome."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         readers = importlib.import_module(f"faults.{part}").readers(folder / "good")

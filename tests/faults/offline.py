@@ -1,4 +1,4 @@
-"""The verbs where there is no network at all, not even loopback: in a network namespace of their own."""
+"""The verbs without any network, not even loopback: in a network namespace of their own."""
 
 import ctypes
 import os
@@ -41,7 +41,7 @@ def without_network() -> None:
 
 
 def can_unshare() -> bool:
-    """Whether a process may leave the network."""
+    """Return True if a process may leave the network."""
     child = os.fork()
     if child == 0:
         try:

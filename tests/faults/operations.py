@@ -70,7 +70,7 @@ class Fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _ours(self, path: Any) -> bool:
-        # Names without a folder are those of shutil.rmtree, which goes by descriptors.
+        # Names without a folder come from shutil.rmtree, which goes by descriptors.
         return isinstance(path, str | os.PathLike) and (
             str(path).startswith(self.folder) or os.sep not in str(path)
         )

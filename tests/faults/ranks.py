@@ -1,6 +1,6 @@
-"""One of two processes of a training is killed: the other ends, says why, and both can go on.
+"""One of two processes of a training is killed: the other ends, says why, and both can resume.
 
-The processes are those of torchrun (gloo, on this machine), once under torchrun itself.
+The processes are set up as by torchrun (gloo, on this machine), once under torchrun itself.
 """
 
 import os
@@ -40,7 +40,7 @@ def cases(share: float) -> Iterable[Case]:
 
 
 def together(route: Route, run: Path) -> list[Command]:
-    """Start both processes: of a new run or, if it has begun, to go on with it."""
+    """Start both processes: of a new run or, if it has begun, to resume it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -61,7 +61,7 @@ def finish(commands: list[Command]) -> list[Ended]:
 
 
 def one_killed(route: Route, whole: Path, number: int) -> str | None:
-    """Kill a process at a moment drawn from `number`, go on afterwards; what went wrong, if anything."""
+    """Kill a process at a moment drawn from `number`, then resume; return what went wrong, if anything."""
     run, drawn = route.root / f"run-{number}", random.Random(number)
     commands = together(route, run)
     until(lambda: _lines(run) > drawn.randrange(1, 15), commands)

@@ -1,4 +1,4 @@
-"""What is done to the program, how often, and how often it came through: `make faults`.
+"""Fault injection: what is done to the program, and how often it came through: `make faults`.
 
     PYTHONPATH=tests:tests/fixtures python -m faults.report [--share X] [--json FILE] [--markdown FILE] [PART ...]
 
@@ -37,7 +37,7 @@ FORMAT = ("vglann-faults", 1)
 HEAD = """# Faults
 
 What was done to the program on purpose, how often it came through, and how often it did not. *Survived* means that
-everything promised was true afterwards: the artifacts equal those of an undisturbed run bit for bit, or the mistake
+everything promised was true afterwards: the artifacts equal an undisturbed run's bit for bit, or the mistake
 was one line and exit code 2, and nothing half-written is ever taken for whole. Made by `make faults` from
 `tests/faults/`; this file and [faults.json](faults.json) are its output. In full that is 50 moments of each verb,
 every operation on files, more than 10,000 broken files and 100,000 steps; where a command at the end says `--share`,
@@ -75,7 +75,7 @@ def run_part(part: str, share: float) -> Iterator[Case]:
 
 
 def machine() -> str:
-    """Where this ran, in words."""
+    """Describe this machine in words."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     system = f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
     return f"{cores} cores at a load of {load:.0f}, {system}"

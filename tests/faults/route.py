@@ -53,7 +53,7 @@ class Verb:
 
     @property
     def then(self) -> str:
-        """What is done after it was cut short, in words."""
+        """The next command after this one was cut short, in words."""
         return "--resume" if self.name == "train" else "the same command again"
 
     def place(self, folder: Path) -> Path:
@@ -117,7 +117,7 @@ class Route:
         )
 
     def whole(self, verb: Verb) -> dict[str, str]:
-        """What the verb leaves when nothing disturbs it, see `left_in`."""
+        """Return what the verb leaves when nothing disturbs it, see `left_in`."""
         if verb.name not in self._whole:
             folder = verb.place(self.root / "whole")
             run_here(verb.start(folder))  # all later ones, which are forked, have what it loads
@@ -129,7 +129,7 @@ class Route:
         return f"exit code {ended.code}: {ended.last_line}" if ended.code else self.mends(verb, folder)
 
     def mends(self, verb: Verb, folder: Path, newest: bool = False) -> str | None:
-        """Go on in `folder` after a fault: None if all that is left then is as if there had been none.
+        """Continue in `folder` after a fault: None if all that is left then is as if there had been none.
 
         newest: of the checkpoints only the newest counts, since one was saved out of turn.
         """
@@ -177,7 +177,7 @@ def _verb(name: str, before: Path, start: Callable[[Path], Words]) -> Verb:
 
 
 def left_in(folder: Path) -> dict[str, str]:
-    """sha256 of every file under `folder` by its name, but for strays and what differs from run to run.
+    """sha256 of every file under `folder` by its name, except strays and what differs from run to run.
 
     Of metrics.jsonl the seconds do not count.
     """

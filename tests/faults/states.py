@@ -79,7 +79,7 @@ def torn(route: Route, share: float) -> Case:
 
 
 def _still_says(file: Path, before: bytes) -> bool:
-    """Whether a flipped bit left state.json as good as it was: in white space, or in what nothing depends on."""
+    """Return True if a flipped bit did not harm state.json: in white space, or in what nothing depends on."""
     try:
         return json.loads(file.read_bytes()).keys() == json.loads(before).keys()
     except ValueError:

@@ -40,7 +40,7 @@ def tear(checkpoint):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_torn_checkpoint_does_not_outlive_the_whole_ones_after_it(tmp_path, keep):
-    """Going on from an older checkpoint, the numbers of the new ones are below that of the torn one."""
+    """After resuming from an older checkpoint, new checkpoints have lower numbers than the truncated one."""
     run = begun(tmp_path / "run")
     save(run, 10)
     tear(save(run, 20))

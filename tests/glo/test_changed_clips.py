@@ -1,4 +1,4 @@
-"""resume.py: latents follow their clips when a training goes on with other ones."""
+"""resume.py: latents follow their clips when a training resumes with other clips."""
 
 import json
 

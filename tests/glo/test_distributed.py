@@ -80,7 +80,7 @@ def train_in_processes(clips, out, options, size=2):
 
 
 def both_shares_in_one_process(clips, path, options):
-    """What two processes do, done by one: each share is one of the batches of an update."""
+    """Train in one process as two do: each share is one of the batches of an update."""
     opened = ClipSet.open(clips, "train")
     run = new_run(path, clips, options)
     training = new_training(opened, options, run)

@@ -169,7 +169,7 @@ def test_recompute_batchnorm_averages_over_the_batches_and_keeps_the_mode():
     first = (z / z.norm(dim=1, keepdim=True)) @ generator.stem.weight.T
     means = first.mean(0).unflatten(0, (-1, generator.channels))
     assert torch.allclose(generator.video.norm1.running_mean, means[: generator.video_positions].mean(0))
-    # Over the same 80 latents at once: train mode but for the unbiased variance and the split in two.
+    # Over the same 80 latents at once: train mode except for the unbiased variance and the split in two.
     assert (generator(z) - generator.train()(z)).abs().mean() < 0.01
     with pytest.raises(ValueError, match="at least one batch"):
         recompute_batchnorm(generator, [])

@@ -51,7 +51,7 @@ def looks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def fresh(clips, tmp_path_factory):
-    """A run whose features were computed anew in each of its six steps."""
+    """A run with features computed again in each of its six steps."""
     folder = tmp_path_factory.mktemp("fresh")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VGLANN_WEIGHTS", str(folder / "weights"))
@@ -68,7 +68,7 @@ def two_passes(wish):
 
 @pytest.mark.parametrize("cut", [1, 2])
 def test_kept_features_change_no_bit(clips, tmp_path, looks, fresh, cut):
-    """Of a training that stops at step `cut`, after which its features are kept anew."""
+    """Of a training that stops at step `cut`, after which its features are computed and kept again."""
     run, opened = new_run(tmp_path / "run", clips, two_passes("on")), ClipSet.open(clips, "train")
     new_training(opened, two_passes("on"), run).loop(max_steps=cut, log_every=1)
     looks.clear()
@@ -120,7 +120,7 @@ def test_a_signal_ends_the_first_look_at_the_clips(clips, tmp_path, monkeypatch,
 
 
 def test_no_look_at_the_clips_after_the_last_step(clips, tmp_path, monkeypatch, caplog):
-    """Features that were asked for and do not fit are no reason to lose a training that is done."""
+    """A finished training is not lost because the features that were asked for do not fit."""
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     options = tiny_options("modern", loss="lite0", batch_size=4, epochs=1, cache_features="on")
     run = new_run(tmp_path / "run", clips, options)

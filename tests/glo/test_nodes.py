@@ -35,7 +35,7 @@ def training(clips, out, **changes):
 
 
 def agents(words):
-    """Two agents that meet at a port of this machine, as those of two nodes meet at a port of the first."""
+    """Two agents that meet at a port of this machine, as the agents of two nodes meet at a port of the first."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Preset `paper` takes the author's training steps: his recorded run, in float64."""
+"""Preset `paper` takes the author's training steps: the author's recorded run, in float64."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from vglann_fast.run.folder import RunDir
 
 
 def blurred_as_recorded(planes, terms):
-    """His kernel was rounded to float32 before the run in float64; Adam amplifies that 3e-8 to 1 % in six steps."""
+    """The author's kernel was rounded to float32 before the float64 run; Adam amplifies 3e-8 to 1 % in six steps."""
     kernel = golden("lap_kernels")["kernel_size5_sigma2"][:1].to(planes)
     assert abs(kernel.sum().item() - sum(sum(column) * sum(row) for column, row in terms)) < 1e-7
     return F.conv2d(F.pad(planes[:, None], (2, 2, 2, 2), mode="replicate"), kernel)[:, 0]
@@ -27,7 +27,7 @@ def blurred_as_recorded(planes, terms):
 def author_run(tmp_path_factory):
     """Six steps over three epochs: (training, losses, latents after each epoch, the recording)."""
     expected = golden("glo_train_lap")
-    # His recording halves the rates every second epoch: a tenth of 20.
+    # The author's recording halves the rates every second epoch: a tenth of 20.
     options = replace(PRESETS["paper"].train, batch_size=2, epochs=20, lr_latents=0.01, lr_generator=0.001)
     run = RunDir(tmp_path_factory.mktemp("run"), {})
     training = new_training(FourClips(), options, run, dtype=torch.float64)

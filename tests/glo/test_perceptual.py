@@ -32,7 +32,7 @@ OTHER_WEIGHTS = r"other weights of lite0 \(sha256 aaaaaaaaaaaa, now bbbbbbbbbbbb
 
 
 def as_his(tensors, first):
-    """Weights that make of our R, G, B what his do, whose clips are B, G, R as the recordings."""
+    """Weights that give for our R, G, B what the author's weights give for B, G, R, as in the recordings."""
     return {**tensors, first: tensors[first].flip(1)}
 
 

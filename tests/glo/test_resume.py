@@ -1,4 +1,4 @@
-"""What a run goes through: a loss that is not finite, clips that move, new rates, two processes, few checkpoints."""
+"""Events of a training: a loss that is not finite, clips that move, new rates, two processes, few checkpoints."""
 
 import json
 import subprocess

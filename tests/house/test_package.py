@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +59,15 @@ def test_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     version, path = done.stdout.split()
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert path.startswith(str(tmp_path))
+
+
+def test_the_citation_names_the_paper_of_the_readme():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    (paper,) = citation["references"]
+    bibtex = (ROOT / "README.md").read_text().partition("```bibtex")[2].partition("```")[0]
+    assert f"{{{paper['title']}}}" in bibtex
+    assert all(f"{author['family-names']}, {author['given-names']}" in bibtex for author in paper["authors"])
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def test_its_videos_are_the_authors_with_the_colors_swapped(variant, tmp_path):
     theirs = load_generator(torch.load(files[0], weights_only=True), variant)
     z = trained.latents[:2]
     with torch.no_grad():
-        ours, his = trained.generator.eval()(z), theirs.eval()(z)
-    torch.testing.assert_close(ours, his[:, [2, 1, 0]])
-    assert (ours - his).abs().max() > 0.1
+        ours, expected = trained.generator.eval()(z), theirs.eval()(z)
+    torch.testing.assert_close(ours, expected[:, [2, 1, 0]])
+    assert (ours - expected).abs().max() > 0.1
 
 
 def test_files_that_are_something_else(imported, tmp_path):

@@ -136,7 +136,7 @@ def test_differences_are_grouped(folder):
     assert not (folder / "weights").exists()
 
 
-def test_a_file_of_another_network_is_recognised(folder):
+def test_a_file_of_another_network_is_recognized(folder):
     torch.save(vgg16_state(), folder / "vgg.pth")
     message = one_line_error(import_weights, "i3d", folder / "vgg.pth")
     assert "it is a file of vgg16" in message

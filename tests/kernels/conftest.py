@@ -77,7 +77,7 @@ def patch_the_language_once_a_launch() -> None:
 
     Triton replaces the functions of `triton.language` when a launch begins and again whenever a kernel calls a
     function of its own, which changes nothing more and costs more than most functions do. The scope of the first
-    time restores them when the launch ends; those of other times have no use.
+    time restores them when the launch ends; the scopes of other times have no use.
     """
     from triton import language
     from triton.runtime import interpreter

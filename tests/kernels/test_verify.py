@@ -54,7 +54,7 @@ def stand_in(wrong=0.0):
 
 
 def test_gradients_in_bfloat16_are_compared_where_they_are_decided(monkeypatch):
-    """What a GPU will show: the reference rounds the video and turns signs, a kernel does not and keeps its limit."""
+    """As on a GPU: the reference rounds the video and turns signs, a kernel does not and keeps its limit."""
     shapes = verify.Shapes(batch=2, frames=2, size=64, device="cpu", dtype="bfloat16")
     monkeypatch.setattr(verify, "composite_laplacian_loss", stand_in())
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_what_a_band_near_zero_reaches_is_undecided():
     difference.requires_grad_()
     assert not verify.undecided(difference, [difference], shapes, 1e-6)[0].any()
     level = torch.zeros(1, 16, 16, dtype=torch.float64)
-    level[:, :, 8:] = 1  # level but for an edge: bands are 0 up to two columns from it
+    level[:, :, 8:] = 1  # level except for an edge: bands are 0 up to two columns from it
     level.requires_grad_()
     (out,) = verify.undecided(level, [level], shapes, 1e-6)
     assert out.any(dim=1)[0].tolist() == [True] * 16

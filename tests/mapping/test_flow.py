@@ -88,7 +88,7 @@ def test_begins_as_a_normal_distribution_near_the_latents(kind):
 
 
 def test_the_best_epoch_is_kept():
-    """Few latents, many steps: it learns them by heart, and what is kept is from before."""
+    """Few latents, many steps: it overfits them, and what is kept is from before."""
     pytest.importorskip("zuko")
     options = replace(small("autoregressive"), batch_size=5, epochs=30, lr=3e-2)
     mapping, rows, unseen = AutoregressiveFlow(4, options), [], two_arcs(200, 5)

@@ -24,7 +24,7 @@ def test_sampler_matches_the_author():
     assert relative_l2(mapping.mean, expected["mean"]) < 1e-6
     assert relative_l2(mapping.factor.T @ mapping.factor, expected["cov"]) < 1e-6
     axes = expected["svd_s"].sqrt()[:, None] * expected["svd_vt"]
-    signs = (mapping.factor * axes).sum(1).sign()  # those of singular vectors are arbitrary
+    signs = (mapping.factor * axes).sum(1).sign()  # signs of singular vectors are arbitrary
     samples = mapping.from_noise(expected["standard_normals"] * signs)
     assert relative_l2(samples, expected["samples"]) < 1e-6
 

@@ -88,7 +88,7 @@ def test_a_kept_match_is_looked_at_without_training():
 
 
 def test_a_regression_restarts_and_forgets():
-    """What a capture needs: after `nothing_happened` and `restart` the steps are those of a new optimizer."""
+    """As a capture needs: after `nothing_happened` and `restart` the steps equal the steps of a new optimizer."""
     latents, noise = torch.randn(40, 3), torch.randn(40, 5)
     order = torch.randperm(40)
     results = []
@@ -181,7 +181,7 @@ first = dist.get_rank() == 0
 dist.destroy_process_group()
 assert all(map(torch.equal, alone[0], together[0]))
 assert alone[1] == together[1]
-# Every epoch begins with the network of the first process, which also says what is matched anew; Adam's moments of
+# Every epoch begins with the network of the first process, which also says what is matched again; Adam's moments of
 # the others reach nothing.
 assert not first or alone[1] == parted
 """

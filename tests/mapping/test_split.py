@@ -1,4 +1,4 @@
-"""What of a run's latents is set aside: whole shots, where they are known."""
+"""The latents of a run that are held out: whole shots, where they are known."""
 
 import json
 import shutil

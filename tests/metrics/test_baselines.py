@@ -40,7 +40,7 @@ class CountedClips:
 
 
 def random_clips(count, frames=4, size=4, rank=None, seed=0):
-    """Clips whose variances fall off slowly along `rank` directions, as those of videos do."""
+    """Clips whose variances fall off slowly along `rank` directions, as the variances of videos do."""
     rng = np.random.default_rng(seed)
     length = 3 * frames * size * size
     rank = rank or length
@@ -111,7 +111,7 @@ def test_the_still_is_the_mean_frame_by_hand():
 
 
 def exact_pca(train, clips, components):
-    """What the components of an exact SVD keep of clips, as uint8."""
+    """Project clips on the components of an exact SVD, as uint8."""
     rows = train.reshape(len(train), -1).astype(np.float64)
     mean = rows.mean(0)
     directions = np.linalg.svd(rows - mean, full_matrices=False)[2][:components]

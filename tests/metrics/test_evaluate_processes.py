@@ -80,5 +80,5 @@ def test_three_processes_find_what_one_finds(runs, tmp_path, monkeypatch, block,
     together = [records(run) for run in runs]
     for name in alone[0]:
         assert [one[name] for one in together] == [one[name] for one in alone]
-    # The clips of the second run are those of the first, so their features were known, to all processes.
+    # The second run has the clips of the first, so their features were known, to all processes.
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2

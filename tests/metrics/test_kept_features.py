@@ -1,4 +1,4 @@
-"""kept_features.py: features of clips are computed once, and never taken for those of other clips or weights."""
+"""kept_features.py: features of clips are computed once, and never taken for features of other clips or weights."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def test_a_second_evaluation_computes_no_features_of_clips(tmp_path, monkeypatch
         assert main(words) == 0
         counts.append(counting.seen)
         records.append((run.path / "evaluation" / "gaussian.json").read_bytes())
-    assert counts == [9 + 7 + 2 * 7, 2 * 7]  # videos of two sources are made anew
+    assert counts == [9 + 7 + 2 * 7, 2 * 7]  # videos of two sources are made again
     assert records[0] == records[1]
     real = ClipSet.open(run.options["clips"], "test")
     assert counting.of(real.read(np.argsort(real.ids)))[1] == 0

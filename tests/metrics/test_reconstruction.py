@@ -106,7 +106,7 @@ def test_clips_of_another_training_are_refused(run, tmp_path):
 
 
 def test_every_clip_keeps_its_place(run):
-    """Batches take every k-th clip; measures and videos are in the order of the clips all the same."""
+    """Batches take every k-th clip; measures and videos are still in the order of the clips."""
     folder, record = reconstruct(run.path)
     videos, originals = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("video", "original"))
     assert record["shown"] == record["per_clip"]["id"]

@@ -9,7 +9,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.nets.resnet3d import TAPS, ResNet3d, shortcut_of
 
 NAMES = ("resnet50-3d", "resnext101-3d")
-# His lists of features: the last is named, but never looked at, by the ResNeXt.
+# The author's lists of features: the last is named, but never looked at, by the ResNeXt.
 COUNTED = {
     "resnet50-3d": ("pool", "layer1", "layer2", "layer4"),
     "resnext101-3d": ("pool", "layer1", "layer2"),
@@ -69,7 +69,7 @@ def test_distance(name, mode, states, videos):
     with torch.no_grad():
         levels += zip(features, network(real, taps), strict=True)
     if name == "resnext101-3d":
-        levels.append(levels[-1])  # his list names the last one twice
+        levels.append(levels[-1])  # the author's list names the last one twice
     loss = sum((a - b).abs().flatten(1).mean(1) for a, b in levels)
     loss.mean().backward()
     assert torch.allclose(loss.double(), expected["loss"], rtol=1e-5)

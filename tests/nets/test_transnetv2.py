@@ -29,7 +29,7 @@ def near(x):
 
 
 def color_counts(frames):
-    """How often each of 8 x 8 x 8 colors occurs in frames (T, h, w, 3); [T, 512]."""
+    """Count each of 8 x 8 x 8 colors in frames (T, h, w, 3); [T, 512]."""
     counts = np.zeros((len(frames), 8, 8, 8))
     for t, frame in enumerate(frames):
         for color in frame.reshape(-1, 3) // 32:

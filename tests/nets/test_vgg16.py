@@ -7,7 +7,7 @@ from golden_data import golden, network_state, relative_l2
 from vglann_fast.errors import VglannError
 from vglann_fast.nets.vgg16 import VGG16
 
-# What his list of layers 2, 7, 12, 21 holds, whose ReLUs write over what comes before them; and what it says.
+# What the author's list of layers 2, 7, 12, 21 has, whose ReLUs write over what comes before them; and what it says.
 RECORDED = {2: (3, 7), 3: (3, 8, 12), 4: (3, 8, 13, 21)}
 AS_WRITTEN = {2: (2, 7), 3: (2, 7, 12), 4: (2, 7, 12, 21)}
 

@@ -1,4 +1,4 @@
-"""What the report shows of an evaluation, and of a damaged one."""
+"""The evaluation of a run in the report, whole and damaged."""
 
 import json
 from xml.etree import ElementTree

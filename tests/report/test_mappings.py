@@ -1,4 +1,4 @@
-"""What the report says of a run's mappings side by side, and of an ablation beside it."""
+"""The mappings of a run side by side in the report, and an ablation beside it."""
 
 import json
 from xml.etree import ElementTree

@@ -142,7 +142,7 @@ def make_run(run: Path, clips: int = 3, samples: int = 2, frames: int = 8, size:
 
 
 class Page(HTMLParser):
-    """What a browser would find in a page: its elements and its visible text."""
+    """A page as a browser finds it: its elements and its visible text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ def test_mappings_are_loaded_and_sampled(old, capsys):
 
 
 def test_a_replay_repeats_every_command_in_its_history(old, capsys):
-    """Digits are those of another machine, so the verdicts may differ; the options may not."""
+    """Digits come from another machine, so the verdicts may differ; the options may not."""
     capsys.readouterr()
     assert main(["replay", "run", "--out", "again", "--device", "cpu"]) in (0, 1)
     verdicts = dict(

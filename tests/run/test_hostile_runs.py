@@ -1,4 +1,4 @@
-"""What the files of a run say of each other, and lies: refused in one line, before they cost anything."""
+"""Files of a run that contradict each other are refused in one line, before they cost anything."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def changed():
 
 
 def load_in_child(run, kind):
-    """What `load_mapping` says in a process of a gigabyte and half a minute."""
+    """Return the error of `load_mapping` in a process of a gigabyte and half a minute."""
 
     def load():
         with pytest.raises(VglannError) as caught:

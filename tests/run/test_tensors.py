@@ -88,7 +88,7 @@ def test_headers_that_lie_are_refused_or_read_as_the_library_reads_them(tmp_path
         return
     try:
         expected = load(content)
-    except (SafetensorError, KeyError):  # extra fields and metadata that are no text do no harm
+    except (SafetensorError, KeyError):  # extra fields and metadata that are not text do no harm
         return
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

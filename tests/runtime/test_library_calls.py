@@ -55,7 +55,7 @@ def run(template, tmp_path, monkeypatch):
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16], ids=str)
 def host_state(request):
-    """What a host program may have set, and a way to look at it."""
+    """Settings that a host program may have made, and a way to look at them."""
     before = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(request.param)
     torch.manual_seed(5)

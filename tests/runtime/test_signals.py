@@ -20,7 +20,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def usual_handlers():
-    """What a fresh program has; pytest's own may differ."""
+    """The handlers of a fresh program; pytest's own may differ."""
     usual = {
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGINT: signal.default_int_handler,

@@ -21,7 +21,7 @@ POSITIVE = whole(1)
 # More is a slip of the hand: each thread is started, and PyTorch's own limit is a traceback.
 _THREADS = whole(1, 1024)
 ALL_KINDS = "all kinds"
-# Presets whose values --help shows; `vglann train … --preset NAME --dry-run` prints those of any.
+# Presets whose values --help shows; `vglann train … --preset NAME --dry-run` prints the values of any.
 _SHOWN: tuple[PresetName, ...] = ("paper", "modern", "demo")
 BRACKETS = "In brackets: the value of preset modern, then of paper and demo where they have another."
 
@@ -190,7 +190,7 @@ def _map_defaults(name: str, kinds: Sequence[str]) -> str:
 
 
 def _defaults(values: Mapping[PresetName, Any]) -> str:
-    """Return the value of preset modern, then that of presets with another: "0.03; paper, demo 0.01"."""
+    """Return the value of preset modern, then values of presets that differ: "0.03; paper, demo 0.01"."""
     texts: dict[str, list[str]] = {_text(values["modern"]): []}
     for name, value in values.items():
         texts.setdefault(_text(value), []).append(name)

@@ -1,4 +1,4 @@
-"""What a command computes on, from its arguments --device and --kernels."""
+"""The device and kernels of a command, from its arguments --device and --kernels."""
 
 from argparse import Namespace
 from typing import Any

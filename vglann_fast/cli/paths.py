@@ -12,7 +12,7 @@ _TILDE = re.compile(r"(--?[\w-]+=)?(~[^/]*)(.*)", re.DOTALL)
 def expand_user(word: str) -> str:
     """Return an argument with the home folder in place of a leading `~` or `~user` of its value.
 
-    As in a shell `./~` is a folder of that name, and so is `~name` where there is no such user.
+    As in a shell `./~` is a folder of that name, and so is `~name` where no such user exists.
     Raises `VglannError` where this user has no home folder.
     """
     match = _TILDE.fullmatch(word)

@@ -1,4 +1,4 @@
-"""Standard streams as a command finds them: closed, without a terminal, of few letters, or those of a host program.
+"""Standard streams as a command finds them: closed, without a terminal, of few letters, or set by a host program.
 
 What a command prints is about work that is done, so no alphabet and no closed stream may turn it into a failure.
 """

@@ -1,7 +1,7 @@
 """One decoded video -> its clips: where they lie, what they are called, which split they are in, their pixels.
 
 A clip's id is the first 16 hex digits of the sha256 of "SHA256 first_frame x,y,width,height stride T size",
-followed by " stabilized" where it is that; SHA256 is that of the source file. So an id does not depend on names
+followed by " stabilized" where it is that; SHA256 is the hash of the source file. So an id does not depend on names
 or on the other sources, and clips with other pixels have other ids.
 """
 
@@ -23,7 +23,7 @@ SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the content of a clip folder; `pack` explains each."""
+    """Options that decide the content of a clip folder; `pack` explains each."""
 
     frames: int = 32
     size: int = 64

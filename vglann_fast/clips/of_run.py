@@ -11,7 +11,7 @@ _LISTED = 10  # ids named of the missing, and of the new
 
 
 def has_clips(run: RunDir) -> bool:
-    """Whether the run was trained here, on clips; an imported one was not."""
+    """Return True if the run was trained here, on clips; an imported one was not."""
     return run.options["clips"] is not None
 
 
@@ -32,7 +32,7 @@ def open_clips(run: RunDir, *, verify: bool = False) -> ClipSet:
 
 
 def clip_changes(trained: Sequence[str], present: Sequence[str]) -> str:
-    """What became of the clips, in words; empty if they are the same in the same order."""
+    """Describe what became of the clips; empty if they are the same in the same order."""
     if list(trained) == list(present):
         return ""
     missing, new = sorted(set(trained) - set(present)), sorted(set(present) - set(trained))

@@ -43,7 +43,7 @@ def show(folder: str | Path, out: str | Path) -> list[str]:
     """Write a contact sheet (PNG) of up to 16 clips of a clip folder; return their ids, top row first.
 
     Clips are taken in turn from each source, spread over its length.
-    Raises `VglannError` if the folder is no clip folder or `out` is no .png.
+    Raises `VglannError` if the folder is not a clip folder or `out` is not a .png.
     """
     if Path(out).suffix.lower() != ".png":
         raise VglannError(f"{out}: a contact sheet is written as .png")

@@ -6,7 +6,7 @@ a large even area over a bin edge would look like a cut, so the histogram is tak
 half a bin, and the smaller distance counts.
 
 A cut lies between two frames whose distance is at least `MIN_DISTANCE`, the largest among the two before and
-the two after, and at least `MEDIAN_FACTOR` times the median of the `NEIGHBOURS` before and after: fast motion
+the two after, and at least `MEDIAN_FACTOR` times the median of the `NEIGHBORS` before and after: fast motion
 and flicker make many large distances in a row, a cut makes one. Going into black and coming out of it are
 cuts, too, so a fade through black parts two shots. Dissolves are not found.
 
@@ -21,7 +21,7 @@ import numpy as np
 
 MIN_DISTANCE = 0.15
 MEDIAN_FACTOR = 4.0
-NEIGHBOURS = 8
+NEIGHBORS = 8
 BLACK_LEVEL = 8  # mean of a black frame is below this, of 255
 
 _BIN = 32
@@ -46,7 +46,7 @@ def find_cuts(distances: np.ndarray) -> list[int]:
     """Frames that begin a new shot, ascending, from `frame_distances`; frame 0 is not among them."""
     cuts = []
     for i in np.flatnonzero(distances >= MIN_DISTANCE):
-        before, after = distances[max(i - NEIGHBOURS, 0) : i], distances[i + 1 : i + 1 + NEIGHBOURS]
+        before, after = distances[max(i - NEIGHBORS, 0) : i], distances[i + 1 : i + 1 + NEIGHBORS]
         median = np.median(np.concatenate((before, after))) if len(distances) > 1 else 0
         largest = max(before[-2:].max(initial=0), after[:2].max(initial=0))
         if distances[i] >= max(MEDIAN_FACTOR * median, largest):

@@ -13,7 +13,7 @@ many faint keypoints, by less than 0.7 (`vglann_fast/experiments/stabilization.p
 
 A motion is float64 (12,): the homography that takes pixels of a frame to pixels of the frame before it, row by
 row, then the number of its inliers, the number of matches, and the median distance in pixels by which inliers
-miss. It is NaN where there is no homography to be had. Pixels are those of the upright source frame, the
+miss. It is NaN where no homography was found. Pixels are pixels of the upright source frame, the
 center of the first being (0, 0).
 """
 
@@ -29,7 +29,7 @@ MIN_MATCHES = 10
 RANSAC_PIXELS = 5.0
 ERODED = 5  # pixels, the side of the square by which the seen area shrinks: its rim is half black
 REFITS = 3  # of the homography, each to the points within 3 times the median miss of those before
-MIN_REFIT_PIXELS = 0.3  # points as near as this always count: keypoints are no more exact
+MIN_REFIT_PIXELS = 0.3  # points as near as this always count: keypoints are not more exact
 CONTRAST = 0.02  # of a keypoint, half of SIFT's usual: blurred backgrounds have few strong ones
 LOOK_AT = 480  # pixels: larger frames are looked at with this short side
 MAX_FEATURES = 2000  # of a frame, the strongest: matching them all costs the square
@@ -41,7 +41,7 @@ _INLIERS, _MATCHES, _RESIDUAL = 9, 10, 11
 
 @dataclass(frozen=True)
 class Stabilization:
-    """How well a clip could be stabilized, as it stands in the index.
+    """Quality of the stabilization of a clip, as it stands in the index.
 
     inliers: mean number of inliers of a homography. residual: median over its frames of the median distance, in
     pixels of the source, by which inliers miss. rejected_frames: share of the frames, but the first, without a
@@ -108,7 +108,7 @@ class Tracker:
 
 
 def resizing(width: int, height: int, new_width: int, new_height: int) -> np.ndarray:
-    """The homography of a resize: pixel centers of the old picture to those of the new one."""
+    """The homography of a resize: pixel centers of the old picture to pixel centers of the new one."""
     x, y = new_width / width, new_height / height
     return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
@@ -122,7 +122,7 @@ def stabilize(
     the source frames after one of `frames` up to the next; no steps if the next is the same frame again.
     frame_size: (width, height) of the source frame, which the motions are in.
 
-    The frames are None when there is no homography for one of them, or one that no camera makes, or when more
+    The frames are None when one of them has no homography, or one that no camera makes, or when more
     than half of a frame would show frames before it.
     """
     passed = np.concatenate(motions)
@@ -203,7 +203,7 @@ def _missed(homography: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.n
 
 
 def _keeps_order(homography: np.ndarray, width: int, height: int) -> bool:
-    """Whether the corners of the picture stay a convex quadrangle, not mirrored, in front of the camera."""
+    """Return True if the picture's corners stay a convex quadrangle, not mirrored, in front of the camera."""
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], float)
     x, y, depth = homography @ np.column_stack([corners, np.ones(4)]).T
     if not (np.isfinite(depth).all() and (depth > 1e-3).all()):

@@ -3,7 +3,7 @@
 A strip of height h holds h // 128 frames. A clip that runs past the last frame repeats it, so every strip gives at
 least one clip. At a size of 64 each pixel is the rounded mean of 2x2, (sum + 2) >> 2, which is what OpenCV's
 resize by areas computes. Rows left over, fewer than 128, are stretched to one frame more, after which the last
-whole frame is shown. All of this is bit for bit what the paper's author's loader gives, but for his swapped colors.
+whole frame is shown. All of this is bit for bit what the GLANN-VIDEO loader gives, except its swapped colors.
 
 An image is taken for a strip if it is a JPEG 128 wide and at least four frames high: no video is that narrow.
 """
@@ -21,11 +21,11 @@ _HEAD = 2**18  # bytes in which the size of a JPEG must be found; metadata may c
 
 
 class NotAStrip(Exception):
-    """The file is no strip; the message says why, in words that go behind its name."""
+    """The file is not a strip; the message says why, in words that go behind its name."""
 
 
 def is_strip(path: Path) -> bool:
-    """Whether the file looks like a strip, by its header."""
+    """Return True if the file looks like a strip, by its header."""
     size = _jpeg_size(path)
     return size is not None and size[0] == SIDE and size[1] >= _LEAST_FRAMES * SIDE
 
@@ -70,7 +70,7 @@ def strip_frames(strip: np.ndarray) -> np.ndarray:
 
 
 def frame_numbers(start: int, frames: int, stride: int, count: int) -> np.ndarray:
-    """Which of `count` frames a clip shows, int64 (frames,): past the last one, that one again and again."""
+    """Return which of `count` frames a clip shows, int64 (frames,); past the end the last one repeats."""
     return np.minimum(start + stride * np.arange(frames), count - 1)
 
 
@@ -89,7 +89,7 @@ def _jpeg_size(path: Path) -> tuple[int, int] | None:
     at = 2
     while at + 9 <= len(head) and head[at] == 0xFF:
         marker = head[at + 1]
-        # Start of frame is C0 to CF, but for the tables C4, C8, CC among them.
+        # Start of frame is C0 to CF, except the tables C4, C8, CC among them.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = head[at + 5 : at + 7], head[at + 7 : at + 9]
             return int.from_bytes(width, "big"), int.from_bytes(height, "big")

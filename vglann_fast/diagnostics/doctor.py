@@ -1,4 +1,4 @@
-"""What will run on this machine, and why: versions, GPU, the implementation of each op, known-bad combinations.
+"""Report what runs on this machine, and why: versions, GPU, the implementation of each op, known-bad combinations.
 
 With --json one object instead of lines:
 
@@ -47,7 +47,7 @@ Level = Literal["PASS", "WARN", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, how it is, and in `text` what is wrong and what to do, or what was measured."""
+    """One check: its name, its status and, in `text`, the problem with its remedy or the measured value."""
 
     name: str
     level: Level
@@ -200,7 +200,7 @@ def _installations() -> Iterator[Finding]:
 
 
 def codecs() -> Finding:
-    """Whether PyAV, where it is installed, can read and write what this project does."""
+    """Check that PyAV, where it is installed, can read and write what this project does."""
     try:
         from av.codec import Codec
         from av.error import FFmpegError

@@ -14,7 +14,7 @@ def verify_run(path: str | Path, device: Any, seed: int = 0) -> int:
     one line a quantity.
 
     Where no Triton kernel can run it says so and compares the references alone. Returns 1 when a line is over its
-    limit, else 0. Raises `VglannError` when `path` is no run or the kernels do not take its shapes.
+    limit, else 0. Raises `VglannError` when `path` is not a run or the kernels do not take its shapes.
     """
     from vglann_kernels.launch import why_no_triton
     from vglann_kernels.verify import Shapes, report

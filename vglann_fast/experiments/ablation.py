@@ -1,4 +1,4 @@
-"""Why the paper's reconstructions fail: from preset `paper` to preset `modern-2026a`, one change at a time.
+"""Ablation of the paper's reconstructions: from preset `paper` to preset `modern-2026a`, one change at a time.
 
     vglann clips fetch L                                # the film; prints the folder
     vglann clips pack FOLDER/bbb.mp4 --out CLIPS        # split by shot
@@ -9,7 +9,7 @@
 Two regimes. "short" is training as it is: an epoch of the clips at hand, some dozen steps. "long" adds what an
 epoch of the paper's 50,000 clips does to the latents: between two real steps come K = round(50000 / N) - 1 Adam
 steps over the latent table with a gradient of zero, which is what dense Adam does to a row while other clips have
-their turn. Moments, step counts, bias correction and the renormalization at the epoch's end are then those of a long
+their turn. Moments, step counts, bias correction and the renormalization at the epoch's end are then as in a long
 epoch. What it leaves out: the generator takes the real steps alone, so it neither learns from the other clips nor
 moves on between two visits of a clip. Row-wise Adam leaves rows outside the batch as they are, so its rows are the
 same in both regimes and are trained once.
@@ -91,7 +91,7 @@ class PlannedTraining(NamedTuple):
 
 
 def options_of(row: str) -> TrainOptions:
-    """The options of a row: those of all rows up to it, at the size of this study."""
+    """The options of a row: the options of all rows up to it, at the size of this study."""
     options = PRESETS["modern-2026a" if row in VARIANTS else "paper"].train
     if row in VARIANTS:
         options = replace(options, **VARIANTS[row])
@@ -104,7 +104,7 @@ def options_of(row: str) -> TrainOptions:
 
 
 def same_training(one: str, other: str) -> bool:
-    """Whether the trainings of two rows are one and the same."""
+    """Return True if the trainings of two rows are one and the same."""
     return replace(options_of(one), **UNUSED) == replace(options_of(other), **UNUSED)
 
 
@@ -140,7 +140,7 @@ def idle_steps(clips: int) -> int:
 
 
 def train_all(clips_folder: Path, runs: Path, only: list[str]) -> None:
-    """Train what is planned and not finished; a training that was stopped goes on from there."""
+    """Train what is planned and not finished; a training that was stopped is resumed."""
     clips = ClipSet.open(clips_folder, "train")
     for wanted in plan():
         folder = runs / wanted.folder
@@ -152,7 +152,7 @@ def train_all(clips_folder: Path, runs: Path, only: list[str]) -> None:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a training was taken to its end."""
+    """Return True if a training was taken to its end."""
     begun = (folder / "options.json").is_file() and RunDir.open(folder).checkpoints.exist()
     return begun and RunDir.open(folder).checkpoints.load()[0]["finished"]
 
@@ -195,7 +195,7 @@ def measure_all(clips_folder: Path, runs: Path, out: Path) -> None:
 
 
 def quality(folder: Path, mode: str, clips: ClipSet) -> dict[str, Any]:
-    """What `measure` finds in a run; kept in the run's folder, since it takes a minute."""
+    """Return what `measure` finds in a run; kept in the run's folder, since it takes a minute."""
     file = folder / f"quality-{mode}.json"
     if not file.is_file():
         write_json(file, measure(load_trained(RunDir.open(folder)), mode, clips))

@@ -49,7 +49,7 @@ class Clocks:
         )
 
     def taken(self) -> dict[str, Any]:
-        """What was sampled since the last call: ranges, and the throttle reasons seen in any sample."""
+        """Return what was sampled since the last call: ranges, and the throttle reasons seen in any sample."""
         if self.why_not:
             return {"not_sampled": self.why_not}
         samples, self.samples = self.samples, []

@@ -1,7 +1,7 @@
-"""The training step as the paper's author wrote it, in his order of operations: the baseline of bench_glo_step.
+"""The training step of the GLANN-VIDEO code, in its order of operations: the baseline of bench_glo_step.
 
 One layer per output, contiguous tensors, float32, the background repeated over time, a loss call per frame that
-builds the pyramids of both images, dense Adam over all latents. Names of layers are those of his checkpoints, so
+builds the pyramids of both images, dense Adam over all latents. Names of layers are as in its checkpoints, so
 `interop.glann_video` reads its weights into ours and both compute the same loss.
 """
 
@@ -71,7 +71,7 @@ class GlannVideoGenerator(nn.Module):
 
 
 class FrameLoss(nn.Module):
-    """His Laplacian loss of one frame: pictures [B, 3, H, W], 3 levels and the residual, his sum kernel."""
+    """The author's Laplacian loss of one frame: pictures [B, 3, H, W], 3 levels and the residual, a sum kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class FrameLoss(nn.Module):
 
 
 class GlannVideoStep:
-    """One step of his training. `clips` [N, 3, T, H, W] uint8 on the device, mapped to [0, 1] as he does."""
+    """One step of the author's training. `clips` [N, 3, T, H, W] uint8 on the device, mapped to [0, 1] as there."""
 
     def __init__(self, generator: GlannVideoGenerator, latents: Tensor, clips: Tensor) -> None:
         self.generator = generator.train()

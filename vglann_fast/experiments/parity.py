@@ -5,8 +5,8 @@
 All steps are full ones, and the preset's schedule ends with the last. The clips are the same in the same order. The
 first training is in float32 with plain PyTorch; each of the others changes one thing more: bfloat16, the Triton
 kernels, the CUDA graph. Prints the PSNR of each over all clips, rendered in float32 by plain PyTorch with BatchNorm's
-statistics taken anew. Exit code 1 when one is more than 0.3 dB from the first or could not be trained. A CPU has the
-first two rows.
+statistics estimated again. Exit code 1 when one is more than 0.3 dB from the first or could not be trained. A CPU has
+the first two rows.
 
 A graph that passes here may be named in `TESTED` of vglann_fast/glo/compatibility.py, as it is printed: then
 --cuda-graph auto uses it.

@@ -43,7 +43,7 @@ RunCommand = Callable[
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an artifact came out the same; None where it could not be made once more. `detail` says why not."""
+    """An artifact, and if it came out the same: None where it could not be made again. `detail` says why not."""
 
     artifact: str
     same: bool | None
@@ -246,7 +246,7 @@ def _compare_training(run: RunDir, second: RunDir) -> Iterator[Verdict]:
 
 
 def _differences(ours: Mapping[str, "Tensor"], theirs: Mapping[str, "Tensor"]) -> str:
-    """How the tensors differ, in words; empty when every bit is the same."""
+    """Describe how the tensors differ; empty when every bit is the same."""
     if ours.keys() != theirs.keys():
         return f"other tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:3])}"
     wrong = [n for n, t in ours.items() if t.numpy().tobytes() != theirs[n].numpy().tobytes()]

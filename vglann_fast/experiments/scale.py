@@ -3,7 +3,7 @@
     python -m vglann_fast.experiments.scale FOLDER [--step-ms 1040]
 
 FOLDER: an empty folder for clip folders of holes, which are removed again. Disk, index and its loading are measured
-there. Memory is that of `memory_table`, as `vglann train` prints it when a device is full: activations are estimated,
+there. Memory is as in `memory_table`, as `vglann train` prints it when a device is full: activations are estimated,
 the rest is exact. It knows nothing of the CUDA context, of cuDNN's workspaces and of what PyTorch's allocator leaves
 unused, so a batch counts as fitting up to `ROOM` of the memory. No figure of a GPU is measured.
 """

@@ -1,13 +1,13 @@
-"""How exactly the motion of a camera is found, and how still the picture stands afterwards, as a Markdown table.
+"""Accuracy of camera motion, and how still the picture stands afterwards, as a Markdown table.
 
     python -m vglann_fast.experiments.stabilization FILM[:FRAME] ...      # frame 0 unless one is named
 
-A frame of each film, of 1280x720 or more, is filmed anew for 32 frames through a window of 768x432 in its middle that
-moves by 1.8 pixels a frame, narrows by 0.6 % or turns by 0.45°. The row `as it is` has the film's own 32 frames.
+A frame of each film, of 1280x720 or more, is filmed again for 32 frames through a window of 768x432 in its middle
+that moves by 1.8 pixels a frame, narrows by 0.6 % or turns by 0.45°. The row `as it is` has the film's own 32 frames.
 
 off         the farthest that any of the 31 homographies from frame to frame takes any of 17 x 17 points of a frame
             from where it belongs, in pixels
-in all      the same of the homographies to the first frame, which are their products
+in all      likewise, of the homographies to the first frame, which are their products
 flow        median of the optical flow from frame to frame in the middle of the picture, at 128 rows, in pixels: of
             what fills most of the picture
 ms a frame  for keypoints and matches, processor time
@@ -37,7 +37,7 @@ def about_the_middle(matrix: list[list[float]]) -> np.ndarray:
     return middle @ np.array([*matrix, [0, 0, 1]]) @ np.linalg.inv(middle)
 
 
-# Number of a frame -> the homography from its pixels to those of the first.
+# Number of a frame -> the homography from its pixels to the pixels of the first.
 CAMERAS: dict[str, Callable[[int], np.ndarray]] = {
     "pan": lambda t: about_the_middle([[1, 0, PAN * t], [0, 1, 0]]),
     "zoom": lambda t: about_the_middle([[ZOOM**-t, 0, 0], [0, ZOOM**-t, 0]]),

@@ -4,8 +4,8 @@ A table is a folder:
 
     <loss>/                  a run like any other, for every verb that takes one
     samples/<loss>/<kind>/   some videos of each cell, see `samples/write.py`; samples/real/: some real clips
-    table.json               what was made, written anew after each part of it, so that a table that was cut short
-                             goes on where it was
+    table.json               what was made, rewritten after each part of it, so that a table that was cut short
+                             continues where it was
     table.md, table.html     the results, and the same as a page
 
 table.json: {"format": "vglann-table", "version": 1, "clips": folder, "preset", "seed", "train": {options but the
@@ -61,7 +61,7 @@ log = logging.getLogger("vglann_fast")
 
 @dataclass(frozen=True)
 class Grid:
-    """What a table is to be of.
+    """Definition of a table.
 
     train: options of all trainings; its loss is replaced by each of `losses`. Mappings have their preset's options.
     features: names that `evaluate` takes; n: videos on each side, by default as it chooses.
@@ -78,7 +78,7 @@ class Grid:
     n: int | None
 
     def run_options(self, loss: str, clips: ClipSet) -> dict[str, Any]:
-        """What the options.json of the run of `loss` is to hold."""
+        """Return the content that the options.json of the run of `loss` must have."""
         return {
             "preset": self.preset,
             "seed": self.seed,
@@ -94,7 +94,7 @@ class Grid:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """How cells are measured, as table.json has it."""
+        """The settings of the measurement of cells, as table.json has them."""
         return {
             "features": list(self.features),
             "n": self.n,
@@ -121,7 +121,7 @@ class Part:
 
 
 def plan_table(grid: Grid, *, device: torch.device | str = "cpu") -> dict[str, Part]:
-    """What `make_table` would do for each loss. Writes nothing.
+    """Return what `make_table` would do for each loss. Writes nothing.
 
     Raises `VglannError` for everything that can be known to go wrong: unknown names, missing weights, clips or
     options that do not fit, and runs and mappings that are there with other options.
@@ -175,7 +175,7 @@ def _head(grid: Grid) -> dict[str, Any]:
 
 
 def _checked(grid: Grid, device: torch.device | str) -> tuple[dict[str, Part], ClipSet, Sides]:
-    """The plan, the training clips, and those of the evaluation."""
+    """The plan, the training clips, and the clips of the evaluation."""
     _names("--losses", grid.losses, LOSSES)
     _names("--mappings", grid.kinds, tuple(KINDS))
     clips = ClipSet.open(grid.clips, "train")
@@ -243,7 +243,7 @@ def _new_row(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(grid: Grid, loss: str, clips: ClipSet, row: dict[str, Any]) -> Part:
-    """What is to be done for a run, `row` being its part of table.json. Raises `VglannError` for other options."""
+    """Plan what to do for a run, `row` being its part of table.json. Raises `VglannError` for other options."""
     path = grid.out / loss
     if not (path / "options.json").is_file():
         RunDir.new(path, {})  # raises when something else is there
@@ -288,7 +288,7 @@ def _mapping_digest(run: Path, kind: str) -> str:
 
 
 def _is_kept(run: Path, kind: str, digest: str | None) -> bool:
-    """Whether the mapping is there, and the very one that table.json has."""
+    """Return True if the mapping is there, and is the very one that table.json has."""
     return (run / "mapping" / kind / MAPPING_FILE).is_file() and _mapping_digest(run, kind) == digest
 
 
@@ -330,7 +330,8 @@ def _measure(grid: Grid, loss: str, row: dict[str, Any], device: torch.device | 
     )
     run = RunDir.open(path)
     for kind in grid.kinds:
-        trained = load_trained(run, device)  # anew: drawing changes the generator's BatchNorm statistics
+        # Loaded again, because drawing changes the generator's BatchNorm statistics.
+        trained = load_trained(run, device)
         latents = draw_latents(trained, load_mapping(run, kind, device), SHOWN, grid.seed)
         record = {"seed": grid.seed, "mapping": kind, "n": SHOWN, "step": trained.step}
         videos = render(trained, latents).video

@@ -87,7 +87,7 @@ def compiled(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def keep_band_matrices() -> None:
-    """Make the band matrices of the eager loss once: made anew at each call they would flatter ours."""
+    """Make the band matrices of the eager loss once: made again at each call they would flatter ours."""
     made, kept = laplacian_reference.band_matrix, {}
 
     def band_matrix(n: int, taps: Any, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from vglann_fast.glo.generator import TwoStreamGenerator
 
 
 class GeneratorAverage:
-    """A second generator whose parameters follow those of `generator`; it is not trained and draws no gradients.
+    """A second generator that averages the parameters of `generator`; it is not trained and draws no gradients.
 
     After step k the average moves by 1 - min(decay, (1 + k) / (10 + k)) of the way, which soon forgets the start. Its
     BatchNorm statistics are re-estimated where it is used.

@@ -45,7 +45,7 @@ KEEP = 2  # checkpoints of a run: the newest, and the one before should that be 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a training is: `step` updates in all, `epoch` whole passes, `position` updates in the pass since."""
+    """Progress of a training: `step` updates in all, `epoch` whole passes, `position` updates in the pass since."""
 
     step: int
     epoch: int
@@ -62,7 +62,7 @@ class LearnedState:
     average: GeneratorAverage | None = None
 
     def is_finite(self) -> bool:
-        """Whether every number of this process's share is one."""
+        """Return True if all tensors of this process's share are finite."""
         tensors = [
             *self.generator.state_dict().values(),
             *self.latents.tensors().values(),
@@ -107,7 +107,7 @@ class Checkpoints:
     def restore(
         self, learned: LearnedState, on_mismatch: OnMismatch, passes: int, steps_per_pass: int
     ) -> tuple[Place, bool]:
-        """Take over the newest whole checkpoint; the run is only read. Returns where the training goes on, and
+        """Take over the newest whole checkpoint; the run is only read. Returns where the training continues, and
         whether the pass it was in begins again.
 
         Raises `VglannError` when there is none, when it is not of this training of `passes`, or for other clips as
@@ -145,7 +145,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a GLO training left behind, ready to use."""
+    """Result of a GLO training, ready to use."""
 
     generator: TwoStreamGenerator
     latents: Tensor  # [N, d] on the generator's device
@@ -159,7 +159,7 @@ def load_trained(run: RunDir, device: torch.device | str = "cpu") -> Trained:
     """Generator and latents of a run's newest checkpoint, the generator in the mode it samples in.
 
     With --ema it is the averaged generator. In the background phase it shows the background, and no foreground that
-    has not been trained. Raises `VglannError` when there is no whole checkpoint, or when it is of another generator
+    has not been trained. Raises `VglannError` when no checkpoint is whole, or when it is of another generator
     than the options.
     """
     state, parts = run.checkpoints.load()
@@ -211,9 +211,9 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _misfit(run: RunDir, options: TrainOptions, saved: Mapping[str, tuple[int, ...]]) -> str:
-    """What speaks against the two largest tensors being as wide as the options say; empty if nothing.
+    """Return an error message if the two largest tensors are not as wide as the options say, else "".
 
-    Asked before as much memory is taken: options may lie, and the file has no more than it has.
+    Checked before anything is allocated, because the options may be wrong but the size of the file is not.
     """
     rows, columns = run.options["size"] // UPSAMPLING, run.options["frames"] // UPSAMPLING + 1
     channels = 8 * options.width
@@ -255,6 +255,6 @@ def gathered_latents(latents: LatentTable, ranks: Ranks, count: int) -> dict[str
 
 
 def place_in_run(state: dict[str, Any], processes: int) -> Place:
-    """Where `processes` processes continue: at the start of the pass if their number changed."""
+    """Return the place where `processes` processes continue: the start of the pass if their number changed."""
     same = state["processes"] == processes
     return Place(state["step"], state["epoch"], state["position"] if same else 0)

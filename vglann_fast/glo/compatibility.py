@@ -1,4 +1,4 @@
-"""Which options go together, on this device and with so many processes; the rest is refused in one line."""
+"""Check which options go together, on this device and with so many processes; others are refused in one line."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def check_compatibility(options: TrainOptions, ranks: Ranks, precision: str, dev
 def why_no_graph(
     options: TrainOptions, device: torch.device, *, processes: int, source: str, precision: str
 ) -> str | None:
-    """Why the step cannot be captured under these options; None when it can."""
+    """Return why the step cannot be captured under these options; None when it can."""
     if device.type != "cuda":
         return f"it needs a GPU, the device is {device}"
     reasons = {
@@ -76,7 +76,7 @@ def why_no_graph(
 def use_graph(
     options: TrainOptions, device: torch.device, *, processes: int, source: str, precision: str
 ) -> bool:
-    """Whether to capture the step. Raises `VglannError` where --cuda-graph on asks for what is refused, and warns
+    """Return True if the step is to be captured. Raises `VglannError` where --cuda-graph on is refused, and warns
     where it takes a graph that "auto" would not."""
     if options.cuda_graph == "off":
         return False
@@ -101,5 +101,5 @@ def _refuse_graph(options: TrainOptions, reason: str | None) -> None:
 
 
 def graph_key(options: TrainOptions, precision: str, device: torch.device) -> tuple[str, str, str, str]:
-    """What a comparison of graphs holds for: an element of `TESTED`."""
+    """Return the conditions that a comparison of graphs holds for: an element of `TESTED`."""
     return torch.cuda.get_device_name(device), torch.__version__, options.latent_mode, precision

@@ -121,7 +121,8 @@ class TwoStreamGenerator(nn.Module):
         variant: "original" (the published network) or "expanded" (wider background and extra 1x1 layers).
         latent_dim: length of a latent.
         width: channels of the last hidden layer; the published networks have 64.
-        frames, size: frames and rows (= columns) of a video, multiples of 16.
+        frames: frames of a video, a multiple of 16.
+        size: rows and columns of a video, a multiple of 16.
         latent_norm: latents are divided by their Euclidean norm; "projected" differentiates through that, so
             the latent's gradient is tangent to the sphere; "detached" treats the norm as a constant, as the
             paper's author does. A zero latent gives NaN.

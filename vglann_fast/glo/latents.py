@@ -43,7 +43,7 @@ class LatentTable:
         )
 
     def begin_epoch(self, lr: float, *, forget: bool) -> None:
-        """Set the learning rate; with `forget`, start Adam's moments and counters anew."""
+        """Set the learning rate; with `forget`, reset Adam's moments and counters."""
         self.lr.fill_(lr)
         if forget:
             for tensor in self.adam.tensors().values():
@@ -63,7 +63,7 @@ class LatentTable:
             self.rows.div_(torch.linalg.vector_norm(self.rows, dim=1, keepdim=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the latents under "rows", and Adam's state."""
+        """Return what a checkpoint holds: the latents under "rows", and Adam's state."""
         return {"rows": self.rows, **{f"adam.{name}": value for name, value in self.adam.tensors().items()}}
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ class Batch:
 
 
 class ClipSource(Protocol):
-    """What gives batches. Rows are numbered as in this process's share of the clips."""
+    """A source of batches. Rows are numbered as in this process's share of the clips."""
 
     name: str
 
@@ -87,7 +87,7 @@ class Pinned:
     """Read by a thread while the step before runs, and copied to the device on a stream of its own.
 
     Two slots take turns. A slot is read by step k and filled for step k + 2: the fill waits, on its stream, for
-    the event recorded after step k was queued. On a CPU there are no streams and the copy is a plain one.
+    the event recorded after step k was queued. A CPU has no streams and the copy is a plain one.
     """
 
     name = "pinned"
@@ -151,7 +151,7 @@ def open_source(
 ) -> ClipSource:
     """The source `kind` ("auto", "resident", "pinned", "mmap") over the clips `own` of the set.
 
-    Raises `VglannError` when resident clips do not fit or there is no GPU to pin memory for.
+    Raises `VglannError` when resident clips do not fit or without a GPU to pin memory for.
     """
     if kind == "pinned" and device.type != "cuda":
         raise VglannError(f"--data pinned: needs a GPU, the device is {device}; use --data mmap")

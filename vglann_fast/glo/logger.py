@@ -1,4 +1,4 @@
-"""What a training says while it runs: lines in metrics.jsonl now and then, and its progress on the terminal."""
+"""Log of a training while it runs: lines in metrics.jsonl now and then, and its progress on the terminal."""
 
 import time
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Logger:
     def opened(self, done: int, last: int, background_end: int = 0) -> Iterator[None]:
         """While steps are taken: `done` are, `last` is the final one. The clock runs.
 
-        Up to step `background_end` they are those of the background phase, which have a progress of their own.
+        Up to step `background_end` they belong to the background phase, which has a progress of its own.
         """
         self._step, self._last, self._background_end = done, last, background_end
         self._started = time.monotonic() - self.seconds
@@ -88,7 +88,7 @@ class Logger:
             self._progress.show(**figures)
 
     def go_back(self, step: int) -> None:
-        """Forget lines beyond `step`, which will be taken again; the clock goes on from the line before."""
+        """Forget lines beyond `step`, which will be taken again; the clock continues from the line before."""
         if self.ranks.rank > 0:
             return
         self.run.logs.drop_metrics("glo", after_step=step)

@@ -14,7 +14,7 @@ from vglann_fast.glo.muon import matrix_parameters
 from vglann_fast.options.training import PERCEPTUAL, TrainOptions
 
 # Values that a training step keeps for its backward pass, per value of a layer's output: the convolution's output,
-# and that of BatchNorm with ReLU. With --checkpoint-activations only what goes into each layer.
+# and the output of BatchNorm with ReLU. With --checkpoint-activations only what goes into each layer.
 KEPT, KEPT_CHECKPOINTED = 2, 1
 
 
@@ -78,7 +78,7 @@ def memory_table(
 
 
 def too_large(options: TrainOptions) -> VglannError:
-    """The error for a user whose device is full before the first step, when there is no table to show yet."""
+    """Return the error for a device that is full before the first step, without a table to show yet."""
     networks = [name for name in options.loss_terms if name in PERCEPTUAL]
     helps = ["--data pinned"] if options.data in ("auto", "resident") else []
     helps.append(f"--width {max(1, options.width // 2)}")

@@ -60,7 +60,7 @@ class Muon:
             self.parameters[name].sub_(update.mul_(scale * self.lr).masked_fill_(skip, 0.0))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return {**{f"momentum.{name}": tensor for name, tensor in self.momentum.items()}, "lr_muon": self.lr}
 
     def forget(self) -> None:
@@ -73,7 +73,7 @@ def orthogonalized(weights: list[Tensor]) -> list[Tensor]:
     """For each weight [Cin, ...], as a matrix with at least as many columns as rows, nearly its orthogonal factor.
 
     Newton-Schulz iterations x <- a x + b x x^T x + c (x x^T)^2 x, which only ever multiply x from the left. So they
-    run on the small Gram matrices x x^T [Cin, Cin], those of one size together, and x is multiplied once.
+    run on the small Gram matrices x x^T [Cin, Cin], all matrices of one size together, and x is multiplied once.
     """
     # [Cin, taps * Cout]: a view of a channels-last weight.
     matrices = [weight.movedim(1, -1).flatten(1) for weight in weights]

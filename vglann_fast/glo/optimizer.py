@@ -95,7 +95,7 @@ class GeneratorOptimizer:
                     tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: "<moment>.<parameter>", "lr", for Muon "momentum.<parameter>" and "lr_muon", and
+        """Return what is saved: "<moment>.<parameter>", "lr", for Muon "momentum.<parameter>" and "lr_muon", and
         for float16 "loss_scale.<name>"."""
         found = {f"{key}.{name}": t for name in self.parameters for key, t in self._state(name).items()}
         muon = self.muon.tensors() if self.muon is not None else {}
@@ -104,7 +104,7 @@ class GeneratorOptimizer:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave. The loss scale starts anew if the run had none."""
+        """Take over what `tensors` gave. The loss scale is reset if the run had none."""
         for name, mine in self.tensors().items():
             if name in tensors:
                 mine.copy_(tensors[name])
@@ -122,7 +122,7 @@ class GeneratorOptimizer:
 
 
 def learning_rate_factor(options: TrainOptions, epoch: int) -> float:
-    """What the starting rates are multiplied by in `epoch`, counted from 0: 1 while the background alone learns,
+    """Return the factor of the starting rates in `epoch`, counted from 0: 1 while the background alone learns,
     then the schedule over the passes that are left."""
     done, passes = epoch - options.background_passes, options.full_passes
     if done < 0:

@@ -43,7 +43,7 @@ AS_IS: Statistics = ((0.0,) * 3, (1.0,) * 3)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which features of a network are compared, and how.
+    """The features of a network that are compared, and how.
 
     taps: its layers, in ascending order; times: how often each is counted.
     statistics: the network reads (x - mean) / deviation of x in 0..255; None: values in the range of the training.
@@ -98,7 +98,7 @@ _PAPER: dict[str, Recipe] = {
 
 
 def recipe_of(name: str, options: TrainOptions) -> Recipe:
-    """How `options` compare the features of network `name`."""
+    """Return the recipe by which `options` compare the features of network `name`."""
     return (_PAPER.get(name) if options.perceptual == "paper" else None) or _RECIPES[name]
 
 
@@ -250,7 +250,7 @@ class FeatureLoss:
 
     @property
     def keeps_targets(self) -> bool:
-        """Whether the features of the clips are kept."""
+        """Return True if the features of the clips are kept."""
         return self._kept is not None
 
     @property
@@ -260,7 +260,7 @@ class FeatureLoss:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _fits(self, levels: list[Tensor], own: int, ranks: Ranks) -> bool:
-        """Whether every process has room for the features of its share: else some would wait for the others."""
+        """Return True if every process has room for the features of its share: else some would wait for others."""
         needed = sum(level[0].numel() * level.element_size() for level in levels) * own
         room = int(HEADROOM * free_beside_a_step(self.device))
         shortage = (
@@ -332,7 +332,7 @@ def _network(weights: Weights, recipe: Recipe) -> nn.Module:
 
 
 def weight_records(features: Mapping[str, FeatureLoss]) -> dict[str, str]:
-    """What a checkpoint says of the networks in the loss: name -> sha256 of the weight file."""
+    """Return a checkpoint's record of the networks in the loss: name -> sha256 of the weight file."""
     return {name: loss.sha256 for name, loss in features.items()}
 
 

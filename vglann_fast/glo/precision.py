@@ -106,7 +106,7 @@ class LossScale:
         return overflow
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return {"scale": self.scale, "clean": self.clean}
 
 

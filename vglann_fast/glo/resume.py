@@ -1,4 +1,4 @@
-"""Whose latent is whose, when a training goes on with other clips than it began with.
+"""Match saved latents to clips when a training resumes with a different clip set.
 
 Latents are stored beside the ids of their clips, in their order. What happens when the clips differ:
 
@@ -20,7 +20,7 @@ from vglann_fast.options.training import OnMismatch
 def matched_latents(
     saved: dict[str, Tensor], saved_ids: Sequence[str], latents: LatentTable, on_mismatch: OnMismatch
 ) -> dict[str, Tensor]:
-    """The tensors with which the table `latents`, as it begins, goes on from those saved for `saved_ids`.
+    """The tensors with which the table `latents`, as it begins, continues from the tensors of `saved_ids`.
 
     The table may be one process's share of the clips. Whether clips may differ is for `check_clips` to say.
     """
@@ -44,7 +44,7 @@ def matched_latents(
 
 
 def check_clips(trained: Sequence[str], present: Sequence[str], on_mismatch: OnMismatch) -> str:
-    """What became of the clips and their latents, in words, empty if nothing. Raises `VglannError` for "error"."""
+    """Describe what became of clips and latents, empty if nothing. Raises `VglannError` for "error"."""
     if on_mismatch == "error":
         advice = (
             "give the run its old clips, start a new one, or resume with --latents-on-mismatch keep (only new "

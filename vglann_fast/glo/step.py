@@ -38,7 +38,7 @@ def glo_step(
     Args:
         logits: `TwoStreamGenerator.logits`, also compiled or in another precision; or the background alone.
         statistics: the generator's; put back if the loss is not finite.
-        batches: the clips of this update and the rows of their latents; one batch but for --accumulate. Asked
+        batches: the clips of this update and the rows of their latents; one batch without --accumulate. Asked
             for one by one, each after the backward pass of the one before.
         features: of `load_features(options, ...)`, where the loss names a network.
         average: follows the generator.

@@ -34,7 +34,7 @@ def train(
 ) -> Training:
     """Train the run's options on `clips`, from the start or, with `resume`, from its newest checkpoint.
 
-    A new run is begun only when nothing speaks against training. No other process may write to the run meanwhile.
+    The run folder is created only after all checks pass. No other process may write to the run meanwhile.
     With `resume`, options or a clip folder that differ from those on disk are recorded in options.json.
 
     Raises as `Training` and `Training.loop`; with `resume` also when the clips are not those the run began with;

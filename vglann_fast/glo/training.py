@@ -3,7 +3,7 @@
 Nothing random happens after the first step but the order of the clips, which is a function of seed, epoch and share;
 so a resumed training takes the same steps as one that was never stopped.
 
-With --background-share the first passes are the background phase, see `background.py`. Its steps are those of any
+With --background-share the first passes are the background phase, see `background.py`. Its steps are the steps of any
 other pass with another network and another target; the pass that ends it also inflates the generator.
 """
 
@@ -228,7 +228,7 @@ class Training:
             yield self._batch
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set the learning rates of this epoch, and start Adam anew if the options say so."""
+        """Set the learning rates of this epoch, and reset Adam if the options say so."""
         forget = self.options.adam_state == "per-epoch"
         factor = learning_rate_factor(self.options, epoch)
         if self.options.latent_mode == "lazy" and epoch:
@@ -240,7 +240,7 @@ class Training:
 
     @property
     def learned(self) -> LearnedState:
-        """What the steps change."""
+        """The state that the steps change."""
         return LearnedState(self.generator, self.latents, self.optimizer, self.average)
 
     def save(self, *, finished: bool = False) -> None:
@@ -251,7 +251,7 @@ class Training:
     def check_finite(self) -> None:
         """Raise `VglannError` once a loss was not finite, naming step and clips.
 
-        Nothing counts since; the state before that step is saved first, unless it is no better itself: an update
+        Nothing counts since; the state before that step is saved first, unless it is not finite either: an update
         may spoil the parameters and only the next loss shows it. All processes call this together.
         """
         if not bool(self.guard.frozen):
@@ -280,7 +280,7 @@ class Training:
         """
         if self.run.checkpoints.exist():
             self.restore(on_mismatch)
-        self.ranks.wait()  # every process has read the run before process 0 goes on to change it
+        self.ranks.wait()  # every process has read the run before process 0 changes it
         if self.ranks.rank == 0:
             self.run.checkpoints.retain(self.step, self.checkpoints.keep)
         self.logger.go_back(self.step)
@@ -293,7 +293,7 @@ class Training:
         self.step, self.epoch, self.position = place.step, place.epoch, place.position
         if cut_short:
             self.latents.end_epoch()  # the pass that was cut short ends here; it begins again
-        if self.position:  # within a pass; the rates may have been given anew with --resume
+        if self.position:  # within a pass; --resume may have given new rates
             factor = learning_rate_factor(self.options, self.epoch)
             self.optimizer.begin_epoch(self.options, factor, forget=False)
             self.latents.change_rate(self.options.lr_latents * factor)
@@ -308,7 +308,7 @@ class Training:
         self.logger.write(self.step, epoch, loss, video, batch, self.optimizer.lr.item())
 
     def out_of_memory(self) -> VglannError:
-        """What to tell a user whose device is full."""
+        """Return the error for a device that is full."""
         half = self.precision in ("bf16", "fp16")
         resident = self.source.name == "resident"
         table = memory.memory_table(

@@ -1,4 +1,4 @@
-"""Where and how a call of the Python interface computes, and that it leaves the process as it found it."""
+"""The device and numerics of a call of the Python interface, which leaves the process as it found it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -130,7 +130,8 @@ class Run:
         """Return videos along the great circle from latent `a` to latent `b`, uint8 [steps, 3, T, H, W].
 
         Args:
-            a, b: a training clip's id, or a latent [d] of any length above 0.
+            a: a training clip's id, or a latent [d] of any length above 0.
+            b: the same.
             steps: number of videos, both ends included, at least 2.
 
         Raises `VglannError` for an unknown id, a latent of another shape or with values that are not finite, opposite

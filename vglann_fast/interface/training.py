@@ -119,7 +119,12 @@ def resume(
     Args:
         path: run folder.
         clips: the clip folder, if it has moved since the run began.
-        device, kernels, log_every, checkpoint_every, keep_checkpoints, tensorboard: see `train`.
+        device: as in `train`.
+        kernels: as in `train`.
+        log_every: as in `train`.
+        checkpoint_every: as in `train`.
+        keep_checkpoints: as in `train`.
+        tensorboard: as in `train`.
         latents_on_mismatch: for clips that have changed: "error" raises, "keep" keeps the latents of clips that are
             still there, "init" initializes all latents again.
         options: learning rates and options of the machine, e.g. lr_generator=0.0005, precision="fp32". Others,

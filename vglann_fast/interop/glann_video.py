@@ -1,6 +1,6 @@
 """Checkpoints of the paper author's code (GLANN-VIDEO) -> ours. Key maps and tensor arithmetic only.
 
-His network has one layer per output where ours has one per input; see `glo/generator.py`. A bias b in front of
+Their network has one layer per output where ours has one per input; see `glo/generator.py`. A bias b in front of
 a BatchNorm with running mean r becomes a running mean r - b, which is the same function in eval mode, and in
 train mode too, where the batch mean takes the bias with it.
 """
@@ -14,7 +14,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.options.training import Variant
 
-# ours -> (his convolution, his BatchNorm). The index in a BatchNorm's name is that of the layer before it.
+# ours -> (the author's convolution, BatchNorm). A BatchNorm's name has the index of the layer before it.
 _VIDEO_NORMS = {
     "norm1": "batch_norm1",
     "norm2": "batch_norm2",
@@ -34,8 +34,8 @@ def load_generator(state: Mapping[str, Tensor], variant: Variant = "original") -
     """The author's generator state -> a `TwoStreamGenerator` that computes the same function, in its dtype.
 
     Args:
-        state: his state dict, with or without the `module.` prefix of a parallel wrapper.
-        variant: which of his two networks it is.
+        state: the author's state dict, with or without the `module.` prefix of a parallel wrapper.
+        variant: which of the author's two networks it is.
 
     Raises:
         VglannError: keys are missing or left over, or a shape does not fit the variant.

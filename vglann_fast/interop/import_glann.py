@@ -1,8 +1,8 @@
 """The checkpoint files of the paper author's code (GLANN-VIDEO) -> a run, as if it had been trained here.
 
-His networks made pictures in BGR, since his loader never swapped what OpenCV reads; the run's generator has the
-colors swapped in its last layers, so that what it makes is RGB like everything else. There are no clips in his
-files: the run samples, maps and interpolates, and latents are called by their row, "row-000000" and so on.
+The author's networks made pictures in BGR, since the loader never swapped what OpenCV reads; the run's generator has
+the colors swapped in its last layers, so that what it makes is RGB like everything else. The files
+hold no clips: the run samples, maps and interpolates, and latents are called by their row, "row-000000" and so on.
 """
 
 from collections.abc import Mapping
@@ -23,16 +23,16 @@ from vglann_fast.run.files import sha256
 from vglann_fast.run.folder import RunDir, whole_run
 from vglann_fast.runtime.numerics import numerics
 
-_FRAMES, _SIZE = 32, 64  # of the videos his networks make
+_FRAMES, _SIZE = 32, 64  # of the videos the author's networks make
 
 
 @numerics(tf32=False)
 def import_glann(
     generator_file: str | Path, latents_file: str | Path, out: str | Path, variant: Variant = "original"
 ) -> RunDir:
-    """Make the run `out` from netG_*.pth, the state dict of his generator, and netZ_*.pth, that of his latents.
+    """Make the run `out` from netG_*.pth, the generator's state dict, and netZ_*.pth, the state dict of the latents.
 
-    Options are those of preset `paper`. Raises `VglannError` when a file is not what it should be, or `out` is
+    Options are the options of preset `paper`. Raises `VglannError` when a file is not what it should be, or `out` is
     there already; then nothing is written.
     """
     generator = load_generator(read_state(generator_file), variant).float()

@@ -32,12 +32,12 @@ _LEGACY_PICKLES = 5  # in a file of PyTorch before 1.6, tensors' bytes behind th
 
 
 def read_torch_file(file: str | Path, called: str | None = None) -> Any:
-    """What `torch.save` wrote into a file: tensors on the CPU, in dicts and lists.
+    """Read what `torch.save` wrote into a file: tensors on the CPU, in dicts and lists.
 
     called: what errors call the file; default its path.
 
-    Raises `VglannError` when there is no such file, or it is larger than 2 GiB, a TorchScript archive (which is a
-    program), holds anything but plain data, or is no file of `torch.save`.
+    Raises `VglannError` when the file does not exist, or is larger than 2 GiB, a TorchScript archive (which is a
+    program), holds anything but plain data, or was not written by `torch.save`.
     """
     file, called = Path(file), called or str(file)
     if not file.is_file():
@@ -56,7 +56,7 @@ def read_torch_file(file: str | Path, called: str | None = None) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except VglannError:
         raise
-    except Exception as error:  # a file that is no checkpoint makes it raise all kinds
+    except Exception as error:  # a file that is not a checkpoint makes it raise all kinds
         raise _unsafe(called, "it is damaged or something else") from error
 
 

@@ -1,4 +1,4 @@
-"""What must be in a weight file: the keys and shapes of each public network, and the comparison with them."""
+"""The content a weight file must have: keys and shapes of each public network, and the comparison with them."""
 
 from collections.abc import Mapping
 from typing import get_args
@@ -30,7 +30,7 @@ _SHOWN = 3  # tensors named of each kind of difference
 def checked(name: Network, found: Mapping[str, Tensor], called: str) -> dict[str, Tensor]:
     """The tensors of `found` that the network wants, as float32.
 
-    Keys left out: `num_batches_tracked` everywhere; VGG16's classifier; that of the 3-D networks unless it is for
+    Keys left out: `num_batches_tracked` everywhere; VGG16's classifier; the 3-D networks' classifier unless it is for
     the 400 classes of Kinetics.
 
     Raises `VglannError`, calling the file `called`, unless keys and shapes are the network's and all numbers are

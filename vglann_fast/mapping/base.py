@@ -1,4 +1,4 @@
-"""What every mapping from noise to latents can do, and how it is stored.
+"""Interface of every mapping from noise to latents, and how it is stored.
 
 A mapping of a run lies in mapping/<kind>/:
 
@@ -89,7 +89,7 @@ class LatentSampler(ABC, Generic[Options]):
 
     def log_density(self, latents: Tensor) -> Tensor | None:
         """Log of the density of the directions of samples at the directions of latents [n, d]: [n], in nats above
-        that of directions drawn uniformly. None for a kind that has no density.
+        the density of directions drawn uniformly. None for a kind that has no density.
 
         Directions, since a generator divides a latent by its norm.
         """
@@ -102,7 +102,7 @@ class LatentSampler(ABC, Generic[Options]):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be stored, by name."""
+        """Return what has to be stored, by name."""
 
     @abstractmethod
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -177,7 +177,7 @@ def _check_tensors(tensors: dict[str, Tensor], sizes: Iterable[tuple[str, tuple[
 
 
 def learning_rate_factor(schedule: str, epoch: int, epochs: int) -> float:
-    """What the starting rate is multiplied by in `epoch` of `epochs`, counted from 0."""
+    """Return the factor of the starting rate in `epoch` of `epochs`, counted from 0."""
     if schedule == "halve-every-50":
         return 0.5 ** (epoch // HALVING_EPOCHS)
     return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))

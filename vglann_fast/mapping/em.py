@@ -42,7 +42,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Regularization:
-    """What is added to the covariances: `floor` to the diagonal, and `prior` latents' worth of `shape` [d, d]."""
+    """Terms added to the covariances: `floor` to the diagonal, and `prior` latents' worth of `shape` [d, d]."""
 
     floor: float
     prior: float

@@ -49,7 +49,7 @@ def fit_mapping(
     Whole shots with `options.holdout_fraction` of the latents are held out, and how near the mapping comes to these
     and to the others is measured. With several `ranks` each searches its share of imle's noise, all take the same
     steps, and the first one writes; no other kind shares its work. An earlier mapping of that kind, and its lines in
-    metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is no run, or latents that
+    metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is not a run, or latents that
     are not finite.
 
     On a CPU a fit to fewer than 4,096 latents takes at most 4 threads, however many there may be.

@@ -7,7 +7,7 @@ time. The networks are zuko's (extra `flow`).
 
 Latents lie on the unit sphere, where no density in d dimensions exists: trained on them as they are, a flow makes
 its likelihood as high as it likes by flattening itself onto the sphere. So in each step a latent is given a random
-norm, that of standard normal noise in d dimensions over sqrt(d). Latents spread over the whole sphere would then be
+norm, as standard normal noise in d dimensions has over sqrt(d). Latents spread over the whole sphere would then be
 normal noise, and what a flow learns is where theirs differ. Samples are divided by their norms again.
 The latents are whitened before, and the steps begin as the identity: a flow begins as the Gaussian mapping.
 """
@@ -36,7 +36,7 @@ log_line = logging.getLogger(__name__).warning
 
 
 class _Flow(LatentSampler[AutoregressiveOptions]):
-    """What both kinds of flow do; see `vglann_fast.mapping.base.LatentSampler`."""
+    """Base of both kinds of flow; see `vglann_fast.mapping.base.LatentSampler`."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class _Flow(LatentSampler[AutoregressiveOptions]):
     @staticmethod
     @abstractmethod
     def _numbers(options: Any) -> int:
-        """How many numbers say what a step does to one dimension."""
+        """Return the count of numbers that say what a step does to one dimension."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The flow's state, and mean and factor of the whitening."""

@@ -1,4 +1,4 @@
-"""How near a mapping comes to the latents it was fitted to, and to those set aside: the sign of learning by heart.
+"""Measure overfitting: how near a mapping comes to the latents it was fitted to, and to latents held out.
 
 The record, kept in mapping.json under "gap":
 

@@ -104,7 +104,7 @@ class GMM(LatentSampler[GmmOptions]):
         return mixture, epochs
 
     def _warn_of_flat_components(self, count: int) -> None:
-        """Without a prior a component of d latents or fewer is flat, but for what the floor gives it."""
+        """Warn of a component of d latents or fewer: without a prior it is flat, except for the floor."""
         flat = int((self.mixture.weights * count <= self.latent_dim).sum())
         if flat and self.options.prior == 0:
             log_line(
@@ -150,7 +150,7 @@ class GMM(LatentSampler[GmmOptions]):
 
 
 def _log_density(mixture: Mixture, latents: Tensor) -> Tensor:
-    """[n]: of the directions of its samples at those of latents [n, d]; see `LatentSampler.log_density`."""
+    """[n]: of the directions of its samples at the directions of latents [n, d]; see `LatentSampler.log_density`."""
     directions = F.normalize(latents.double(), dim=1)
     densities = log_projected_normal(directions, mixture.means, mixture.factors())
     return torch.logsumexp(densities + mixture.weights.log(), 1)

@@ -72,7 +72,7 @@ def _normalized_by_block(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
 
 @dataclass(frozen=True)
 class Matches:
-    """What the latents are regressed from: noise [N, noise_dim], its distance when it was matched [N], the number
+    """The input of the regression on latents: noise [N, noise_dim], its distance when matched [N], the number
     of that noise vector among all that were drawn [N], and the share of latents matched in this epoch."""
 
     noise: Tensor
@@ -168,7 +168,7 @@ class IMLE(LatentSampler[ImleOptions]):
             index, distance = match(latents, self._map_pool(pool).flatten(0, 1), options.reject_quantile)
             self._matched = Matches(vectors[index], distance, index + epoch * len(vectors))
             return self._matched
-        with self._regression.nothing_happened():  # looking is no training
+        with self._regression.nothing_happened():  # looking is not training
             now = (self._map_pool(kept.noise[None])[0] - latents).norm(dim=1)
         near = now <= options.rematch * kept.distance
         same_everywhere([near])  # processes that differ by rounding would search for different latents
@@ -209,7 +209,7 @@ class IMLE(LatentSampler[ImleOptions]):
             return self(noise)
         if n < 2:
             raise VglannError("-n: this mapping needs at least 2 samples (BatchNorm in train mode)")
-        # The running statistics are not those of the samples: keep them as the training left them.
+        # The running statistics are not the samples' statistics: keep them as the training left them.
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         self.network.train()
         chunks = torch.tensor_split(noise, max(1, n // self.options.batch_size))

@@ -25,7 +25,7 @@ def search(queries: Tensor, database: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def same_everywhere(tensors: Iterable[Tensor]) -> None:
-    """Under torchrun overwrite `tensors` by those of process 0.
+    """Under torchrun overwrite `tensors` by the tensors of process 0.
 
     Processes take the same steps, but rounding may part them, and then each would search what another network made.
     """

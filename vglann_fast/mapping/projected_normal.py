@@ -1,7 +1,7 @@
 """The density of directions: what remains of a density of latents once their norms are divided away.
 
 A generator divides a latent by its norm, so two samplers are the same if their samples have the same directions.
-Densities are in nats above that of directions drawn uniformly from the sphere, so kinds can be compared: 0 says
+Densities are in nats above directions drawn uniformly from the sphere, so kinds can be compared: 0 says
 nothing has been learned.
 """
 

@@ -21,7 +21,7 @@ class Regression:
     Args:
         network: whose parameters are trained and whose buffers change with it.
         forward: noise [B,k] -> latents [B,d], through the network.
-        lr, weight_decay: of Adam; the rate can be set anew between runs.
+        lr, weight_decay: of Adam; the rate can be changed between runs.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Which latents a mapping is fitted to, and which are set aside: whole shots.
+"""Choose the latents a mapping is fitted to and the latents held out: whole shots.
 
 Clips of one shot, windows one after the other or tiles beside each other, are all but the same; were one of them
-fitted and the other set aside, learning by heart would look like learning.
+fitted and the other held out, overfitting would look like learning.
 """
 
 import logging

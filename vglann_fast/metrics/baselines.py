@@ -84,7 +84,7 @@ def fit_pca(
 
 
 def motion_sums(made: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """What `motion_r2` is computed from, float64 [n] each, for uint8 [n, 3, T, H, W] against uint8 of that shape.
+    """Return the sums behind `motion_r2`, float64 [n] each, for uint8 [n, 3, T, H, W] against uint8 of that shape.
 
     motion_error   sum of ((x - mean frame of x) - (y - mean frame of y))^2, x the clip and y its reconstruction
     motion_energy  sum of (x - mean frame of x)^2; exactly 0 for a clip that does not move

@@ -26,7 +26,7 @@ _FEWEST = 8  # videos in a quarter
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is kept of a set of n videos: a few numbers each."""
+    """Measurements of a set of n videos: a few numbers each."""
 
     features: dict[str, Tensor]  # name -> float64 [n, d]
     steps: Tensor  # float64 [n, T-1], see `frame_steps`

@@ -6,7 +6,7 @@ beside the truth row: halves of the real clips against each other, see `truth.py
 mapping and, so that generator and mapping can be told apart, videos made from the run's own training latents: a
 mapping that hits their distribution does as well as they.
 
-Nothing here depends on the batches of measuring or on the order of clips: of real and training clips those of the
+Nothing here depends on the batches of measuring or on the order of clips: of real and training clips the
 lowest ids are taken, which are hashes, and what is drawn comes from the seed. A video that is made with
 batchnorm="train", as preset `paper` does, depends on those it is made with, and so on n. The records are specified in
 `record.py`. Features of clips, real and training ones, are computed once for all runs, see `kept_features.py`.
@@ -254,7 +254,7 @@ def _measured(
 def _compared(source: str, made: Measurement, known: EvaluationTargets) -> dict[str, Any]:
     """The part of a source's record that says how its videos compare."""
     sides, real, training = known.sides, known.real, known.training
-    # Training latents are those of the floor's clips, in their order.
+    # Training latents belong to the clips of the floor, in their order.
     shots = known.floor_shots if source == TRAINING_LATENTS else (known.shots, None)
     return {
         "frames": sides.training.frames,

@@ -1,13 +1,13 @@
 """Clips -> features, by named protocols: what a Fréchet distance, precision and recall are computed on.
 
-    i3d          logits of I3D (Kinetics-400) at 224 x 224: those of FVD. Frames are resized as in the PyTorch
+    i3d          logits of I3D (Kinetics-400) at 224 x 224, as in FVD. Frames are resized as in the PyTorch
                  implementations in use (StyleGAN-V, cd-fvd): bilinear, half-pixel centers. TensorFlow 1, with which
                  FVD was first computed, puts the centers elsewhere; values differ from that.
     transnetv2   TransNetV2's last stage, averaged over frame and clip: order, standstill and flicker, and blur
     lite0        EfficientNet-Lite0, averaged over the frames: what single frames look like
     lite0-step   EfficientNet-Lite0, mean |step| from frame to frame: how fast that changes
 
-Only distances on i3d are an FVD; the others stand in where there is no Kinetics network. Clips are taken one at a
+Only distances on i3d are an FVD; the others stand in without a Kinetics network. Clips are taken one at a
 time, in float32 without TensorFloat-32, so that features do not depend on the batching of the caller. A network that
 several protocols look through runs once over each clip.
 """
@@ -91,9 +91,9 @@ def extract(extractors: Mapping[str, Extractor], clips: np.ndarray | Tensor) -> 
 
 
 def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Extractor]:
-    """The protocols of these names on a device; those of one network share it.
+    """The protocols of these names on a device; protocols of one network share it.
 
-    Raises `VglannError` when there is no such protocol, or the weights of its network have not been imported.
+    Raises `VglannError` when a protocol does not exist, or the weights of its network have not been imported.
     """
     networks: dict[str, _Loaded] = {}
     found = {}
@@ -121,7 +121,7 @@ def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") ->
 
 @dataclass(frozen=True)
 class _View:
-    """What a protocol makes of what its network gives; see `Extractor`."""
+    """Features that a protocol makes of the output of its network; see `Extractor`."""
 
     network: str
     layer: str

@@ -85,14 +85,14 @@ class FeatureMoments:
 
     @property
     def constant(self) -> bool:
-        """Whether all rows are equal."""
+        """Return True if all rows are equal."""
         return bool((self._lowest == self._highest).all())
 
 
 def frechet_distance(real: FeatureMoments, made: FeatureMoments) -> float:
     """The distance, 0 or more, in squared units of the features; symmetric.
 
-    Raises `VglannError` for fewer than 2 rows, features that are all the same, or different numbers of features.
+    Raises `VglannError` for fewer than 2 rows, features that are all equal, or different numbers of features.
     """
     if len(real.mean) != len(made.mean):
         raise VglannError(f"real features have {len(real.mean)} numbers, generated ones {len(made.mean)}")

@@ -15,7 +15,7 @@ weights' sha256, "shape": [n, 3, T, H, W], "videos": sha256 of the videos' sha25
 where the clips lie does not matter, nor what an index.json says of them.
 
 A file that is damaged or may not be read is named and computed again. Where nothing can be written the evaluation
-goes on without.
+continues without.
 """
 
 import hashlib

@@ -13,8 +13,8 @@ rows are taken as independent. The generated side has shots where it stands for 
 decoded from their latents.
 
 The standard error comes from `BLOCKS` = 10 disjoint blocks of each side: the standard deviation of their distances
-over the square root of 10. Rows are taken in their order, n // 10 a block, and shots are kept whole. There is no
-error with fewer than 2 rows of a side, or 2 shots, in a block. A block has fewer pairs than a tenth of all, so
+over the square root of 10. Rows are taken in their order, n // 10 a block, and shots are kept whole. A block with
+fewer than 2 rows of a side, or 2 shots, gives no error. A block has fewer pairs than a tenth of all, so
 between sets of one distribution the error is too large on average, by a factor of about 3 (√10), and of 4 with 2 or
 3 shots in a block. It can be too small where shots are not independent, such as shots of one video. It is the error
 of one distance: two sources compared with the same real rows share much of it, and the error of their difference is

@@ -1,4 +1,4 @@
-"""How much of the real features is made, and how much of what is made is real: by exact nearest neighbors.
+"""Coverage, density, precision and recall by exact nearest neighbors (Naeem et al. 2020, Kynkäänniemi et al. 2019).
 
 All take float features [n, d] of real and made videos (or latents) and compute Euclidean distances in float64,
 each from the differences of its two rows, so a row's distance to its copy is exactly zero and no result depends on

@@ -1,4 +1,4 @@
-"""How well the generator reproduces clips from latents: its training clips, and clips it has not seen."""
+"""Quality of the clips a generator reproduces from latents: its training clips, and clips it has not seen."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,7 +94,7 @@ def reconstruct(run_path: str | Path, *, device: torch.device | str = "cpu") -> 
 
 
 def describe(record: dict[str, Any]) -> str:
-    """What `reconstruct` measured, in words: quality, baselines, motion, and a sentence if a baseline is better."""
+    """Describe what `reconstruct` measured: quality, baselines, motion, and a sentence if a baseline is better."""
     exact = f"exact by construction for at most {record['pca_components'] + 1} clips"
     pca = exact if record["pca_exact"] else f"{record['psnr_pca']:.2f} dB"
     moving = record["clips"] - record["still_clips"]
@@ -125,8 +125,8 @@ def reconstruction_quality(
 ) -> dict[str, Any]:
     """Means of `reconstruction_metrics` and baselines over the training clips, see `means_of`.
 
-    pca: of `training_pca`. ranks: the processes that share the work. Raises `VglannError` when `clips` are not those
-    of the training.
+    pca: of `training_pca`. ranks: the processes that share the work. Raises `VglannError` when `clips` are not the
+    clips of the training.
     """
     check_same_clips(trained.ids, clips.ids)
     ranks = ranks or Ranks()
@@ -144,7 +144,7 @@ def inversion_quality(
 ) -> dict[str, Any]:
     """The same of clips the generator has not seen, uint8 [n, 3, T, H, W], from the latents `invert` finds.
 
-    There "psnr_nearest" is that of the nearest of the `training` clips.
+    There "psnr_nearest" is the PSNR of the nearest of the `training` clips.
     """
     ranks = ranks or Ranks()
     share, device = clips[ranks.rank :: ranks.size], trained.latents.device

@@ -1,4 +1,4 @@
-"""What `vglann evaluate` writes, and the tables it prints.
+"""The files that `vglann evaluate` writes, and the tables it prints.
 
     evaluation/reconstruction.json   {"format": "vglann-evaluation", "version": 1, "name": "reconstruction", "step",
                                      "train": quality, "held_out": quality of inverted held-out clips, if any}
@@ -19,8 +19,8 @@ A quality is what `reconstruction.means_of` returns, with "pca_components" and "
 PCA with as many components as a latent has numbers reproduces the training clips without an error, because there are
 so few of them; PCA is not fitted then. Figures: see `compare.compare`; for "generated" with "splits": splits
 of the source at the truth's n, or null. Splits are specified in `truth.py`. Distances are {"generated", "real":
-quantiles}, without "real" where no clips are held out. The sha256 of a set of videos is that of their sorted sha256
-digests. A number that is not finite is null.
+quantiles}, without "real" where no clips are held out. The sha256 of a set of videos is the sha256 of their sorted
+sha256 digests. A number that is not finite is null.
 """
 
 from collections.abc import Mapping

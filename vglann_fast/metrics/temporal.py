@@ -1,4 +1,4 @@
-"""How much videos move, and whether their last frame jumps."""
+"""Measure how much videos move, and whether their last frame jumps."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def frame_steps(clips: Tensor) -> Tensor:
 
 
 def motion_statistics(steps: Tensor) -> dict[str, Any]:
-    """What is said of the frame steps [n, T-1] of a set of clips, JSON-able.
+    """Return statistics of the frame steps [n, T-1] of a set of clips, JSON-able.
 
     energy           mean, standard deviation and quantiles over clips of each clip's mean step, in 1/255
     last_frame_jump  the mean last step over the mean of all steps before it; 1 is a steady motion

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan and Le 2019; the Lite variant of Google, 2020), an ImageNet classifier.
 
 Mobile inverted bottlenecks without squeeze-and-excitation, ReLU6 throughout, BatchNorm with eps 1e-3. The keys
-are those of the public PyTorch checkpoint (`_conv_stem.weight`, `_blocks.0._depthwise_conv.weight`, ...).
+are the keys of the public PyTorch checkpoint (`_conv_stem.weight`, `_blocks.0._depthwise_conv.weight`, ...).
 """
 
 from collections.abc import Collection, Mapping

@@ -1,7 +1,7 @@
 """I3D: Inception v1 inflated to 3-D (Carreira and Zisserman 2017), RGB, Kinetics-400. The network of FVD.
 
 "Same" padding as TensorFlow's, ReLU after every unit but the last, BatchNorm with eps 1e-5 as in cd-fvd, whose
-figures these are to agree with. The keys are those of the public PyTorch checkpoints
+figures these are to agree with. The keys follow the public PyTorch checkpoints
 (`Conv3d_1a_7x7.conv3d.weight`, `Mixed_3b.b1a.bn.weight`, ...).
 """
 

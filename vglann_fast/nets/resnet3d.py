@@ -1,7 +1,7 @@
 """3-D ResNet-50 and ResNeXt-101 of Hara, Kataoka and Satoh (2018), classifiers of Kinetics videos.
 
 A 7x7x7 convolution of stride 1 in time and 2 in space, a maximum of stride 2, four stages of bottleneck blocks of
-which all but the first halve time, rows and columns. The keys are those of the authors' checkpoints
+which all but the first halve time, rows and columns. The keys follow the authors' checkpoints
 (`conv1.weight`, `layer1.0.conv1.weight`, `layer1.0.downsample.0.weight`, ..., `fc.weight`).
 
 Shortcuts where the shape changes: "B" is a 1x1x1 convolution with BatchNorm, "A" every second value with zeros for
@@ -123,7 +123,7 @@ class ResNet3d(nn.Module):
     ) -> "ResNet3d":
         """The network with these tensors, as deep as `until`, without gradient and in eval mode.
 
-        swap_colors: for videos whose network read B, G, R; this one reads R, G, B all the same.
+        swap_colors: for videos whose network read B, G, R; this one still reads R, G, B.
 
         Raises `VglannError` naming a tensor that is missing or of another shape.
         """
@@ -164,5 +164,5 @@ class ResNet3d(nn.Module):
 
 
 def shortcut_of(tensors: Mapping[str, Tensor]) -> Shortcut:
-    """Which shortcuts a checkpoint has: "B" brings tensors along."""
+    """Return the kind of shortcuts of a checkpoint: "B" brings tensors along."""
     return "B" if any(".downsample." in name for name in tensors) else "A"

@@ -1,7 +1,7 @@
 """TransNetV2 (Souček and Lokoč 2020): shot cuts in video, by dilated (2+1)-D convolutions at 48 x 27 pixels.
 
 Three stages of two blocks; a block runs four dilations in time side by side. Beside the pictures it compares each
-frame with the 50 before and after it, by its own features and by color histograms. The keys are those of the
+frame with the 50 before and after it, by its own features and by color histograms. The keys follow the
 public PyTorch checkpoint (`SDDCNN.0.DDCNN.0.Conv3D_1.layers.0.weight`, ...).
 """
 

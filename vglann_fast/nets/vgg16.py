@@ -37,9 +37,9 @@ class VGG16(nn.Module):
     def loaded(
         cls, tensors: Mapping[str, Tensor], *, depth: int = DEPTH, swap_colors: bool = False
     ) -> "VGG16":
-        """The network with these tensors, those of deeper layers left aside.
+        """The network with these tensors, without the tensors of deeper layers.
 
-        swap_colors: the tensors are of a network that reads B, G, R; this one reads R, G, B all the same.
+        swap_colors: the tensors are of a network that reads B, G, R; this one still reads R, G, B.
 
         Raises `VglannError` naming tensors that are missing or of another shape.
         """

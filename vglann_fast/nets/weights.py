@@ -64,7 +64,7 @@ def weights_folder() -> Path:
 def load_weights(name: str) -> Weights:
     """The imported weights of a network.
 
-    Raises `VglannError` when `name` is no network; when its weights have not been imported, naming the file
+    Raises `VglannError` when `name` is not a network; when its weights have not been imported, naming the file
     wanted, its origin and the command; and when the imported files are damaged.
     """
     if name not in get_args(Network):

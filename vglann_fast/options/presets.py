@@ -36,7 +36,7 @@ class Preset:
 _MODERN_2026A = Preset(train=TrainOptions(), map={kind: options() for kind, options in MAP_OPTIONS.items()})
 # docs/ablation.md has the measurements behind these values.
 _MODERN = Preset(
-    train=TrainOptions(optimizer="muon", background_share=0.15, lr_latents=0.01, loss="laplacian:1,l2:2"),
+    train=TrainOptions(optimizer="muon", background_share=0.15, lr_latents=0.01, loss="laplacian:1,l2:32"),
     map=_MODERN_2026A.map,
 )
 

@@ -1,4 +1,4 @@
-"""What a run folder holds for the report, read leniently.
+"""The content of a run folder for the report, read leniently.
 
 A run may have been stopped at any stage, or a file of it damaged: the report shows what is there. Nothing in
 this file raises for the content of a run; what cannot be shown becomes a line in `Artifacts.problems`.
@@ -22,7 +22,7 @@ NOT_NPY = (OSError, ValueError, EOFError, OverflowError, SyntaxError, TypeError,
 
 @dataclass(frozen=True)
 class Media:
-    """One media folder; the formats are those of `vglann_fast.samples.write`. `record` is its JSON, or {}."""
+    """One media folder; for the formats see `vglann_fast.samples.write`. `record` is its JSON, or {}."""
 
     video: np.ndarray | None  # uint8 (n, 3, T, H, W)
     original: np.ndarray | None  # uint8 (n, 3, T, H, W)
@@ -127,7 +127,7 @@ def read_json(file: Path, run: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_metrics(file: Path, run: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. A torn last line is what a killed run leaves and is no news."""
+    """The rows of metrics.jsonl. A truncated last line is what a killed run leaves and is not reported."""
     if not file.is_file():
         return []
     rows: list[dict[str, Any]] = []
@@ -155,7 +155,7 @@ def _tell(problems: list[str], run: Path, file: Path, reason: str) -> None:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float, or None for anything else; booleans are no numbers."""
+    """`value` as a finite float, or None for anything else; booleans do not count as numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -19,7 +19,7 @@ _MARGIN = 4
 
 @dataclass(frozen=True)
 class Filmstrip:
-    """What the page's player needs to know; sizes in pixels."""
+    """Description of a filmstrip for the page's player; sizes in pixels."""
 
     uri: str  # data:image/webp;base64,...
     frames: int

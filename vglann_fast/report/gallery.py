@@ -1,4 +1,4 @@
-"""What a page shows of videos: cards with filmstrips, beside each other."""
+"""Videos on a page: cards with filmstrips, beside each other."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""How the mappings of a run compare on its latents: what of the training latents their samples reach.
+"""Compare the mappings of a run on its latents: what of the training latents their samples reach.
 
 Of a run with N latents, at most `MAXIMA` of them, evenly spaced, and as many samples of each mapping, all unit rows.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vglann_fast.run.folder import RunDir
 
 MAXIMA = 1024
-_NEIGHBOURS = 5  # of coverage and density
+_NEIGHBORS = 5  # of coverage and density
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _figures(rows: "Tensor", samples: "Tensor", points: np.ndarray) -> MappingCo
 
     from vglann_fast.metrics.prdc import density_coverage
 
-    enough = len(rows) > _NEIGHBOURS
-    density, coverage = density_coverage(rows, samples, _NEIGHBOURS) if enough else (None, None)
+    enough = len(rows) > _NEIGHBORS
+    density, coverage = density_coverage(rows, samples, _NEIGHBORS) if enough else (None, None)
     nearest = nearest_rows(rows.float(), samples.float())[0]
     return MappingComparison(coverage, density, len(nearest.unique()) / len(rows), points)

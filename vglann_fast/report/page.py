@@ -42,13 +42,13 @@ def write_report(run: str | Path) -> Path:
     html = render(run.resolve().name, artifacts, comparison, _beside(run, artifacts.problems))
     page = run / "report" / "index.html"
     with atomic_file(page) as temporary:
-        # A folder's name or a JSON string may hold what is no Unicode text.
+        # A folder's name or a JSON string may hold what is not Unicode text.
         temporary.write_text(html, encoding="utf-8", errors="replace")
     return page
 
 
 def _beside(run: Path, problems: list[str]) -> dict[str, Any]:
-    """What the table that the run is of, and an ablation in its folder or the one around it, have to show."""
+    """Read the table that the run is of, and an ablation in its folder or the one around it."""
     run = run.resolve()
     table = read_table(run.parent, problems)
     found = distance_tables(table) if table is not None and run.name in table.losses else []
@@ -89,7 +89,7 @@ def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dic
 
 
 def _header_facts(run: Artifacts) -> list[str]:
-    """What kind of run this is, in a few words each, as far as its options tell."""
+    """Describe the kind of run, in a few words each, as far as its options tell."""
     options, train = run.options, run.options.get("train")
     train = train if isinstance(train, dict) else {}
     facts = [f"{key} {options[key]}" for key in ("preset", "seed") if key in options]
@@ -202,7 +202,7 @@ def _samples(media: Media, nearest: np.ndarray | None) -> Gallery:
 
 
 def _sample_note(record: dict[str, Any]) -> str:
-    """How the samples were drawn."""
+    """Describe how the samples were drawn."""
     known = [(key, record.get(key)) for key in ("mapping", "seed")]
     return ", ".join(f"{key} {value}" for key, value in known if value is not None)
 

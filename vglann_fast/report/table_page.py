@@ -41,7 +41,7 @@ from vglann_fast.report.gallery import Card, Gallery, view
 from vglann_fast.report.rendering import render_page
 from vglann_fast.run.destinations import atomic_file
 
-# The paper's Table 1: FVD on its own clips, which are not those of anybody's table.
+# The paper's Table 1: FVD on its own clips, which nobody else's table has.
 PAPER = {
     "laplacian": {"imle": 2651.40, "vae": 2891.24, "gmm": 2700.96},
     "resnext101-3d": {"imle": 2305.44, "vae": 2421.96, "gmm": 2587.32},
@@ -69,13 +69,13 @@ class DistanceTable:
 
     @property
     def comparable(self) -> bool:
-        """Whether the paper's values stand beside them."""
+        """Return True if the paper's values stand beside them."""
         return COLUMN in self.head
 
 
 @dataclass(frozen=True)
 class Table:
-    """What table.json holds, as far as it can be read. records: loss -> name -> record, only what is of the table."""
+    """Content of table.json, as far as it can be read. records: loss -> name -> record, only what is of the table."""
 
     losses: list[str]
     mappings: list[str]
@@ -147,7 +147,7 @@ def _distance_table(title: str, table: Table, figures: dict[str, dict[str, Any]]
 
 
 def paper_note(found: Sequence[DistanceTable]) -> str:
-    """What may be said of the paper's own values beside these."""
+    """Return the note on comparing these values with the paper's own."""
     if any(one.comparable for one in found):
         return (
             "The paper’s values are of its own clips: compare which mapping and which loss comes first, not the "
@@ -240,7 +240,7 @@ def _doubts(table: Table, problems: list[str]) -> list[str]:
 
 
 def _warnings(table: Table) -> list[str]:
-    """What is wrong with the clips of the comparison, each line once."""
+    """Return what is wrong with the clips of the comparison, each line once."""
     every = (one for records in table.records.values() for one in records.values())
     return list(dict.fromkeys(line for one in every for line in _texts(one.get("warnings"))))
 
@@ -259,7 +259,7 @@ def _strips(folder: Path, place: str, of: str, problems: list[str]) -> Gallery:
 
 
 def _names(value: Any, problems: list[str]) -> list[str]:
-    """Those of a list that are names of losses or mappings, each once: they become paths and links."""
+    """Return the elements of a list that name losses or mappings, each once: they become paths and links."""
     names = dict.fromkeys(_texts(value))
     odd = [name for name in names if not _NAME.fullmatch(name) or name == TRAINING_LATENTS]
     problems += [f"table.json: {name[:100]!r} is no name" for name in odd]

@@ -93,11 +93,11 @@ class CheckpointFolders:
         raise VglannError(f"{self.path} has no checkpoint that can be read: {hint}")
 
     def exist(self) -> bool:
-        """Whether any checkpoint was completed."""
+        """Return True if any checkpoint was completed."""
         return bool(self.folders())
 
     def folders(self) -> list[Path]:
-        """Those of all checkpoints, oldest first."""
+        """Return all checkpoint folders, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-????????"))
 
 

@@ -243,7 +243,7 @@ def content_of(path: str | Path, marker: str | None = None, others: Sequence[str
 
 
 def _content(folder: Path) -> Content | None:
-    """Return what is in a folder but strays and the system's files, None where there is no folder.
+    """Return what is in a folder but strays and the system's files, None where the folder does not exist.
 
     Raises OSError for what is not a folder.
     """

@@ -1,4 +1,4 @@
-"""Where a run was made, versions and hardware; this process's place in a job; and where a user's cache is."""
+"""Versions and hardware a run was made with, this process's place in a job, and the user's cache folder."""
 
 import os
 import platform
@@ -57,7 +57,7 @@ def job_size() -> int:
 
 
 def launched() -> Launch:
-    """Return this process's place in the job that `torchrun` started, or that of a process alone.
+    """Return this process's place in the job that `torchrun` started, or the place of a single process.
 
     Job operators set some of torchrun's variables for any command, and scripts leave single ones behind. An empty
     variable counts as unset, and without a WORLD_SIZE above 1 the others do not count.

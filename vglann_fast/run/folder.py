@@ -121,7 +121,7 @@ class RunDir:
     def locked(self, rank: int = 0) -> Iterator[None]:
         """Keep every other process from writing to the run. The lock goes with the process, however that ends.
 
-        rank: this process's among those of its job; 0 alone writes and locks. Raises `VglannError` that names the
+        rank: this process's number in its job; 0 alone writes and locks. Raises `VglannError` that names the
         process which holds the lock. A file system without locks has none.
         """
         import fcntl
@@ -157,7 +157,7 @@ class RunDir:
             yield
 
     def resumed(self, step: int, on_mismatch: str = "error") -> None:
-        """Record, in options.json, what differs from there now that the run goes on from `step`."""
+        """Record, in options.json, what differs from there now that the run continues from `step`."""
         saved = _read_options(self.path)
         before, after = ({**options["train"], "clips": options["clips"]} for options in (saved, self.options))
         changed = {
@@ -178,7 +178,7 @@ class RunDir:
             write_json(self.path / "options.json", self.options)
 
     def recorded_environment(self) -> dict[str, Any]:
-        """What environment.json holds; nothing if there is none. Raises `VglannError` for one that is damaged."""
+        """Return the content of environment.json, {} without one. Raises `VglannError` for one that is damaged."""
         file = self.path / "environment.json"
         recorded = read_json(file) if file.exists() else {}
         if not isinstance(recorded, dict):
@@ -222,7 +222,7 @@ def check_links(path: Path) -> None:
 
 
 def _are_resumes(entries: Any) -> bool:
-    """Whether this is what `RunDir.resumed` writes."""
+    """Return True if this is what `RunDir.resumed` writes."""
     return isinstance(entries, list) and all(
         isinstance(entry, dict)
         and is_count(entry.get("step"))

@@ -105,7 +105,7 @@ def remove_strays(folder: Path, *, replaced: bool = False) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stray, ignore_errors=True)
-        except OSError:  # its process lives, or there are no locks here
+        except OSError:  # its process lives, or this file system has no locks
             continue
         finally:
             os.close(lock)

@@ -122,7 +122,7 @@ class Ranks:
         return whole
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite `tensors` by those of process 0."""
+        """Overwrite `tensors` by the tensors of process 0."""
         if self.size > 1:
             with another_process_may_have_ended():
                 for tensor in tensors:
@@ -226,9 +226,9 @@ def _meeting(patience: timedelta) -> tuple[Any, int, int]:
 
 @cache
 def first_to_fail() -> bool:
-    """Whether no process of this job has failed before this one; asked once, and the answer stays.
+    """Return True if this is the first process of the job to fail; asked once, and the answer stays.
 
-    Where the others cannot be asked they may never have come to say anything, so it is true.
+    Also True when the store is unreachable: the others may never have come to say anything.
     """
     try:
         return dist.PrefixStore("vglann", _meeting(LAST_WORDS)[0]).add("failed", 1) == 1

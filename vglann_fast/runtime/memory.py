@@ -57,7 +57,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _proc(name: str) -> str:
-    """Return what Linux says of this process, see proc(5); "" where there is no /proc."""
+    """Return what Linux says of this process, see proc(5); "" without a /proc."""
     try:
         return (PROC / name).read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""How this process computes: the one place that touches what PyTorch keeps as global state.
+"""Numerics of this process: the one place that touches what PyTorch keeps as global state.
 
 Everything else receives tensors and gives tensors back. `numerics` states, for a block, the algorithms, the products
 and the threads, and leaves the process as it found it, also if the caller is a program with settings of its own.
@@ -22,7 +22,7 @@ from vglann_fast.errors import VglannError
 
 @dataclass(frozen=True)
 class _Settings:
-    """What one block asks for; None leaves a setting as it is."""
+    """Settings that one block asks for; None leaves a setting as it is."""
 
     deterministic: bool | None
     tf32: bool | None
@@ -102,13 +102,13 @@ def seeded(seed: int) -> Iterator[torch.Generator]:
 
 
 def _gpu_products() -> list[Any]:
-    """What decides how a GPU computes float32 products. The older allow_tf32 cannot be mixed with it."""
+    """Return the switches for float32 products on a GPU. The older allow_tf32 cannot be mixed with it."""
     cudnn: Any = torch.backends.cudnn
     return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
 
 
 def _products() -> list[Any]:
-    """What decides how float32 products are computed, on a GPU and by oneDNN on a CPU."""
+    """Return the switches for float32 products, on a GPU and by oneDNN on a CPU."""
     mkldnn: Any = torch.backends.mkldnn
     return [*_gpu_products(), mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
 

@@ -3,7 +3,7 @@
     trained = load_trained(RunDir.open("run"))
     latents = invert(trained, clips).latents      # an encoder: clips in, latents out
 
-Each clip starts from several latents: those of training clips whose reconstructions it resembles most, and the
+Each clip starts from several latents: latents of training clips whose reconstructions it resembles most, and the
 mean of those; the loss
 is the run's own, Adam's rate falls to zero along a cosine, and each step ends on the unit sphere. The start
 that ends at the highest PSNR wins. BatchNorm is in eval mode, so a clip's latent does not depend on the others.
@@ -40,7 +40,7 @@ from vglann_fast.samples.sample import has_clips, open_clips, render
 from vglann_fast.samples.write import write_videos
 
 LEARNING_RATE = 0.05  # at the start; latents have length 1
-CANDIDATES = 512  # training latents, evenly spaced, among which those of similar clips are looked for
+CANDIDATES = 512  # training latents, evenly spaced, among which latents of similar clips are looked for
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def invert_videos(
 
 
 def _in_eval_mode(trained: Trained) -> Trained:
-    """The same with running BatchNorm statistics in use: those of its latents, if it samples by batches."""
+    """The same with running BatchNorm statistics in use: the statistics of its latents, if it samples by batches."""
     if not trained.generator.training:
         return trained
     recompute_batchnorm(trained.generator, latent_batches(trained.latents, trained.options.batch_size))
@@ -151,7 +151,7 @@ def _in_eval_mode(trained: Trained) -> Trained:
 def _descend(
     trained: Trained, features: Mapping[str, FeatureLoss], clip: Tensor, latents: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Minimise the run's loss over each of `latents` [s, d] for one clip: (unit latents [s, d], PSNR [s])."""
+    """Minimize the run's loss over each of `latents` [s, d] for one clip: (unit latents [s, d], PSNR [s])."""
     options = trained.options
     target = clip.expand(len(latents), *clip.shape).contiguous()
     against = {name: loss.against(target) for name, loss in features.items()}

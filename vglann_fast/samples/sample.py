@@ -118,7 +118,7 @@ def sample(
 def draw_latents(trained: Trained, mapping: LatentSampler, n: int, seed: int) -> Tensor:
     """n latents [n, d] of a mapping, and the generator made ready for them.
 
-    Where it samples with running BatchNorm statistics, they become those of other latents of this mapping. Raises
+    Where it samples with running BatchNorm statistics, they are taken from other latents of this mapping. Raises
     `VglannError` for a mapping of another run or of numbers beyond all bounds.
     """
     device = trained.latents.device

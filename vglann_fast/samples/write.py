@@ -44,7 +44,7 @@ _LIMITED_RANGE, _MATRIX_BT601, _PRIMARIES_BT709, _TRANSFER_SRGB = 1, 6, 1, 13
 _RGB_TO_YCBCR = np.rint(
     np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) * 65536 / 255
 ).astype(np.int32)
-# x264 looks ahead in pictures shrunk to half their size; in those of small videos it reads memory nobody wrote,
+# x264 looks ahead in pictures shrunk to half their size; for small videos it reads memory nobody wrote,
 # so that the file differed from run to run. Without that analysis it depends on the video alone.
 _SAME_FILE_EACH_TIME = "rc-lookahead=0:b-adapt=0:scenecut=0:weightp=0"
 
@@ -239,7 +239,7 @@ def write_videos(
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    """What `np.save` writes; that one raises an error without a number where the disk is full."""
+    """Write what `np.save` writes, which raises an error without a number where the disk is full."""
     array = np.ascontiguousarray(array)
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))

@@ -51,7 +51,7 @@ _ACTIONABLE = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where videos come from: the real clips, a run, or spoiled copies of real clips."""
+    """The origin of videos: the real clips, a run, or spoiled copies of real clips."""
 
     number: int
     label: str

@@ -169,7 +169,7 @@ def _balanced(
 def _encode(
     wanted: set[_Showing], arrays: Sequence[np.ndarray], rng: np.random.Generator, folder: Path
 ) -> dict[_Showing, bytes]:
-    """Each as the bytes of an MP4; the source after the last array is that of noised copies of real clips."""
+    """Each as the bytes of an MP4; the source after the last array stands for noised copies of real clips."""
     file = folder / "one.mp4"
     encoded = {}
     for source, clip in sorted(wanted):

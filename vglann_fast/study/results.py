@@ -1,4 +1,4 @@
-"""What the raters of a study said: preference shares with exact intervals, and how far the raters agree.
+"""Results of a study: preference shares with exact intervals, and how far the raters agree.
 
 Who is counted. A rater whose answers to the attention checks could well be guesses is left out whole: it counts
 only who passed so many of the checks answered that guessing would pass as many with a probability of at most 5 %
@@ -125,7 +125,7 @@ def results(study: Study, rated: Sequence[Rating]) -> dict[str, Any]:
 
 
 def attentive(passed: Sequence[bool]) -> bool:
-    """Whether guessing would pass as many of these attention checks with a probability of at most `GUESSED`."""
+    """Return True if guessing passes so many of these attention checks with probability at most `GUESSED`."""
     return bool(passed) and bool(_binomial_test(sum(passed), len(passed), "greater").pvalue <= GUESSED)
 
 

@@ -2,7 +2,7 @@
 
     GET /                    the page
     GET /videos/ID           one video, as MP4
-    GET /answers/RATER       {trial: chosen video} of that rater, to go on after a reload
+    GET /answers/RATER       {trial: chosen video} of that rater, to continue after a reload
     POST /answers            {"rater", "trial", "chosen", "side"}; 204, or 400 with what is wrong in plain text
 
 It listens on 127.0.0.1 alone and answers only requests to that name or localhost, so that a page of another site

@@ -7,6 +7,8 @@ normalizes joins the programs' statistics by itself, so that a step has two laun
 program takes all of a block of channels, and one launch does both passes.
 """
 
+from __future__ import annotations
+
 from functools import cache
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`batch_norm_relu`: batch normalization over channels and the ReLU that follows it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

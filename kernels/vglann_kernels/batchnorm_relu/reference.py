@@ -1,5 +1,7 @@
 """`batch_norm_relu` in plain PyTorch: the definition."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

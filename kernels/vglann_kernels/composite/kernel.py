@@ -5,6 +5,8 @@ videos are few, several programs share a block's frames and leave partial sums. 
 passes except the inputs; activations are computed again. The video is always written planar, with wide stores.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """`mask_composite`: mix a foreground and a still background by a mask, activations included."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """`composite_laplacian_loss`: from the generator's logits and rows of the clip table to the loss."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -9,6 +9,8 @@ upsampling. All is float32. How a plane lies in the threads: see `stencil`.
 # A tuple that grows in a kernel changes its type.
 # mypy: disable-error-code="assignment, misc"
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl

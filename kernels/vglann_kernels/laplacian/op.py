@@ -1,5 +1,7 @@
 """`laplacian_pyramid_loss`: L1 between the Laplacian pyramids of two videos, plane by plane."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

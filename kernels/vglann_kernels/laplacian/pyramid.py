@@ -1,5 +1,7 @@
 """The options of the Laplacian loss as one value, checked once and passed around whole."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class Pyramid:
     )
 
     @classmethod
-    def of(cls, fields: Sequence[Any]) -> "Pyramid":
+    def of(cls, fields: Sequence[Any]) -> Pyramid:
         """Return the options from an operator's arguments."""
         levels, blur, sigma, weights, (low, high), *rest = fields
         return cls(levels, blur, sigma, tuple(weights), (low, high), *rest)
@@ -66,7 +68,7 @@ class Pyramid:
         reduction: str,
         l1_weight: float = 0.0,
         l2_weight: float = 0.0,
-    ) -> "Pyramid":
+    ) -> Pyramid:
         """Return the options of the loss for planes of (height, width). Raises ValueError on a bad option."""
         height, width = planes
         blur = blur_name(blur)

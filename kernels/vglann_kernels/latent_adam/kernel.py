@@ -5,6 +5,8 @@ row again before its own. The first occurrence of a row sums the gradients of al
 alone writes. Where the whole table shares one step counter, the last program to arrive advances it.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`latent_gather`, `latent_adam_step`, `latent_flush`: Adam over a table, a few rows a step."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

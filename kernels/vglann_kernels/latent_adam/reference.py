@@ -1,5 +1,7 @@
 """Adam over a table of latents of which a step touches a few rows, in plain PyTorch: the choice of rows."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

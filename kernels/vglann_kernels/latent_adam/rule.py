@@ -4,6 +4,8 @@ All functions work on tensors of one dtype, float32 or float64; scalars that los
 beta^t) are computed in float64.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

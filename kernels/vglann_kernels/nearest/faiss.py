@@ -4,6 +4,8 @@ FAISS computes |q|^2 + |c|^2 - 2 q.c in float32. It is asked for a few rows of e
 the last one offered is not farther than the first by twice what rounding can do.
 """
 
+from __future__ import annotations
+
 from functools import cache
 from importlib import import_module
 from importlib.metadata import distributions

@@ -1,5 +1,7 @@
 """`nearest_rows`: the exact nearest row of a database for each query."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, overload
 
 import torch

@@ -1,5 +1,7 @@
 """`nearest_rows` over a database whose rows lie in several processes."""
 
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -1,5 +1,7 @@
 """`guard_step` in Triton: one program."""
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 from torch import Tensor

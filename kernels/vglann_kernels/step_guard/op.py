@@ -1,5 +1,7 @@
 """`guard_step`: whether a training step counts, and what is put back when it does not."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """`guard_step` in plain PyTorch: the definition."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -16,7 +16,7 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What is allocated without a value is NaN, or an index far outside."""
+    """Fill what is allocated without a value with NaN, or with an index far outside."""
     plain = torch.empty
 
     def empty(*args, **kwargs):

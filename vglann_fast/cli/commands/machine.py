@@ -1,4 +1,4 @@
-"""What runs on this machine: `vglann weights import | doctor | verify`."""
+"""Commands about this machine: `vglann weights import | doctor | verify`."""
 
 from argparse import Namespace
 from typing import get_args

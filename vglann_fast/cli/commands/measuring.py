@@ -1,4 +1,4 @@
-"""What was made, in figures and on a page: `vglann reconstruct | evaluate | table | report | replay`."""
+"""Commands that measure and report a run: `vglann reconstruct | evaluate | table | report | replay`."""
 
 import io
 import json
