@@ -73,8 +73,10 @@ def plugin(scheduler, plugin):
     """Workers have a plugin in the block."""
     with distributed.Client(scheduler, set_as_default=False) as client:
         client.register_plugin(plugin)
-        yield
-        client.unregister_worker_plugin(plugin.name)
+        try:
+            yield
+        finally:
+            client.unregister_worker_plugin(plugin.name)
 
 
 def refused(videos, out, scheduler, match):
