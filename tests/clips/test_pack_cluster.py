@@ -16,7 +16,7 @@ pytest.importorskip("cv2")
 pytest.importorskip("distributed")
 
 import distributed
-from dask_plugins import Changed, Kill
+from dask_plugins import Changed, Kill, KillInCheck
 from decoding import pictures
 from video_files import write_video
 
@@ -167,6 +167,14 @@ def test_a_full_disk_of_a_worker_names_the_worker(videos, scheduler, tmp_path):
 
 def full(*_, **__):
     raise OSError(28, "No space left on device", "/scratch")
+
+
+def test_a_worker_that_is_lost_while_it_is_checked_changes_nothing(videos, whole, scheduler, tmp_path):
+    marker = tmp_path / "killed"
+    with plugin(scheduler, KillInCheck(str(marker))):
+        pack(videos, tmp_path / "clips", **OPTIONS, scheduler=scheduler)
+    assert marker.exists()
+    assert content(tmp_path / "clips") == whole
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def _check_workers(client: Any, job: Job, scheduler: str) -> None:
     for address, error in sorted(answers.items()):
         if isinstance(error, VglannError):
             raise VglannError(f"worker {address}: {error}")
-        if error is not None:
+        # A worker that was lost meanwhile will be replaced, and each task checks its worker again.
+        if error is not None and not isinstance(error, OSError):
             raise VglannError(f"worker {address}: {error}; install the same vglann-fast there")
     if not answers:
         log.info("%s has no workers yet; waiting for the first", scheduler)
