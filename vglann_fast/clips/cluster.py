@@ -113,8 +113,10 @@ def _result(future: Any, source: Source, scheduler: str) -> str:
         with _answering(scheduler):
             return future.result()
     except KilledWorker as error:
+        # The scheduler counts a lost worker against all tasks that the worker had, also those that waited there.
         raise VglannError(
-            f"{source.path}: every worker that decodes it ends; give the workers more memory, or leave this video out"
+            f"{source.path}: {error.allowed_failures + 1} workers ended while they had it, perhaps because of "
+            "another video; give workers one thread each (`dask worker --nthreads 1`) or more memory (--memory-limit)"
         ) from error
 
 
