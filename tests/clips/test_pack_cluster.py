@@ -15,6 +15,7 @@ pytest.importorskip("av")
 pytest.importorskip("cv2")
 pytest.importorskip("distributed")
 
+import dask
 import distributed
 from dask_plugins import Changed, Kill, KillInCheck
 from decoding import pictures
@@ -172,6 +173,32 @@ def test_a_full_disk_of_a_worker_names_the_worker(videos, scheduler, tmp_path):
 
 def full(*_, **__):
     raise OSError(28, "No space left on device", "/scratch")
+
+
+def test_any_other_error_of_a_worker_is_one_line_that_names_the_video(videos, scheduler, tmp_path):
+    """As of a worker that comes later and has no vglann-fast."""
+    with plugin(scheduler, Changed("vglann_fast.clips.cluster_worker", "decode_job", missing)):
+        refused(
+            videos,
+            tmp_path / "clips",
+            scheduler,
+            r"\d\.mkv: .*ModuleNotFoundError: No module.*have the same vglann-fast",
+        )
+
+
+def missing(*_, **__):
+    raise ModuleNotFoundError("No module\nnamed 'vglann_fast'")
+
+
+def test_a_scheduler_that_no_longer_waits_for_workers_is_one_line(videos, tmp_path):
+    with (
+        dask.config.set({"distributed.scheduler.no-workers-timeout": "100ms"}),
+        distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster,
+    ):
+        address = cluster.scheduler_address
+        refused(
+            videos, tmp_path / "clips", address, r"\d\.mkv: .*NoWorkerError.*see that workers are running"
+        )
 
 
 def test_a_worker_that_is_lost_while_it_is_checked_changes_nothing(videos, whole, scheduler, tmp_path):

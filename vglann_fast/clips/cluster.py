@@ -107,16 +107,25 @@ def _done(
 
 
 def _result(future: Any, source: Source, scheduler: str) -> str:
+    """Return what a task has returned. Raises `VglannError` for every error of a task."""
     from distributed import KilledWorker
 
     try:
         with _answering(scheduler):
             return future.result()
+    except VglannError:
+        raise
     except KilledWorker as error:
         # The scheduler counts a lost worker against all tasks that the worker had, also those that waited there.
         raise VglannError(
             f"{source.path}: {error.allowed_failures + 1} workers ended while they had it, perhaps because of "
             "another video; give workers one thread each (`dask worker --nthreads 1`) or more memory (--memory-limit)"
+        ) from error
+    except Exception as error:  # such as no worker in time, or one that cannot import this package
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise VglannError(
+            f"{source.path}: the workers could not pack it ({cause}); see that workers are running, and that the "
+            "scheduler and all workers have the same vglann-fast, then run the command again"
         ) from error
 
 
