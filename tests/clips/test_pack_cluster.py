@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -23,8 +24,12 @@ from video_files import write_video
 
 from vglann_fast.clips import cluster as cluster_module
 from vglann_fast.clips import writer as writer_module
+from vglann_fast.clips.cluster_worker import TOKEN_FILE, Job, check_worker, versions
+from vglann_fast.clips.cut import PackOptions
+from vglann_fast.clips.decode import DecodeLimits
 from vglann_fast.clips.merge import merge
 from vglann_fast.clips.pack import pack
+from vglann_fast.clips.parts import part_of
 from vglann_fast.errors import VglannError
 
 OPTIONS = {"frames": 4, "size": 32}
@@ -151,6 +156,16 @@ def test_workers_that_are_not_as_this_machine_are_refused_by_name(
 ):
     with plugin(scheduler, Changed("vglann_fast.clips.cluster_worker", attribute, value)):
         refused(videos, tmp_path / "clips", scheduler, match)
+
+
+def test_pytorch_is_compared_where_it_decides_the_cuts(tmp_path):
+    assert "torch" not in versions(PackOptions())
+    options = PackOptions(shots="transnetv2 0")
+    (tmp_path / TOKEN_FILE).write_text("token")
+    job = Job(tmp_path, "token", versions(options), options, DecodeLimits(), part_of([], 1, 1)[0])
+    check_worker(job)
+    with pytest.raises(VglannError, match=r"torch \S+, not 1\.0; install"):
+        check_worker(replace(job, versions=job.versions | {"torch": "1.0"}))
 
 
 def test_a_video_that_workers_do_not_see_is_an_error_and_not_a_rejected_file(videos, scheduler, tmp_path):

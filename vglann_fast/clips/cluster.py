@@ -54,7 +54,7 @@ def add_by_workers(
         job = Job(
             shared.absolute(),
             token_hex(16),
-            versions(),
+            versions(writer.options),
             writer.options,
             limits,
             part_of(sources, 1, len(sources))[0],
