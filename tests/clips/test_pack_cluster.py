@@ -48,7 +48,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(videos, tmp_path_factory):
-    """What one machine writes."""
+    """The files that one machine writes."""
     folder = tmp_path_factory.mktemp("whole") / "clips"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "MAX_REJECTED_SHARE", 0.2)

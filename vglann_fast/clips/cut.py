@@ -23,7 +23,7 @@ SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the content of a clip folder; `pack` explains each."""
+    """Options that decide the content of a clip folder; `pack` explains each."""
 
     frames: int = 32
     size: int = 64

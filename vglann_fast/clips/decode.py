@@ -54,7 +54,7 @@ READY = b"the decoder is ready\n"
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What one file may cost. Over `seconds` or `memory_mb` or `max_pixels` the file is rejected.
+    """Limits for one file. Over `seconds` or `memory_mb` or `max_pixels` the file is rejected.
 
     Of a file with more than `max_frames` frames the rest is left out; the default is an hour at 30 frames a
     second. `memory_mb` is in MiB and counts what decoding adds to an idle child.

@@ -11,7 +11,7 @@ _LISTED = 10  # ids named of the missing, and of the new
 
 
 def has_clips(run: RunDir) -> bool:
-    """Whether the run was trained here, on clips; an imported one was not."""
+    """Return True if the run was trained here, on clips; an imported run was not."""
     return run.options["clips"] is not None
 
 
@@ -21,7 +21,7 @@ def open_clips(run: RunDir, *, verify: bool = False, share: tuple[int, int] = (0
     verify: read all of them, or this process's `share` (see `ClipSet.open`), and compare their checksums.
     """
     if not has_clips(run):
-        raise VglannError(f"{run.path} was imported: it has no clips, and no training that could go on")
+        raise VglannError(f"{run.path} was imported: it has no clips, and no training that could be resumed")
     folder = Path(run.options["clips"])
     if not folder.is_dir():
         raise VglannError(
@@ -32,7 +32,7 @@ def open_clips(run: RunDir, *, verify: bool = False, share: tuple[int, int] = (0
 
 
 def clip_changes(trained: Sequence[str], present: Sequence[str]) -> str:
-    """What became of the clips, in words; empty if they are the same in the same order."""
+    """Return in words how the clips changed; empty if they are the same in the same order."""
     if list(trained) == list(present):
         return ""
     missing, new = sorted(set(trained) - set(present)), sorted(set(present) - set(trained))

@@ -114,13 +114,13 @@ def pack(
     frames: frames of a clip; stride: source frames from one to the next.
     start_every: source frames from one clip's start to the next; None makes them disjoint (frames * stride).
     size: side of a clip in pixels, 32, 64 or 128.
-    tiles: 1 takes the centre square of the frame, 2 the squares of half its height, and so on.
+    tiles: 1 takes the center square of the frame, 2 the squares of half its height, and so on.
     min_motion: clips whose mean |frame - frame before| is smaller, in 1/255, are dropped as static.
     test_fraction: expected share of shots whose clips are test clips. A shot is test or train by a hash of its
         source, its number and `seed`, so it stays what it is when other sources come or go.
     stabilize: take the camera's motion out of each clip, see `stabilize.py`. Static clips are those in which
         nothing moves then. A clip for which that fails is dropped, and listed in rejected.jsonl.
-    shots: how cuts are found: by colour histograms, or by TransNetV2, whose weights must have been imported.
+    shots: how cuts are found: by color histograms, or by TransNetV2, whose weights must have been imported.
     workers: decoding processes; None is one a CPU, at most 8.
     overwrite: replace a clip folder that is there already.
     shard: (I, N) packs the I-th of N parts of the sources, counted from 1, for `merge`.
@@ -190,7 +190,7 @@ def decode_limits(
     pixels: int = DecodeLimits.max_pixels,
     seconds: float | None = None,
 ) -> DecodeLimits:
-    """What one file may cost; without `seconds` more of them with `stabilize`, which takes longer than decoding.
+    """Return the limits for one file. The default time is longer with `stabilize`, which takes more than decoding.
 
     Raises `VglannError` for a limit that is not above 0.
     """
@@ -206,7 +206,7 @@ def existing_index(out: Path, overwrite: bool) -> dict[str, Any] | None:
     if not content_of(out, INDEX_FILE, OTHER_FILES):
         return None
     if not (out / INDEX_FILE).is_file():
-        raise VglannError(f"{out}: is there already and is no clip folder; choose another --out")
+        raise VglannError(f"{out}: is already there and is not a clip folder; choose another --out")
     return None if overwrite else read_index(out)
 
 

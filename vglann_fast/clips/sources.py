@@ -1,4 +1,4 @@
-"""Which videos a pack is made of: files, folders of videos, of frames, of strips, and their windows.
+"""Find the videos that a pack is made of: files, folders of videos, of frames, of strips, and their windows.
 
 A `sources.json` beside video files says which frames of a file may be used (credits and titles are not video
 one wants to learn), and where the file is from:
