@@ -133,7 +133,7 @@ def test_a_video_that_lost_workers_had_is_named(videos, scheduler, tmp_path):
                 videos,
                 tmp_path / "clips",
                 scheduler,
-                r"\d\.mkv: 2 workers ended.*--nthreads 1.*--memory-limit",
+                r"\d\.mkv: 2 workers ended.*--nthreads 1.*--memory-limit.*same vglann-fast",
             )
         finally:
             client.run_on_scheduler(may_fail, before)
@@ -191,7 +191,7 @@ def full(*_, **__):
 
 
 def test_any_other_error_of_a_worker_is_one_line_that_names_the_video(videos, scheduler, tmp_path):
-    """As of a worker that comes later and has no vglann-fast."""
+    """As of a worker that lacks a module."""
     with plugin(scheduler, Changed("vglann_fast.clips.cluster_worker", "decode_job", missing)):
         refused(
             videos,

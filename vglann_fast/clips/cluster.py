@@ -116,12 +116,14 @@ def _result(future: Any, source: Source, scheduler: str) -> str:
     except VglannError:
         raise
     except KilledWorker as error:
-        # The scheduler counts a lost worker against all tasks that the worker had, also those that waited there.
+        # The scheduler counts a lost worker against all tasks that the worker had, also those that waited there. A
+        # worker that cannot import this package, and comes after the check, ends when it is sent a task.
         raise VglannError(
             f"{source.path}: {error.allowed_failures + 1} workers ended while they had it, perhaps because of "
-            "another video; give workers one thread each (`dask worker --nthreads 1`) or more memory (--memory-limit)"
+            "another video; see their logs, then give workers one thread each (`dask worker --nthreads 1`), more "
+            "memory (--memory-limit) or the same vglann-fast"
         ) from error
-    except Exception as error:  # such as no worker in time, or one that cannot import this package
+    except Exception as error:  # such as no worker in time, or a scheduler that cannot import this package
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise VglannError(
             f"{source.path}: the workers could not pack it ({cause}); see that workers are running, and that the "
