@@ -248,6 +248,7 @@ def test_a_scheduler_that_is_killed_leaves_one_line_and_nothing_else(videos, tmp
             time.sleep(0.05)
         with distributed.Client(scheduler_file=str(file), set_as_default=False) as client:
             address = client.scheduler.address
+            client.wait_for_workers(1)
             client.register_plugin(Kill(str(tmp_path / "killed"), killed.pid))
         words = [str(videos), "--out", str(out), "--frames", "4", "--size", "32"]
         command = [sys.executable, "-m", "vglann_fast", "clips", "pack", *words, "--scheduler", address]
