@@ -91,6 +91,25 @@ def test_split(folder, split):
     np.testing.assert_array_equal(clips.read([1, 0]), PIXELS[[rows[1], rows[0]]])
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_processes_that_share_the_checksums_verify_each_shard_once(folder, size):
+    for number in range(3):
+        file = folder / f"clips-{number:05d}.npy"
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        refused = [rank for rank in range(size) if says_damaged(folder, (rank, size), file.name)]
+        assert len(refused) == 1
+        file.write_bytes(good)
+
+
+def says_damaged(folder, share, name):
+    try:
+        ClipSet.open(folder, share=share)
+    except VglannError as error:
+        return name in str(error)
+    return False
+
+
 def test_split_errors(folder):
     with pytest.raises(VglannError, match="split must be"):
         ClipSet.open(folder, "dev")

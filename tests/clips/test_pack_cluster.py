@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -15,15 +16,20 @@ pytest.importorskip("av")
 pytest.importorskip("cv2")
 pytest.importorskip("distributed")
 
+import dask
 import distributed
-from dask_plugins import Changed, Kill
+from dask_plugins import Changed, Kill, KillInCheck
 from decoding import pictures
 from video_files import write_video
 
 from vglann_fast.clips import cluster as cluster_module
 from vglann_fast.clips import writer as writer_module
+from vglann_fast.clips.cluster_worker import TOKEN_FILE, Job, check_worker, versions
+from vglann_fast.clips.cut import PackOptions
+from vglann_fast.clips.decode import DecodeLimits
 from vglann_fast.clips.merge import merge
 from vglann_fast.clips.pack import pack
+from vglann_fast.clips.parts import part_of
 from vglann_fast.errors import VglannError
 
 OPTIONS = {"frames": 4, "size": 32}
@@ -73,8 +79,10 @@ def plugin(scheduler, plugin):
     """Workers have a plugin in the block."""
     with distributed.Client(scheduler, set_as_default=False) as client:
         client.register_plugin(plugin)
-        yield
-        client.unregister_worker_plugin(plugin.name)
+        try:
+            yield
+        finally:
+            client.unregister_worker_plugin(plugin.name)
 
 
 def refused(videos, out, scheduler, match):
@@ -113,7 +121,7 @@ def test_a_worker_that_is_killed_changes_nothing(videos, whole, scheduler, tmp_p
     assert content(tmp_path / "clips") == whole
 
 
-def test_a_video_that_ends_every_worker_is_named(videos, scheduler, tmp_path):
+def test_a_video_that_lost_workers_had_is_named(videos, scheduler, tmp_path):
     def may_fail(times, dask_scheduler=None):
         before, dask_scheduler.allowed_failures = dask_scheduler.allowed_failures, times
         return before
@@ -121,7 +129,12 @@ def test_a_video_that_ends_every_worker_is_named(videos, scheduler, tmp_path):
     with distributed.Client(scheduler, set_as_default=False) as client, plugin(scheduler, Kill()):
         before = client.run_on_scheduler(may_fail, 1)
         try:
-            refused(videos, tmp_path / "clips", scheduler, r"3\.mkv: every worker that decodes it ends")
+            refused(
+                videos,
+                tmp_path / "clips",
+                scheduler,
+                r"\d\.mkv: 2 workers ended.*--nthreads 1.*--memory-limit.*same vglann-fast",
+            )
         finally:
             client.run_on_scheduler(may_fail, before)
 
@@ -145,6 +158,16 @@ def test_workers_that_are_not_as_this_machine_are_refused_by_name(
         refused(videos, tmp_path / "clips", scheduler, match)
 
 
+def test_pytorch_is_compared_where_it_decides_the_cuts(tmp_path):
+    assert "torch" not in versions(PackOptions())
+    options = PackOptions(shots="transnetv2 0")
+    (tmp_path / TOKEN_FILE).write_text("token")
+    job = Job(tmp_path, "token", versions(options), options, DecodeLimits(), part_of([], 1, 1)[0])
+    check_worker(job)
+    with pytest.raises(VglannError, match=r"torch \S+, not 1\.0; install"):
+        check_worker(replace(job, versions=job.versions | {"torch": "1.0"}))
+
+
 def test_a_video_that_workers_do_not_see_is_an_error_and_not_a_rejected_file(videos, scheduler, tmp_path):
     """A file that only this process has open."""
     (tmp_path / "place").mkdir()
@@ -165,6 +188,40 @@ def test_a_full_disk_of_a_worker_names_the_worker(videos, scheduler, tmp_path):
 
 def full(*_, **__):
     raise OSError(28, "No space left on device", "/scratch")
+
+
+def test_any_other_error_of_a_worker_is_one_line_that_names_the_video(videos, scheduler, tmp_path):
+    """As of a worker that lacks a module."""
+    with plugin(scheduler, Changed("vglann_fast.clips.cluster_worker", "decode_job", missing)):
+        refused(
+            videos,
+            tmp_path / "clips",
+            scheduler,
+            r"\d\.mkv: .*ModuleNotFoundError: No module.*have the same vglann-fast",
+        )
+
+
+def missing(*_, **__):
+    raise ModuleNotFoundError("No module\nnamed 'vglann_fast'")
+
+
+def test_a_scheduler_that_no_longer_waits_for_workers_is_one_line(videos, tmp_path):
+    with (
+        dask.config.set({"distributed.scheduler.no-workers-timeout": "100ms"}),
+        distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster,
+    ):
+        address = cluster.scheduler_address
+        refused(
+            videos, tmp_path / "clips", address, r"\d\.mkv: .*NoWorkerError.*see that workers are running"
+        )
+
+
+def test_a_worker_that_is_lost_while_it_is_checked_changes_nothing(videos, whole, scheduler, tmp_path):
+    marker = tmp_path / "killed"
+    with plugin(scheduler, KillInCheck(str(marker))):
+        pack(videos, tmp_path / "clips", **OPTIONS, scheduler=scheduler)
+    assert marker.exists()
+    assert content(tmp_path / "clips") == whole
 
 
 @contextmanager
@@ -191,6 +248,7 @@ def test_a_scheduler_that_is_killed_leaves_one_line_and_nothing_else(videos, tmp
             time.sleep(0.05)
         with distributed.Client(scheduler_file=str(file), set_as_default=False) as client:
             address = client.scheduler.address
+            client.wait_for_workers(1)
             client.register_plugin(Kill(str(tmp_path / "killed"), killed.pid))
         words = [str(videos), "--out", str(out), "--frames", "4", "--size", "32"]
         command = [sys.executable, "-m", "vglann_fast", "clips", "pack", *words, "--scheduler", address]

@@ -21,6 +21,9 @@ from vglann_fast.clips.cut import PackOptions, cut  # noqa: E402
 from vglann_fast.clips.dataset import ClipSet  # noqa: E402
 from vglann_fast.clips.decode import DecodedVideo, DecodeJob, DecodeLimits, decode_all  # noqa: E402
 from vglann_fast.clips.pack import pack  # noqa: E402
+from vglann_fast.clips.shots import find_shots  # noqa: E402
+from vglann_fast.clips.sources import Source  # noqa: E402
+from vglann_fast.clips.writer import ClipWriter  # noqa: E402
 
 MAPS = Path("/proc/self/maps")
 OPTIONS = {"frames": 4, "size": 32, "workers": 1}
@@ -80,25 +83,52 @@ def test_nothing_is_mapped_when_files_are_removed(tmp_path, renamed):
     assert not (tmp_path / "clips" / "scratch").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc to see what is in memory")
+needs_smaps = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="needs /proc to see what is in memory"
+)
+
+
+def mapped_file(file, shape):
+    """A mapped file of zeros, all of which is in memory."""
+    np.zeros(shape, np.uint8).tofile(file)
+    array = np.memmap(file, np.uint8, "r", shape=shape)
+    assert array.sum() == 0
+    assert resident(file) >= array.nbytes // 1024
+    return array
+
+
+def resident(file):
+    """KiB of a mapped file that are in memory."""
+    _, found = Path("/proc/self/smaps").read_text().split(str(file))
+    return int(found.split("Rss:")[1].split()[0])
+
+
+@needs_smaps
 def test_frames_that_were_cut_do_not_stay_in_memory(tmp_path):
     """An hour of video is gigabytes of mapped frames, and Dask ends a worker that has as much in memory."""
-
-    def resident():
-        _, found = Path("/proc/self/smaps").read_text().split(str(video.files[0]))
-        return int(found.split("Rss:")[1].split()[0])
-
-    video = DecodedVideo(
-        "0" * 64, False, [[0, 0, 64, 64]], (64, 64), None, None, None, (tmp_path / "a.tiles",)
-    )
-    frames = np.zeros((400, 1, 64, 64, 3), np.uint8)
-    frames.tofile(video.files[0])
-    video.tiles = np.memmap(video.files[0], np.uint8, "r", shape=frames.shape)
-    assert video.tiles.sum() == 0
-    assert resident() >= frames.nbytes // 1024
+    file = tmp_path / "a.tiles"
+    tiles = mapped_file(file, (400, 1, 64, 64, 3))
+    video = DecodedVideo("0" * 64, False, [[0, 0, 64, 64]], (64, 64), tiles, tiles, None, (file,))
     for _ in cut(video, [(0, 400)], 0, PackOptions(frames=4, size=64)):
-        assert resident() < frames.nbytes // 4096
+        assert resident(file) < tiles.nbytes // 4096
     video.discard()
+
+
+@needs_smaps
+def test_thumbnails_do_not_stay_in_memory_once_the_shots_are_found(tmp_path, monkeypatch):
+    file, kept = tmp_path / "a.thumbnails", []
+    thumbnails = mapped_file(file, (400, 27, 48, 3))
+    tiles = np.zeros((400, 1, 64, 64, 3), np.uint8)
+    video = DecodedVideo("0" * 64, False, [[0, 0, 64, 64]], (64, 64), tiles, thumbnails, None, (file,))
+
+    def cut(*_, **__):
+        kept.append(resident(file))
+        return ()
+
+    monkeypatch.setattr(writer_module, "cut", cut)
+    writer = ClipWriter(tmp_path, PackOptions(size=64))
+    writer.add_video(Source(Path("a.mkv")), video, find_shots)
+    assert kept[0] < thumbnails.nbytes // 4096
 
 
 def test_a_pack_that_fails_removes_its_files_too(tmp_path, renamed, monkeypatch):

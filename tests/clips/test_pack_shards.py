@@ -181,7 +181,7 @@ def test_the_commands_shard_and_merge(videos, tmp_path, capsys):
         capsys.readouterr()
         assert main(["clips", "pack", *words, "--out", str(tmp_path / "bad"), f"--shard={bad}"]) == 2
         assert "--shard" in capsys.readouterr().err
-    for bad in ((0, 2), (3, 2), (1.0, 2)):
+    for bad in ((0, 2), (3, 2), (1.0, 2), (1, "2"), (1,), (1, 2, 3), 3, "1/2", True):
         with pytest.raises(VglannError, match="shard"):
             pack(videos, tmp_path / "bad", **OPTIONS, shard=bad)
     assert not (tmp_path / "bad").exists()

@@ -71,7 +71,7 @@ def one_killed(route: Route, whole: Path, number: int) -> str | None:
     left = commands[1 - victim].ended()
     if commands[victim].ended().code != -signal.SIGKILL:
         return "it was over before it was killed"
-    if left.code != 2 or "another process of this training has ended" not in left.said:
+    if left.code != 2 or "another process of this job has ended" not in left.said:
         return f"the other: exit code {left.code}: {left.last_line}"
     if time.monotonic() - before > SOON:
         return f"the other ended after {time.monotonic() - before:.0f} s"

@@ -185,7 +185,7 @@ def test_a_killed_process_ends_the_other_at_once(clips, tmp_path):
     codes, said = finish(started)
     assert codes == [2, -signal.SIGKILL]
     assert time.monotonic() - before < 60  # the timeout is ten minutes
-    assert "another process of this training has ended" in said[0]
+    assert "another process of this job has ended" in said[0]
 
 
 HANG = """
@@ -209,7 +209,7 @@ def test_a_hanging_process_ends_the_other_within_the_timeout(tmp_path):
     started = ranks(HANG, folder=tmp_path)
     try:
         assert started[0].wait(60) == 2, started[0].said()
-        assert "another process of this training has ended or hangs" in started[0].said()
+        assert "another process of this job has ended or hangs" in started[0].said()
     finally:
         started[1].end(signal.SIGKILL)
 

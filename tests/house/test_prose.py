@@ -42,8 +42,6 @@ ALLOWED = {
     "tests/metrics/test_frechet.py": 2,
     "tests/run/test_earlier_versions.py": 1,
     "tests/run/test_hostile.py": 1,
-    "vglann_fast/clips/of_run.py": 1,
-    "vglann_fast/clips/pack.py": 1,
     "vglann_fast/clips/strips.py": 1,
     "vglann_fast/glo/perceptual.py": 1,
     "vglann_fast/glo/resume.py": 2,

@@ -54,7 +54,7 @@ def add_by_workers(
         job = Job(
             shared.absolute(),
             token_hex(16),
-            versions(),
+            versions(writer.options),
             writer.options,
             limits,
             part_of(sources, 1, len(sources))[0],
@@ -107,14 +107,27 @@ def _done(
 
 
 def _result(future: Any, source: Source, scheduler: str) -> str:
+    """Return what a task has returned. Raises `VglannError` for every error of a task."""
     from distributed import KilledWorker
 
     try:
         with _answering(scheduler):
             return future.result()
+    except VglannError:
+        raise
     except KilledWorker as error:
+        # The scheduler counts a lost worker against all tasks that the worker had, also those that waited there. A
+        # worker that cannot import this package, and comes after the check, ends when it is sent a task.
         raise VglannError(
-            f"{source.path}: every worker that decodes it ends; give the workers more memory, or leave this video out"
+            f"{source.path}: {error.allowed_failures + 1} workers ended while they had it, perhaps because of "
+            "another video; see their logs, then give workers one thread each (`dask worker --nthreads 1`), more "
+            "memory (--memory-limit) or the same vglann-fast"
+        ) from error
+    except Exception as error:  # such as no worker in time, or a scheduler that cannot import this package
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise VglannError(
+            f"{source.path}: the workers could not pack it ({cause}); see that workers are running, and that the "
+            "scheduler and all workers have the same vglann-fast, then run the command again"
         ) from error
 
 
@@ -124,7 +137,8 @@ def _check_workers(client: Any, job: Job, scheduler: str) -> None:
     for address, error in sorted(answers.items()):
         if isinstance(error, VglannError):
             raise VglannError(f"worker {address}: {error}")
-        if error is not None:
+        # A worker that was lost meanwhile will be replaced, and each task checks its worker again.
+        if error is not None and not isinstance(error, OSError):
             raise VglannError(f"worker {address}: {error}; install the same vglann-fast there")
     if not answers:
         log.info("%s has no workers yet; waiting for the first", scheduler)

@@ -44,13 +44,16 @@ class Job:
     whole: Part
 
 
-def versions() -> dict[str, str]:
+def versions(options: PackOptions) -> dict[str, str]:
     """Return the versions on which the content of a clip folder may depend."""
+    names = ["distributed", "numpy", "av", "cv2"]
+    if options.shots.startswith("transnetv2"):
+        names.append("torch")
     python = ".".join(platform.python_version_tuple()[:2])
     found = {"Python": python, "vglann-fast": __version__}
-    for name in ("distributed", "numpy", "av", "cv2"):
+    for name in names:
         try:
-            found[name] = import_module(name).__version__
+            found[name] = str(import_module(name).__version__)
         except ImportError:
             found[name] = "none"
     return found
@@ -58,7 +61,7 @@ def versions() -> dict[str, str]:
 
 def check_worker(job: Job) -> None:
     """Raise `VglannError` if this process cannot do the job as the process that gave it would."""
-    here = versions()
+    here = versions(job.options)
     differing = [
         f"{name} {here[name]}, not {wanted}" for name, wanted in job.versions.items() if here[name] != wanted
     ]

@@ -55,9 +55,16 @@ class ClipSet:
 
     @classmethod
     def open(
-        cls, folder: str | Path, split: Literal["train", "test"] | None = None, verify: bool = True
+        cls,
+        folder: str | Path,
+        split: Literal["train", "test"] | None = None,
+        verify: bool = True,
+        share: tuple[int, int] = (0, 1),
     ) -> "ClipSet":
         """Open a clip folder; split=None takes all clips. verify=False skips the sha256 of the shards.
+
+        share: (rank, size) of this process among the processes that verify the folder together. It compares the
+            sha256 of shards rank, rank + size, ...
 
         Names, headers and sizes of shards are checked before they are mapped. Raises `VglannError` naming the
         file that is missing, damaged or not of this format, and if the split has no clips.
@@ -66,7 +73,11 @@ class ClipSet:
             raise VglannError(f"split must be train, test or None, not {split!r}")
         folder = Path(folder)
         index = read_index(folder)
-        shards = [map_shard(folder, shard, index, verify) for shard in index["shards"]]
+        rank, size = share
+        shards = [
+            map_shard(folder, shard, index, verify and number % size == rank)
+            for number, shard in enumerate(index["shards"])
+        ]
         wanted = [split is None or clip["split"] == split for clip in index["clips"]]
         rows = np.flatnonzero(wanted)
         # A part of a pack may be empty.
@@ -109,7 +120,7 @@ def _index_sha256(folder: Path) -> str:
 
 
 def _opened_again(folder: str, rows: np.ndarray, index_sha256: str) -> ClipSet:
-    """The ClipSet of a pickle. The shards' sha256 were checked where it was opened first."""
+    """Return the ClipSet of a pickle. The shards' sha256 were checked where it was opened first."""
     path = Path(folder)
     index = read_index(path)
     if _index_sha256(path) != index_sha256:

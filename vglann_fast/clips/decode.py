@@ -119,12 +119,13 @@ class DecodedVideo:
     files: tuple[Path, ...]
 
     def release(self) -> None:
-        """Take the tiles out of this process's memory; they are read again from their file where they are used.
+        """Take tiles and thumbnails out of this process's memory; they are read again from their files where used.
 
         What is mapped counts as memory of the process. An hour of video is gigabytes, for which Dask ends workers.
         """
-        if isinstance(self.tiles.base, mmap.mmap):
-            self.tiles.base.madvise(mmap.MADV_DONTNEED)
+        for array in (self.tiles, self.thumbnails):
+            if isinstance(array.base, mmap.mmap):
+                array.base.madvise(mmap.MADV_DONTNEED)
 
     def discard(self) -> None:
         """Let go of the arrays, which are empty after, then remove the temporary files.

@@ -47,7 +47,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = F
     overwrite = switch("overwrite", overwrite)
     out, paths = Path(out), [Path(folder) for folder in folders]
     if not paths:
-        raise VglannError("no clip folders given; give those to merge")
+        raise VglannError("no clip folders were given; name the folders to merge")
     for number, path in enumerate(paths):
         if os.path.realpath(path) == os.path.realpath(out):
             raise VglannError(f"{out}: is one of the folders to merge; choose another --out")

@@ -38,6 +38,14 @@ def real(name: str, value: object, expected: str, least: float, below: float) ->
     raise VglannError(f"{name} must be {expected}, not {value}")
 
 
+def place(name: str, value: object) -> tuple[int, int]:
+    """Return a pair (I, N), 1 <= I <= N, as int. Raises `VglannError` with the option's name."""
+    if not (isinstance(value, tuple | list) and len(value) == 2):
+        raise VglannError(f"{name} must be a pair (I, N) with I from 1 to N, not {value!r}")
+    of = whole(name, value[1], 1)
+    return whole(name, value[0], 1, of + 1), of
+
+
 def switch(name: str, value: object) -> bool:
     """Return True or False as a bool. Raises `VglannError` for anything else, also 0 and 1."""
     if isinstance(value, bool | np.bool_):

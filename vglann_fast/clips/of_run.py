@@ -15,20 +15,20 @@ def has_clips(run: RunDir) -> bool:
     return run.options["clips"] is not None
 
 
-def open_clips(run: RunDir, *, verify: bool = False) -> ClipSet:
-    """The training clips of a run. Raises `VglannError` when it never had any, or says where they were.
+def open_clips(run: RunDir, *, verify: bool = False, share: tuple[int, int] = (0, 1)) -> ClipSet:
+    """Return the training clips of a run. Raises `VglannError` when it never had any, or says where they were.
 
-    verify: read all of them and compare their checksums.
+    verify: read all of them, or this process's `share` (see `ClipSet.open`), and compare their checksums.
     """
     if not has_clips(run):
-        raise VglannError(f"{run.path} was imported: it has no clips, and no training that could go on")
+        raise VglannError(f"{run.path} was imported: it has no clips, and no training that could be resumed")
     folder = Path(run.options["clips"])
     if not folder.is_dir():
         raise VglannError(
             f"the clips of {run.path} are not in {folder} any more; put them back, or say where they are: "
             f"vglann train CLIPS --resume {run.path}"
         )
-    return ClipSet.open(folder, "train", verify=verify)
+    return ClipSet.open(folder, "train", verify, share)
 
 
 def clip_changes(trained: Sequence[str], present: Sequence[str]) -> str:

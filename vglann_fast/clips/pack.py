@@ -36,7 +36,7 @@ from typing import Any, Literal
 from vglann_fast.clips.cut import PackOptions
 from vglann_fast.clips.dataset import INDEX_FILE, REJECTED_FILE, read_index
 from vglann_fast.clips.decode import DecodeLimits
-from vglann_fast.clips.numbers import switch, whole
+from vglann_fast.clips.numbers import place, switch, whole
 from vglann_fast.clips.parts import Part, part_of
 from vglann_fast.clips.sources import Source, content_sha256, find_sources
 from vglann_fast.clips.writer import ClipWriter, add_videos, shot_finder, source_entry
@@ -159,8 +159,7 @@ def pack(
     found: Sequence[Source] = find_sources(sources)
     part = None
     if shard is not None:
-        of = whole("shard", shard[1], 1)
-        part, found = part_of(found, whole("shard", shard[0], 1, of + 1), of)
+        part, found = part_of(found, *place("shard", shard))
     out = Path(out)
     existing = existing_index(out, overwrite)
     if existing is not None:
@@ -207,7 +206,7 @@ def existing_index(out: Path, overwrite: bool) -> dict[str, Any] | None:
     if not content_of(out, INDEX_FILE, OTHER_FILES):
         return None
     if not (out / INDEX_FILE).is_file():
-        raise VglannError(f"{out}: is there already and is no clip folder; choose another --out")
+        raise VglannError(f"{out}: is already there and is not a clip folder; choose another --out")
     return None if overwrite else read_index(out)
 
 

@@ -59,6 +59,7 @@ class ClipWriter:
         try:
             # A strip is one shot, and repeats its last frame where a clip runs past it.
             shots = [(0, len(video.tiles))] if source.strip else find(video.thumbnails)
+            video.release()
             self._counts["shots"] += len(shots)
             entry.update(frames=len(video.tiles), truncated=video.truncated, shots=len(shots))
             for clip, pixels in cut(video, shots, source.first_frame, self.options, repeat_last=source.strip):

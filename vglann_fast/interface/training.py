@@ -83,7 +83,8 @@ def train(
     _check_pace(log_every, checkpoint_every, keep_checkpoints)
     place = torch_device(device)
     with _only_training(), computing(place, kernels), joined(place) as ranks:
-        opened = ClipSet.open(record["clips"], "train")
+        opened = ClipSet.open(record["clips"], "train", share=(ranks.rank, ranks.size))
+        ranks.wait()  # all clips are verified before anything is begun; a collective of NCCL would not wait for that
         run = RunDir.new(out, {**record, "frames": opened.frames, "size": opened.size})
         train_run(
             opened,
@@ -139,8 +140,10 @@ def resume(
     _check_pace(log_every, checkpoint_every, keep_checkpoints)
     place = torch_device(device)
     with _only_training(), computing(place, kernels), joined(place) as ranks:
+        opened = open_clips(run, verify=True, share=(ranks.rank, ranks.size))
+        ranks.wait()
         train_run(
-            open_clips(run, verify=True),
+            opened,
             run,
             seed=run.options["seed"],
             device=place,
