@@ -65,8 +65,44 @@ def test_a_machine_without_control_groups(monkeypatch, tmp_path):
     assert processors.available() == processors.allowed() >= 1
 
 
-def test_threads_sleep_unless_the_user_has_said_how_they_wait(host):
+def load(monkeypatch, tmp_path, *running):
+    """Let each look at the load find so many running processes."""
+    looks = iter(running)
+
+    class Load:
+        def read_text(self):
+            return f"5.3 5.4 5.3 {next(looks)}/84 22226\n"
+
+    monkeypatch.setattr(processors, "LOAD", Load())
+    monkeypatch.setattr(processors, "PAUSE", 0)
+
+
+@pytest.mark.parametrize(
+    ("running", "busy"), [((1, 1, 1), False), ((1, 3, 1), False), ((2, 1, 2), True), ((9, 9, 9), True)]
+)
+def test_threads_sleep_where_others_are_busy(host, monkeypatch, tmp_path, running, busy):
+    host(["0::/"])
+    load(monkeypatch, tmp_path, *running)
+    environment = {}
+    processors.be_a_good_guest(environment)
+    assert environment.get("OMP_WAIT_POLICY") == ("PASSIVE" if busy else None)
+    assert "OMP_NUM_THREADS" not in environment
+
+
+@pytest.mark.parametrize("text", ["", "0.1 0.2", "a b c d/e"])
+def test_a_load_that_cannot_be_read_changes_nothing(host, monkeypatch, tmp_path, text):
+    host(["0::/"])
+    (tmp_path / "load").write_text(text)
+    for file in (tmp_path / "load", tmp_path / "none"):
+        monkeypatch.setattr(processors, "LOAD", file)
+        environment = {}
+        processors.be_a_good_guest(environment)
+        assert not environment
+
+
+def test_threads_sleep_within_a_quota_unless_the_user_has_said_how_they_wait(host, monkeypatch, tmp_path):
     host(["0::/"], cpu_DOT_max="200000 100000")
+    load(monkeypatch, tmp_path, *[1] * 20)
     environment = {}
     processors.be_a_good_guest(environment)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
@@ -94,6 +130,8 @@ def test_bfloat16_units(monkeypatch, tmp_path, line, units):
 
 
 def waiting_after(code):
+    """OMP_WAIT_POLICY, and whether PyTorch is loaded, after code in a new process beside a busy one."""
+    code = f"from vglann_fast.runtime import processors; processors.others_are_busy = lambda: True; {code}"
     environment = {name: value for name, value in os.environ.items() if name not in processors.WAITING}
     code += "; import os; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
     done = subprocess.run(
