@@ -100,12 +100,19 @@ IMPOSSIBLE = {
 }
 
 
+class Alone(Ranks):
+    """One of several processes; the others have come already."""
+
+    def wait(self):
+        pass
+
+
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_what_cannot_be_trained_costs_nothing(name, untouched, tmp_path, monkeypatch, capsys):
     """Neither a new run, which is not begun, nor one that is resumed, which stays as it is."""
     options, processes, message = IMPOSSIBLE[name]
     monkeypatch.setattr(loader, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(interface_training, "joined", lambda device: nullcontext(Ranks(0, processes)))
+    monkeypatch.setattr(interface_training, "joined", lambda device: nullcontext(Alone(0, processes)))
     run = untouched / "run"
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     for command in ([str(untouched / "clips"), "--out", str(tmp_path / "run")], ["--resume", str(run)]):

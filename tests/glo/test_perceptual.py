@@ -73,6 +73,7 @@ def test_spec():
         "laplacian",
         "l1",
         "l2",
+        "motion",
         "vgg16",
         "hed-vgg16",
         "resnet50-3d",

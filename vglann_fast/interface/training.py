@@ -84,7 +84,8 @@ def train(
     place = torch_device(device)
     with _only_training(), computing(place, kernels), joined(place) as ranks:
         opened = ClipSet.open(record["clips"], "train", share=(ranks.rank, ranks.size))
-        ranks.wait()  # all clips are verified before anything is begun; a collective of NCCL would not wait for that
+        # All clips are verified before anything is begun; a collective of NCCL would not wait for that.
+        ranks.wait()
         run = RunDir.new(out, {**record, "frames": opened.frames, "size": opened.size})
         train_run(
             opened,
