@@ -8,6 +8,8 @@ import os
 import runpy
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 FIXTURES = TESTS / "fixtures"
 NO_NETWORK = FIXTURES / "no_network"
@@ -19,3 +21,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 folders = [str(folder) for folder in (NO_NETWORK, TESTS, FIXTURES)]
 os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on one thread, as forked processes do: two threads sum in another order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -27,21 +27,14 @@ from vglann_fast.options.fields import options_to_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLIPS = 9  # shares of 5 and 4: two steps of 2 clips each an epoch, and one clip that waits
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     return write_clip_folder(tmp_path_factory.mktemp("data") / "clips", moving_squares(CLIPS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes started here: two threads sum in another order, and Adam enlarges the difference."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def finish(started, timeout=300):

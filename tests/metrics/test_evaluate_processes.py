@@ -4,13 +4,14 @@ import json
 from functools import partial
 
 import pytest
-import torch
 from evaluated import instead_of_networks, trained_run
 from forked_process import ranks
 
 from vglann_fast.cli.main import main
 from vglann_fast.metrics import evaluate, reconstruction
 from vglann_fast.samples.invert import invert
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVALUATE = """
 import sys
@@ -25,15 +26,6 @@ reconstruction.invert = partial(invert, starts=2, steps=2)
 evaluate._BLOCK = int(sys.argv[2])
 sys.exit(max(main(["evaluate", run, *sys.argv[5:]]) for run in sys.argv[3:5]))
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes started here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class DistanceTable:
 
 @dataclass(frozen=True)
 class Table:
-    """Content of table.json, as far as it can be read. records: loss -> name -> record, only what is of the table."""
+    """Content of table.json, as far as it can be read. records: loss -> name -> record, for losses of the table."""
 
     losses: list[str]
     mappings: list[str]
