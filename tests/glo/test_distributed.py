@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from forked_process import ranks
+from forked_process import MAIN, ranks
 from safetensors.torch import load_file
 from tiny import new_run, tiny_options
 
@@ -327,15 +327,18 @@ def torchrun(*arguments):
     return done.stdout
 
 
-def test_torchrun_trains_and_maps(clips, tmp_path):
+def test_torchrun_trains_and_its_processes_map(clips, tmp_path):
     run = tmp_path / "run"
     options = tiny_options("modern", batch_size=2, epochs=1)
     assert len(re.findall("trained: ", torchrun("train", clips, "--out", run, *as_arguments(options)))) == 1
     assert RunDir.open(run).checkpoints.load()[0]["processes"] == 2
-    assert len(re.findall("fitted: ", torchrun("map", run, "--epochs", "3"))) == 1
+    words = ["map", str(run), "--epochs", "3"]
+    codes, said = finish(ranks(MAIN, *words, folder=tmp_path))
+    assert codes == [0, 0], said
+    assert sum("fitted: " in text for text in said) == 1
     together = load_file(run / "mapping" / "imle" / "mapping.safetensors")
     assert [row["step"] for row in RunDir.open(run).logs.metrics("imle")] == [1, 2, 3]
-    assert main(["map", str(run), "--epochs", "3"]) == 0
+    assert main(words) == 0
     alone = load_file(run / "mapping" / "imle" / "mapping.safetensors")
     assert alone.keys() == together.keys()
     for name, value in alone.items():  # other numbers of threads, other rounding

@@ -10,15 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from forked_process import ranks
+from forked_process import MAIN, Forked, ranks
 from tiny import tiny_options
 
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.run.folder import RunDir
-
-MAIN = "import sys; from vglann_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -57,41 +54,42 @@ def losses(run):
     return [row["loss"] for row in RunDir.open(run).logs.metrics("glo")]
 
 
-def test_two_nodes_train_as_two_processes_of_one(clips, tmp_path):
-    started = agents(training(clips, tmp_path / "nodes", epochs=2))
-    said = [agent.communicate(timeout=300)[1] for agent in started]
-    assert [agent.returncode for agent in started] == [0, 0], said
-    started = ranks(MAIN, *training(clips, tmp_path / "one", epochs=2), folder=tmp_path)
-    assert [process.wait(300) for process in started] == [0, 0], [process.said() for process in started]
-    assert losses(tmp_path / "nodes") == losses(tmp_path / "one")
-    nodes, one = (RunDir.open(tmp_path / name).checkpoints.load()[1] for name in ("nodes", "one"))
-    assert torch.equal(nodes["latents"]["rows"], one["latents"]["rows"])
-
-
-def test_a_node_that_dies_ends_the_other_and_one_node_can_resume(clips, tmp_path):
-    run = tmp_path / "run"
-    started = agents([*training(clips, run, epochs=100_000), "--checkpoint-every", "1"])
+def test_two_nodes_train_as_two_processes_of_one_and_one_that_dies_ends_the_other(clips, tmp_path):
+    """One node can resume what the two of them left."""
+    run, one = tmp_path / "nodes", tmp_path / "one"
+    endless = {"epochs": 100_000}
+    started = agents([*training(clips, run, **endless), "--checkpoint-every", "1"])
     try:
-        wait_for_checkpoint(run, started)
+        wait_for_checkpoint(run, started, after=3)
         kill_node(started[0])
-        said = started[1].communicate(timeout=300)[1]
+        words = started[1].communicate(timeout=300)[1]
         assert started[1].returncode != 0
-        assert "another process of this job has ended" in said
+        assert "another process of this job has ended" in words
     finally:
         for agent in started:
             kill_node(agent)
     state, _ = RunDir.open(run).checkpoints.load()
     assert state["processes"] == 2
+    of_nodes = losses(run)[:4]
+    assert len(of_nodes) == 4
+
+    words = [*training(clips, one, **endless), "--checkpoint-every", "1"]
+    run_until_checkpoint(one, ranks(MAIN, *words, folder=tmp_path), after=3)
+    assert losses(one)[:4] == of_nodes
+
     words = ["train", "--resume", str(run), "--device", "cpu"]
-    alone = subprocess.Popen([sys.executable, "-c", MAIN, *words], stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for_checkpoint(run, [alone], after=state["step"])
-        alone.terminate()
-        assert alone.wait(timeout=300) == 128 + signal.SIGTERM
-    finally:
-        alone.kill()
+    alone = Forked(MAIN, words, tmp_path / "alone.txt")
+    run_until_checkpoint(run, [alone], after=state["step"])
     after, _ = RunDir.open(run).checkpoints.load()
     assert (after["processes"], after["step"] > state["step"]) == (1, True)
+
+
+def run_until_checkpoint(run, processes, after):
+    """Ask `processes` to stop when there is a checkpoint of a step after `after`; it is written in whole."""
+    wait_for_checkpoint(run, processes, after)
+    for process in processes:
+        process.end(signal.SIGTERM)
+    assert {process.wait(300) for process in processes} == {128 + signal.SIGTERM}
 
 
 def kill_node(agent):
@@ -103,10 +101,15 @@ def kill_node(agent):
             os.kill(pid, signal.SIGKILL)
 
 
+def said(process):
+    """Return what a process said that has ended."""
+    return process.said() if isinstance(process, Forked) else process.communicate()[1]
+
+
 def wait_for_checkpoint(run: Path, started, after=0):
     """Return when there is a checkpoint of a step after `after`."""
     patience = time.monotonic() + 300
     while all(int(found.name.split("-")[1]) <= after for found in run.glob("checkpoints/step-*")):
-        assert all(one.poll() is None for one in started), [one.communicate()[1] for one in started]
+        assert all(one.poll() is None for one in started), [said(one) for one in started]
         assert time.monotonic() < patience, "no checkpoint in five minutes"
         time.sleep(0.1)
