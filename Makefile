@@ -31,7 +31,7 @@ demo: $(RUN)/report/index.html
 	@$(BIN)/vglann report $(RUN)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest --benchmark-only

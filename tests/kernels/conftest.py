@@ -1,7 +1,7 @@
 """Runs each file of interpreted/ in a process of its own, where Triton interprets the kernels on the CPU.
 
 Triton reads TRITON_INTERPRET when it is imported, so the tests of a kernel cannot share a process with others.
-Each file is one test here: with `--dist loadfile` the workers share them. Not shown by any: bfloat16, whose products
+Each file is one test here, so the workers of `make test` share the files. Not shown by any: bfloat16, whose products
 and rounding the interpreter does not compute right; a GPU shows it (`python -m vglann_kernels.verify`).
 """
 
