@@ -1,6 +1,7 @@
 """Destinations: nothing is lost to others who write there, to any error of any call, or to a kill."""
 
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -19,9 +20,11 @@ from vglann_fast.run.temporary import remove_strays, temporary_folder
 
 
 @pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
+def no_waiting(monkeypatch):
+    """Neither for the disk nor for the garbage of a process that has loaded PyTorch: half a second each time."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(gc, "collect", lambda: None)
 
 
 # ---- what comes there meanwhile
