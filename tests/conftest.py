@@ -4,6 +4,7 @@ Python processes that tests start find the modules in fixtures/, as the tests do
 what it starts, computes on one thread: the workers share the machine.
 """
 
+import gc
 import os
 import runpy
 from pathlib import Path
@@ -17,6 +18,9 @@ NO_NETWORK = FIXTURES / "no_network"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # OpenMP and BLAS read these when they are loaded, which is later.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+
+# A full collection takes half a second in a process that has loaded PyTorch, and by default there are hundreds.
+gc.set_threshold(20_000, 50, 50)
 
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 folders = [str(folder) for folder in (NO_NETWORK, TESTS, FIXTURES)]

@@ -23,7 +23,9 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # Reads the path of a file of tests and where to write what they say, runs them in a process forked for it, and
 # writes its exit code: importing torch and Triton for each would take as long as many of the tests.
 SERVER = """
-import os, signal, sys, pytest, torch._dynamo, torch.testing._internal.optests, vglann_kernels.verify
+import gc, os, signal, sys, pytest, torch._dynamo, torch.testing._internal.optests, vglann_kernels.verify
+# What is loaded here stays: no collection of a process forked from this one looks at it.
+gc.freeze()
 for line in sys.stdin:
     path, log = line.rstrip("\\n").split("\\t")
     process = os.fork()
