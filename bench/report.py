@@ -5,9 +5,9 @@ writes them: {"group", "device", "torch", "triton", "rows": {contender: {"ms", .
 
 --fill writes the figures into docs/step.md and the READMEs of the kernels under ROOT (default: this repository),
 between the lines `<!-- measured -->` and `<!-- end of measured -->`. There the first cell of a row names a group. A
-column headed by a contender gets its time, "times" the first contender's time over the last one's, "share of copy" what
-the last one reaches of the bandwidth of a copy. Columns headed by a word in FIXED stay. What the files have no figure
-for is "not measured", and results without a GPU are not figures.
+column headed by a contender gets its time, "times" the first contender's time over the last one's, "share of copy"
+what the last one reaches of the bandwidth of a copy. Columns headed by a word in FIXED stay. What the files have no
+figure for is "not measured", and results without a GPU are not figures.
 
 The plot, which needs matplotlib, has a bar for each contender: how many times faster than the eager reference, in the
 same run.
