@@ -201,9 +201,10 @@ def test_page_shows_every_clip_and_number(tmp_path: Path) -> None:
     assert f"{record['psnr']:.2f} dB" in page.text
     assert f"{record['psnr_over_still']:+.2f} dB" in page.text
     assert f"{record['psnr'] - record['psnr_pca']:+.2f} dB" in page.text
-    assert f"{record['motion_r2']:.2f}" in page.text
+    assert f"motion R² of {record['motion_r2']:.2f}" in page.text
+    assert page.text.index("Did it work? Partly") < page.text.index("How to read this page")
     assert "worse than a still" in page.text
-    assert "worse than PCA" not in page.text
+    assert "better than PCA" in page.text
     for clip, psnr, motion in zip(
         *(record["per_clip"][key] for key in ("id", "psnr", "motion_r2")), strict=True
     ):
@@ -291,6 +292,7 @@ def test_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     page = page_of(tmp_path / "empty")
     assert page.views() == []
+    assert "Did it work? Nothing is measured yet" in page.text
     for verb in ("reconstruct RUN", "sample RUN", "interpolate RUN", "map RUN", "train CLIPS --out RUN"):
         assert f"vglann {verb}" in page.text
     assert "could not be shown" not in page.text
