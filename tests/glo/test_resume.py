@@ -69,7 +69,7 @@ def test_a_state_that_is_spoiled_itself_is_not_saved(clips, tmp_path):
     before = tensors(run)
     with torch.no_grad():
         training.generator.stem.weight[0, 0] = float("inf")  # as an update may, whose own loss was finite
-    with pytest.raises(VglannError, match="not finite at step 5.*no checkpoint was added"):
+    with pytest.raises(VglannError, match=r"not finite at step 5.*no checkpoint was added"):
         training.loop()
     assert len(list((run.path / "checkpoints").iterdir())) == 1
     assert not different(before, tensors(run))
