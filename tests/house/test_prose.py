@@ -44,7 +44,10 @@ def texts():
     """Every file that is written for readers, with its path from the root."""
     folders = ("vglann_fast", "kernels", "bench", "tests", "docs")
     paths = [
-        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".ipynb")
     ]
     for path in sorted([*paths, *ROOT.glob("*.py"), *ROOT.glob("*.md")]):
         if not any(path.is_relative_to(left_out) for left_out in LEFT_OUT):
