@@ -1,4 +1,4 @@
-"""vglann-fast: train non-adversarial video generators at hardware speed.
+"""vglann-fast: train generators of short videos without a discriminator.
 
     import vglann_fast as vf
 
