@@ -7,8 +7,8 @@
 #   make hub     the kernels in build/hub, in the layout of Hugging Face's kernel-builder (kernels/README.md)
 #   make faults  break it on purpose: writes docs/faults.md; hours, and as root, for full disks and other users
 #
-# Without an NVIDIA driver the CPU build of PyTorch is installed. Where plain pip would give the CUDA build
-# all the same, name PyTorch's CPU index in TORCH_INDEX.
+# Without an NVIDIA driver PyTorch 2.13.0 is installed, else the newest. PyPI's wheel holds CUDA and is several times as large
+# as the one for CPUs: to take that, give TORCH_INDEX=https://download.pytorch.org/whl/cpu.
 
 PYTHON ?= python3
 VENV := .venv

@@ -3,11 +3,11 @@
 A FILE.json is of pytest-benchmark (extra_info only is read). A FILE.jsonl has one result a line, as bench/on_gpu.sh
 writes them: {"group", "device", "torch", "triton", "rows": {contender: {"ms", ...} or {"cannot_run"} or {"failed"}}}.
 
---fill writes the figures into the READMEs and docs/step.md under ROOT (default: this repository), between the lines
-`<!-- measured -->` and `<!-- end of measured -->`. There the first cell of a row names a group. A column headed by a
-contender gets its time, "times" the first contender's time over the last one's, "share of copy" what the last one
-reaches of the bandwidth of a copy. Columns headed by a word in FIXED stay. What the files have no figure for is "not
-measured", and results without a GPU are not figures.
+--fill writes the figures into docs/step.md and the READMEs of the kernels under ROOT (default: this repository),
+between the lines `<!-- measured -->` and `<!-- end of measured -->`. There the first cell of a row names a group. A
+column headed by a contender gets its time, "times" the first contender's time over the last one's, "share of copy"
+what the last one reaches of the bandwidth of a copy. Columns headed by a word in FIXED stay. What the files have no
+figure for is "not measured", and results without a GPU are not figures.
 
 The plot, which needs matplotlib, has a bar for each contender: how many times faster than the eager reference, in the
 same run.
@@ -24,7 +24,7 @@ NOT_MEASURED = "not measured"
 # Headings of columns that are not times of a contender, and beginnings of headings whose columns stay.
 FIGURES, FIXED = ("times", "share of copy"), ("floor", "what")
 # Documents that are filled.
-FILLED = ("README.md", "kernels/README.md", "docs/step.md", "kernels/vglann_kernels/*/README.md")
+FILLED = ("kernels/README.md", "docs/step.md", "kernels/vglann_kernels/*/README.md")
 
 
 def groups(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""vglann-fast: train non-adversarial video generators at hardware speed.
+"""vglann-fast: train generators of short videos without a discriminator.
 
     import vglann_fast as vf
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vglann_fast.interface.training import train as train
     from vglann_fast.interface.videos import Videos as Videos
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "ClipSet": "clips.dataset",

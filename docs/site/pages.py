@@ -4,6 +4,7 @@ Every document is a page at its own path, and so its relative links hold. The re
 `__all__` of both packages. A public name without a docstring is an error.
 """
 
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +32,7 @@ Every op takes `impl`: "auto", "triton" or "reference". `vglann_kernels.use_impl
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Replace the files of `docs_dir` with the documents of the repository and the generated references."""
+    """Replace the files of `docs_dir` with the documents of the repository and the generated pages."""
     for file in list(files):
         if file.src_dir == config.docs_dir:
             files.remove(file)
@@ -42,19 +43,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     references = {
         "reference/python.md": _reference("vglann_fast"),
         "reference/kernels.md": _reference("vglann_kernels"),
-        "reference/glossary.md": _section("CONTRIBUTING.md", "Glossary"),
+        "docs/tutorial.md": _tutorial(ROOT / "docs" / "tutorial.ipynb"),
     }
     for name, content in references.items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
-def _section(document: str, title: str) -> str:
-    """Return one section of a document, as a page."""
-    _, found, rest = (ROOT / document).read_text().partition(f"\n## {title}\n")
-    if not found:
-        raise PluginError(f"{document}: no section {title!r}")
-    return f"# {title}\n" + rest.partition("\n## ")[0]
+def _tutorial(notebook: Path) -> str:
+    """Return a page of a notebook's text and code. Its outputs are not in the repository."""
+    cells = [
+        (cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]
+    ]
+    texts = [text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells]
+    head, *rest = texts
+    return "\n\n".join([head, f"[Download the notebook]({notebook.name}).", *rest]) + "\n"
 
 
 def _reference(package: str) -> str:

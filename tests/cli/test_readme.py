@@ -1,4 +1,4 @@
-"""The documents: all commands are known, and the README's commands and all Python run."""
+"""The documents: all commands are known, and the README's, the first guide's and all Python run."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from vglann_fast.cli.words import parse
 
 ROOT = Path(__file__).parents[2]
 
-# Commands of the README that want what tests have not: the network, videos, weight files, people, minutes.
+# Commands that want what tests have not: the network, videos, weight files, people, minutes.
 ONLY_PARSED = ("clips fetch", "clips pack", "weights import", "evaluate run --kind", "table", "study")
 
 
@@ -21,8 +21,10 @@ def shell_lines(document):
     return [line.split(" #")[0].strip() for line in lines]
 
 
-def readme_commands():
-    return [line for line in shell_lines(ROOT / "README.md") if line.startswith("vglann ")]
+def first_commands():
+    """The commands that lead from videos to a page and to what else can be made of a run."""
+    documents = (ROOT / "README.md", ROOT / "docs" / "guides" / "start.md")
+    return [line for path in documents for line in shell_lines(path) if line.startswith("vglann ")]
 
 
 def test_every_command_in_the_documents_has_words_the_program_knows():
@@ -37,12 +39,12 @@ def test_every_command_in_the_documents_has_words_the_program_knows():
     assert found > 30
 
 
-def test_every_command_in_the_readme_runs(route, tiny, tmp_path, monkeypatch):
-    """At tiny size, in the order of the README; downloads and long trainings only as far as --dry-run."""
+def test_every_command_in_the_readme_and_the_first_guide_runs(route, tiny, tmp_path, monkeypatch):
+    """At tiny size, in the order of the documents; downloads and long trainings only as far as --dry-run."""
     monkeypatch.chdir(tmp_path)
     os.symlink(route.parent / "clips", tmp_path / "clips")
-    commands = readme_commands()
-    assert len(commands) >= 6
+    commands = first_commands()
+    assert len(commands) >= 10
     for command in commands:
         words = shlex.split(command.replace("-n 64", "-n 4"))[1:]
         if command.removeprefix("vglann ").startswith(ONLY_PARSED):

@@ -132,7 +132,7 @@ def test_bad_strips_are_rejected_with_a_reason(tmp_path):
         write_strip(tmp_path / f"{number}.jpg", 6, number)
     reasons = {
         "empty.jpg": (b"", "empty"),
-        "text.jpg": (b"dear diary", "no JPEG"),
+        "text.jpg": (b"dear diary", "not a JPEG"),
         "torn.jpg": (whole[: len(whole) // 2], "cut off"),
         "wide.jpg": (cv2.imencode(".jpg", np.zeros((640, 256, 3), np.uint8))[1].tobytes(), "256x640"),
         "one.jpg": (cv2.imencode(".jpg", strip_picture(1))[1].tobytes(), "only 1 frame"),

@@ -284,7 +284,7 @@ def test_hostile_and_damaged_tables_do_no_harm(tmp_path):
     page = (tmp_path / "table.html").read_text()
     assert page.count("<script") == 1
     assert "&lt;script&gt;alert(1)" in page
-    assert "&#39;../../secret&#39; is no name" in page
+    assert "&#39;../../secret&#39; is not a name" in page
     assert 'href="l1/report/index.html"' in page
     assert 'href="javascript' not in page
     text = (tmp_path / "table.md").read_text()

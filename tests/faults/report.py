@@ -36,26 +36,33 @@ DOCS = FOLDER.parent.parent / "docs"
 FORMAT = ("vglann-faults", 1)
 HEAD = """# Faults
 
-What was done to the program on purpose, how often it came through, and how often it did not. *Survived* means that
-everything promised was true afterwards: the artifacts equal an undisturbed run's bit for bit, or the mistake
-was one line and exit code 2, and nothing half-written is ever taken for whole. Made by `make faults` from
-`tests/faults/`; this file and [faults.json](faults.json) are its output. In full that is 50 moments of each verb,
-every operation on files, more than 10,000 broken files and 100,000 steps; where a command at the end says `--share`,
-it was that part of it. Single situations that users brought, each with its test, are in [cases.md](cases.md).
+This page lists what was done to the program on purpose, how often it survived, and how often something was lost.
+*Survived* means one of two things. Either the command ended well, and its files equal the files of an undisturbed
+run, bit for bit. Or it ended with one line and exit code 2, and nothing half-written was left that could be taken
+for whole.
+
+`make faults` makes this page and [faults.json](faults.json) from `tests/faults/`. In full it tries 50 moments of
+each command, every operation on files, more than 10,000 broken files and 100,000 steps. If a command at the end of
+the page has `--share`, that fraction was tried. [Cases](cases.md) has single situations that users brought, each
+with its test.
+
+In the table, "as undisturbed" means that the files equal an undisturbed run's. A *stray* is a temporary file that
+was left, and a *guest* is a command that runs inside another Python program.
 """
 
 # What cannot be done on one machine without a GPU, or not at all by a program.
 NOT_HERE = {
-    "loss of power, a kernel that panics": "needs a machine to break; files are flushed (fsync) before they are "
-    "renamed, and folders after, so that what is named is on the disk",
-    "a disk that returns other bytes than it was given": "no such disk at hand; checkpoints and shards carry sha256, "
-    "and damaged ones are tried under torn files",
-    "NFS, SMB and other network file systems": "none mounted here; `vglann doctor` warns, locks that a file system "
-    "refuses are a warning",
-    "a GPU that fails or runs out of memory": "no GPU here; the message for full memory is tested with a raised "
+    "loss of power, a kernel that panics": "needs a machine to break. Files are flushed (fsync) before they "
+    "are renamed, and folders afterwards, so that a file with its final name is on the disk",
+    "a disk that returns other bytes than it was given": "there was no such disk. Checkpoints and shards "
+    "have a sha256, and damaged ones are tried above",
+    "NFS, SMB and other network file systems": "none was mounted. `vglann doctor` warns of them, and a file system "
+    "without locks is a warning",
+    "a GPU that fails or runs out of memory": "there was no GPU. The message for full memory is tested with a raised "
     "torch.OutOfMemoryError",
-    "a rank killed under NCCL, or on another host": "one machine without a GPU; gloo on two processes is tried",
-    "Windows and macOS": "not supported; Linux only",
+    "a rank killed under NCCL, or on another host": "there was one machine without a GPU. Two "
+    "processes under gloo are tried",
+    "Windows and macOS": "only Linux is supported",
 }
 
 

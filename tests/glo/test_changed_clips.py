@@ -69,7 +69,7 @@ def test_keep_moves_latents_with_their_clips(stopped, caplog):
         torch.testing.assert_close(unit(mine[None]), unit(old[None]), rtol=0, atol=1e-2)
     assert (training.epoch, training.position) == (1, 0)
     assert "3 missing" in training.run.warnings[-1]
-    assert "3 latents were kept, 2 start anew" in training.run.warnings[-1]
+    assert "3 latents were kept, 2 are new" in training.run.warnings[-1]
     generator = run.checkpoints.load()[1]["generator"]
     for key, value in training.generator.state_dict().items():
         assert torch.equal(value, generator[key]), key
@@ -132,4 +132,4 @@ def test_changes_in_words():
     assert clip_changes(many, many[:1]).startswith("29 missing (01, 02,")
     assert clip_changes(many, many[:1]).endswith("10, ...), 0 new")
     assert check_clips(many, many, "error") == ""
-    assert "0 latents were kept, 1 start anew" in check_clips(many, many[:1], "init")
+    assert "0 latents were kept, 1 are new" in check_clips(many, many[:1], "init")

@@ -151,7 +151,7 @@ def test_features_that_do_not_fit_are_computed_anew(clips, tmp_path, monkeypatch
     with caplog.at_level("INFO", "vglann_fast"):
         train(ClipSet.open(clips, "train"), new_run(tmp_path / "run", clips, options))
     assert "lite0 of 7 clips take" in caplog.text
-    assert "computed anew in each step" in caplog.text
+    assert "computed again in each step" in caplog.text
 
 
 def kept_in_process(clips, monkeypatch, rank, *, said_by_others=(), **changes):

@@ -43,8 +43,8 @@ def test_links_of_a_document_lead_to_files_and_headings(document):
 def test_every_document_is_a_page_of_the_site():
     named = list(pages(yaml.safe_load(CONFIG.read_text())["nav"]))
     assert len(named) == len(set(named))
-    made = {page for page in named if page.startswith("reference/")}
-    assert len(made) == 3
+    made = {"reference/python.md", "reference/kernels.md", "docs/tutorial.md"}
+    assert made <= set(named)
     assert set(named) - made == {path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
 
 

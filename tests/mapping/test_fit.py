@@ -76,7 +76,7 @@ def test_nothing_set_aside_still_tells_the_distance(run, capsys):
     line = capsys.readouterr().out.splitlines()[-2]
     assert line.startswith("distance to the nearest of 4096 samples: ")
     assert "from latents it was fitted to" in line
-    assert "set aside" not in line
+    assert "held out" not in line
     gap = json.loads((run / "mapping" / "gaussian" / "mapping.json").read_text())["gap"]
     assert (gap["fitted"]["latents"], gap["held_out"]) == (10, None)
 
@@ -88,7 +88,7 @@ def test_every_kind_maps_and_samples(run, kind, capsys):
     assert main(["map", str(run), "--kind", kind, "--holdout-fraction", "0.2", *SHORT[kind]]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"fitted: {run / 'mapping' / kind}"
-    assert "2 set aside (gap " in said[-2]
+    assert "2 held out (gap " in said[-2]
     record = json.loads((run / "mapping" / kind / "mapping.json").read_text())
     assert record["kind"] == kind
     assert record["options"]["holdout_fraction"] == 0.2
@@ -206,7 +206,7 @@ def test_the_gap_shows_what_was_learnt_by_heart():
     assert record["fitted"]["distance"] < 1e-3
     nearest = torch.cdist(latents[50:], latents[:50]).min(1).values.mean().item()
     assert record["held_out"]["distance"] == pytest.approx(nearest, rel=1e-4)
-    assert f"{nearest:.4g} from 10 set aside (gap +{nearest:.3g})" in describe_gap(record)
+    assert f"{nearest:.4g} from 10 held out (gap +{nearest:.3g})" in describe_gap(record)
     alone = measure_gap(ByHeart(latents), latents, None, torch.Generator().manual_seed(0))
     assert alone["held_out"] is None
-    assert "set aside" not in describe_gap(alone)
+    assert "held out" not in describe_gap(alone)

@@ -105,9 +105,9 @@ def test_errors(real, generated, message):
 
 def test_rows_of_another_length_do_not_join():
     moments = FeatureMoments.of(normal(9, 4))
-    with pytest.raises(VglannError, match="of 5 numbers among those of 4"):
+    with pytest.raises(VglannError, match="of 5 numbers among features of 4"):
         moments.update(normal(2, 5))
-    with pytest.raises(VglannError, match="of 5 numbers among those of 4"):
+    with pytest.raises(VglannError, match="of 5 numbers among features of 4"):
         moments.merge(FeatureMoments.of(normal(2, 5)))
 
 

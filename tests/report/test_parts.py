@@ -10,7 +10,8 @@ import pytest
 
 from vglann_fast.report.artifacts import seconds_spent
 from vglann_fast.report.filmstrip import filmstrip
-from vglann_fast.report.page import duration, setting_rows
+from vglann_fast.report.headline import duration, outcome
+from vglann_fast.report.page import setting_rows
 from vglann_fast.report.plots import Series, chart, tick_label
 
 
@@ -128,3 +129,39 @@ def test_nested_settings_become_lines() -> None:
         (1, "d", None),
         (2, "e", "1, 2"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("record", "answer", "said"),
+    [
+        (
+            {"psnr_over_still": 8.5, "psnr_pca": 25.0, "motion_r2": 0.91},
+            "Yes: ",
+            ["8.50 dB better", "5.00 dB better", "0.91"],
+        ),
+        (
+            {"psnr_over_still": 8.5, "psnr_pca": 80.0, "pca_exact": True},
+            "Yes: ",
+            ["8.50 dB better than a still"],
+        ),
+        (
+            {"psnr_over_still": -1.0, "psnr_pca": 25.0},
+            "Partly: ",
+            ["1.00 dB worse than a still", "Train longer"],
+        ),
+        (
+            {"psnr_over_still": -1.0, "psnr_pca": 31.0},
+            "Not yet: ",
+            ["1.00 dB worse than PCA", "Train longer"],
+        ),
+        ({"psnr_pca": "x", "motion_r2": float("nan")}, "The generator ", ["30.00 dB."]),
+    ],
+)
+def test_one_sentence_says_whether_it_worked(record: dict, answer: str, said: list[str]) -> None:
+    sentence = outcome({"psnr": 30.0, "clips": 1200} | record)
+    assert sentence.startswith(answer)
+    assert "1,200 training clips" in sentence
+    assert all(words in sentence for words in said)
+    assert ("Train longer" in sentence) == ("Train longer" in said)
+    assert ("PCA" in sentence) == (record["psnr_pca"] in (25.0, 31.0))
+    assert outcome(record) == ""

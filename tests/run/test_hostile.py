@@ -314,7 +314,7 @@ def test_a_study_holds_our_tables_and_nothing_else(tmp_path):
         whole = (study / "study.sqlite").read_bytes()
         with closing(sqlite3.connect(study / "study.sqlite")) as connection:
             connection.executescript(statement)
-        with pytest.raises(VglannError, match="not those of a study"):
+        with pytest.raises(VglannError, match="not the tables of a study"):
             Study.open(study)
         (study / "study.sqlite").write_bytes(whole)
 

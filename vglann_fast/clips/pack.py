@@ -20,8 +20,8 @@ The clip folder, format "vglann-clips", version 1:
     clips-00000.npy ...  uint8 (n, 3, T, size, size), RGB, C order, NumPy format 1.0
     rejected.jsonl       {"source": file name, "reason"}, one line for each source that could not be used
 
-A clip's id is the first 16 hex digits of the sha256 of "SHA256 first_frame x,y,width,height stride T size",
-SHA256 being the hash of the source file: it does not depend on names or on the other sources.
+A clip's id depends on the source file, the frames, the crop and the size, not on names or on the other sources: see
+`cut.py`.
 """
 
 import importlib.util

@@ -40,7 +40,7 @@ def read_strip(path: Path, max_pixels: int) -> np.ndarray:
 
     size = _jpeg_size(path)
     if size is None:
-        raise NotAStrip("is no JPEG")
+        raise NotAStrip("is not a JPEG")
     width, height = size
     if width * height > max_pixels:
         raise NotAStrip(f"declares {width}x{height}, more than {max_pixels} pixels")

@@ -275,7 +275,7 @@ class FeatureLoss:
                 f"--cache-features on: {shortages[0]}; use --cache-features off "
                 "(of a run: vglann train --resume RUN --cache-features off)"
             )
-        log.info("%s: computed anew in each step", shortages[0])
+        log.info("%s: computed again in each step", shortages[0])
         return False
 
     def _distance(self, video: Tensor, targets: list[Tensor]) -> Tensor:

@@ -48,11 +48,11 @@ def check_clips(trained: Sequence[str], present: Sequence[str], on_mismatch: OnM
     if on_mismatch == "error":
         advice = (
             "give the run its old clips, start a new one, or resume with --latents-on-mismatch keep (only new "
-            "clips start anew) or init (all do)"
+            "clips get new latents) or init (all do)"
         )
         check_same_clips(trained, present, advice)
     changes = clip_changes(trained, present)
     if not changes:
         return ""
     kept = len(set(trained) & set(present)) if on_mismatch == "keep" else 0
-    return f"the clip set changed: {changes}. {kept} latents were kept, {len(present) - kept} start anew"
+    return f"the clip set changed: {changes}. {kept} latents were kept, {len(present) - kept} are new"

@@ -267,10 +267,10 @@ class Training:
             self.checkpoints.save(self.learned, Place(self.step, self.epoch, self.position))
             left = f"The state before it is saved as step {self.step}"
         else:
-            left = "The step before it had spoiled the parameters, so the checkpoints are as they were"
+            left = "The step before it had made the parameters not finite, so no checkpoint was added"
         raise VglannError(
             f"the loss was not finite at step {self.step + 1}, on clips {clips}; nothing was updated since. {left}; "
-            f"go on with --resume {self.run.path} and a lower --lr-generator, or without these clips"
+            f"use --resume {self.run.path} with a lower --lr-generator, or train without these clips"
         )
 
     def resume(self, on_mismatch: OnMismatch = "error") -> None:

@@ -7,7 +7,7 @@ A mapping of a run lies in mapping/<kind>/:
                           "epochs": [row, ...], "gap": record or null}
 
 A row says how one epoch went. "gap", missing in older files, says how near the mapping comes to the latents it was
-fitted to and to those set aside; see `vglann_fast.mapping.generalization`.
+fitted to and to held-out latents; see `vglann_fast.mapping.generalization`.
 """
 
 import json

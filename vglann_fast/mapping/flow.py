@@ -28,7 +28,7 @@ from vglann_fast.options.mapping import AutoregressiveOptions, FlowOptions
 from vglann_fast.runtime.numerics import seeded
 
 RADII = 33  # norms over which a density is summed
-HELD_OUT_DRAWS = 4  # norms given to each of the latents set aside
+HELD_OUT_DRAWS = 4  # norms given to each held-out latent
 LARGEST_GRADIENT = 5.0
 AT_ONCE = 1 << 13  # rows whose density is computed at once
 
@@ -80,7 +80,7 @@ class _Flow(LatentSampler[AutoregressiveOptions]):
         self.check_latents(latents)
         if held_out is None:
             log_line(
-                f"{self.kind}: no latents set aside (--holdout-fraction): nothing says when it learns them by heart"
+                f"{self.kind}: no latents are held out, so nothing shows overfitting; use --holdout-fraction 0.1"
             )
         options, directions = self.options, F.normalize(latents.to(self.dtype), dim=1)
         self._whiten(directions)
@@ -128,7 +128,7 @@ class _Flow(LatentSampler[AutoregressiveOptions]):
         return directions * noise.norm(dim=1, keepdim=True) / math.sqrt(self.latent_dim)
 
     def _unseen(self, held_out: Tensor, generator: torch.Generator) -> Tensor:
-        """The latents set aside, several times with other norms, white."""
+        """The held-out latents, several times with other norms, white."""
         directions = F.normalize(held_out.to(self.dtype), dim=1).repeat(HELD_OUT_DRAWS, 1)
         return self._white(self._with_norms(directions, generator))
 

@@ -43,7 +43,7 @@ class Gaussian(LatentSampler[GaussianOptions]):
         if density is None and self.latent_dim > 1:
             log_line(
                 f"gaussian: the covariance of {len(rows)} latents in {self.latent_dim} dimensions is singular: "
-                "samples stay in the span of the latents, and there is no likelihood"
+                "samples stay in the span of the latents, and a likelihood does not exist"
             )
         loss = {} if density is None else {"loss": -density.mean().item()}
         self.note({"epoch": 0, **loss}, log)

@@ -9,7 +9,7 @@ The record, kept in mapping.json under "gap":
 mapping has it. "nll" is the mean negative log density of the latents' directions in nats, 0 for the uniform
 distribution, lower is better; null for a kind without a density.
 
-By the latents set aside gmm has chosen its number of components, and the flows their epoch: theirs are figures of a
+By the held-out latents gmm has chosen its number of components, and the flows their epoch: theirs are figures of a
 set that was also used to choose, so a little better than on latents that had no part in anything.
 """
 
@@ -67,6 +67,6 @@ def describe_gap(record: dict[str, Any]) -> str:
         line = f"{name}: {fitted[key]:.4g} from latents it was fitted to"
         if held_out is not None:
             gap = held_out[key] - fitted[key]
-            line += f", {held_out[key]:.4g} from {held_out['latents']} set aside (gap {gap:+.3g})"
+            line += f", {held_out[key]:.4g} from {held_out['latents']} held out (gap {gap:+.3g})"
         lines.append(line)
     return "; ".join(lines)

@@ -58,7 +58,7 @@ class GMM(LatentSampler[GmmOptions]):
         sizes = [size for size in self.options.sizes if size <= len(latents)]
         if len(sizes) > 1 and held_out is None:
             raise VglannError(
-                "--components: several numbers need latents set aside to choose by; raise --holdout-fraction"
+                "--components: several numbers need held-out latents to choose by; raise --holdout-fraction"
             )
         if len(sizes) > 1 and self.latent_dim == 1:
             raise VglannError("--components: expected one number for latents of one dimension")
@@ -109,8 +109,8 @@ class GMM(LatentSampler[GmmOptions]):
         if flat and self.options.prior == 0:
             log_line(
                 f"gmm: {flat} of {len(self.mixture.weights)} components have no more latents than the "
-                f"{self.latent_dim} dimensions: their covariances are singular but for --floor "
-                f"{self.options.floor:g}, and their samples stay beside those latents; a --prior mends that"
+                f"{self.latent_dim} dimensions: their covariances are singular except for --floor "
+                f"{self.options.floor:g}, and their samples stay beside those latents; use a --prior above 0"
             )
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:

@@ -45,7 +45,7 @@ def run_shots(run: RunDir, ids: Sequence[str]) -> Tensor:
 
 
 def set_aside(latents: Tensor, shots: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Latents [N, d] -> those to fit [N-n, d] and those set aside [n, d]: whole shots, drawn with `seed`.
+    """Latents [N, d] -> fitted [N-n, d] and held-out latents [n, d]: whole shots, drawn with `seed`.
 
     As many shots as it takes for `share` of the latents, at least one, and not the last one left; both parts keep
     the order of the latents. Of latents that are all of one shot single ones are taken, with a warning.

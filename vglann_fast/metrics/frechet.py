@@ -48,7 +48,7 @@ class FeatureMoments:
         """Add rows [n, d], n >= 0. Raises as `check_features`, and for another d."""
         features = check_features(features)
         if features.shape[1] != len(self.mean):
-            raise VglannError(f"features of {features.shape[1]} numbers among those of {len(self.mean)}")
+            raise VglannError(f"features of {features.shape[1]} numbers among features of {len(self.mean)}")
         if not len(features):
             return
         batch = FeatureMoments(len(self.mean))
@@ -60,7 +60,7 @@ class FeatureMoments:
     def merge(self, other: "FeatureMoments") -> None:
         """Add what another process has seen (Chan, Golub and LeVeque 1979). Raises `VglannError` for another d."""
         if len(other.mean) != len(self.mean):
-            raise VglannError(f"features of {len(other.mean)} numbers among those of {len(self.mean)}")
+            raise VglannError(f"features of {len(other.mean)} numbers among features of {len(self.mean)}")
         if not other.n:
             return
         n, shift = self.n + other.n, other.mean - self.mean

@@ -87,7 +87,7 @@ def _compared(run: "RunDir", latents: "Tensor", kinds: list[str], problems: list
             continue
         samples = F.normalize(drawn.double(), dim=1)
         if samples.shape[1] != rows.shape[1] or not torch.isfinite(samples).all():
-            problems.append(f"mapping/{kind}: its samples are no latents of this run")
+            problems.append(f"mapping/{kind}: its samples are not latents of this run")
             continue
         found[kind] = _figures(rows, samples, ((samples - mean) @ axes).numpy())
     shares = (spread[0].item(), spread[1].item())

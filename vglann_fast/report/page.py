@@ -12,12 +12,13 @@ import numpy as np
 
 from vglann_fast.errors import VglannError
 from vglann_fast.metrics.feature_tables import DOUBTFUL_NOTE, at, shown
-from vglann_fast.metrics.record import RECONSTRUCTION, verdict, verdicts
+from vglann_fast.metrics.record import RECONSTRUCTION, verdicts
 from vglann_fast.report.ablation import ablation
-from vglann_fast.report.artifacts import Artifacts, Media, number, numbers, read_artifacts, seconds_spent
+from vglann_fast.report.artifacts import Artifacts, Media, number, numbers, read_artifacts
 from vglann_fast.report.evaluation import Table, distance_charts, motion_charts, number_tables
 from vglann_fast.report.filmstrip import filmstrip
 from vglann_fast.report.gallery import MAX_CARDS, Card, Gallery, View, view
+from vglann_fast.report.headline import figures, outcome
 from vglann_fast.report.mappings import Comparison, compare_mappings
 from vglann_fast.report.plots import Chart, Series, chart, scatter
 from vglann_fast.report.rendering import render_page
@@ -66,9 +67,9 @@ def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dic
         "page.html",
         name=name,
         facts=_header_facts(run),
-        figures=_headline_figures(run),
+        outcome=outcome(run.reconstruction.record),
+        figures=figures(run),
         reconstructions=_reconstructions(run.reconstruction),
-        verdict=verdict(run.reconstruction.record),
         samples=_samples(run.samples, run.nearest),
         sample_note=_sample_note(run.samples.record),
         interpolation=_interpolation(run.interpolation),
@@ -103,43 +104,6 @@ def _header_facts(run: Artifacts) -> list[str]:
     return facts + ([f"started {str(started)[:10]}"] if started else [])  # the day of an ISO date
 
 
-def _headline_figures(run: Artifacts) -> list[tuple[str, str, str]]:
-    """(what, value, unit) of the numbers at the top of the page; only those that are known."""
-    record, rows = run.reconstruction.record, [r for r in run.metrics if r.get("stage") == "glo"]
-    names = ("psnr", "psnr_over_still", "psnr_pca", "motion_r2", "psnr_last_frame", "clips")
-    psnr, over_still, pca, motion, last_frame, clips = (number(record.get(name)) for name in names)
-    steps, seconds = numbers(rows, "step", "step")[0], seconds_spent(rows)
-    figures = []
-    if psnr is not None:
-        figures.append(("Reconstruction PSNR", f"{psnr:.2f}", "dB"))
-    if over_still is not None:
-        figures.append(("Over a still", f"{over_still:+.2f}", "dB"))
-    if psnr is not None and pca is not None:
-        figures.append(("Over PCA", f"{psnr - pca:+.2f}", "dB"))
-    if motion is not None:
-        figures.append(("Motion R²", f"{motion:.2f}", ""))
-    if last_frame is not None:
-        figures.append(("PSNR of the last frame", f"{last_frame:.2f}", "dB"))
-    if clips is not None:
-        figures.append(("Clips", f"{clips:,.0f}", ""))
-    if steps:
-        figures.append(("Training steps", f"{max(steps):,.0f}", ""))
-    if seconds is not None:
-        figures.append(("Training time", *duration(seconds)))
-    return figures
-
-
-def duration(seconds: float) -> tuple[str, str]:
-    """A duration as (value, unit): ("48", "s"), ("3:12", "min"), ("4:05", "h")."""
-    whole = round(seconds)
-    if whole < 60:
-        return str(whole), "s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d}", "min"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d}", "h"
-
-
 def _streams(media: Media, i: int, of: str) -> list[View]:
     """Foreground, mask and background of clip i, as far as they are there."""
     views = []
@@ -160,7 +124,8 @@ def _reconstructions(media: Media) -> Gallery:
         return Gallery()
     shown = media.record.get("shown")
     per_clip = media.record.get("per_clip")
-    psnr, still, motion = (_by_id(per_clip, key) for key in ("psnr", "psnr_still", "motion_r2"))
+    psnr, motion = _by_id(per_clip, "psnr"), _by_id(per_clip, "motion_r2")
+    baselines = {name: _by_id(per_clip, key) for name, key in (("still", "psnr_still"), ("PCA", "psnr_pca"))}
     cards = []
     for i in range(min(len(media.video), MAX_CARDS)):
         clip = _text_at(shown, i)
@@ -169,8 +134,9 @@ def _reconstructions(media: Media) -> Gallery:
         facts = [(clip, "clip id")] if clip else []
         if (value := psnr.get(clip)) is not None:
             facts.append((f"{value:.2f} dB", "PSNR of the reconstruction"))
-            if (base := still.get(clip)) is not None:
-                facts.append((f"{value - base:+.2f} dB", "above the clip’s mean frame"))
+            for name, values in baselines.items():
+                if (base := values.get(clip)) is not None:
+                    facts.append((f"{name} {base:.2f}", f"PSNR of the baseline {name}, in dB"))
             if (r2 := motion.get(clip)) is not None:
                 facts.append((f"R² {r2:.2f}", "of its motion: 0 for a still, 1 for perfect"))
         pair.append(view("Reconstruction", of, media.video[i], 88))
@@ -248,7 +214,7 @@ def _training_charts(run: Artifacts) -> list[Chart]:
     rows = [row for row in run.metrics if row.get("stage") == "glo"]
     charts = [
         _curve(rows, "step", "loss", "Loss", "loss", log=True),
-        _curve(rows, "step", "psnr", "PSNR of the training batches", "PSNR, dB"),
+        _curve(rows, "step", "psnr", "PSNR of the training batches", "PSNR, dB", levels=_levels(run)),
         _clip_chart(run.reconstruction.record),
     ]
     return [one for one in charts if one is not None]
@@ -269,8 +235,8 @@ def _mappings(run: Artifacts) -> list[tuple[str, list[Chart], list[tuple[int, st
                 rows,
                 "epoch",
                 "match_diversity",
-                "Hubness: distinct matches per latent",
-                "share",
+                "Distinct matches per latent",
+                "fraction",
                 cover=(0, 1),
             ),
         ]
@@ -289,9 +255,9 @@ def _comparison_table(found: Comparison | None, records: dict[str, dict[str, Any
         "density",
         "match_diversity",
         "distance, fitted",
-        "set aside",
+        "held out",
         "NLL, fitted",
-        "set aside",
+        "held out",
     ]
     rows = []
     for kind, one in found.mappings.items():
@@ -320,16 +286,36 @@ def _scatters(found: Comparison | None) -> list[Chart]:
     return charts
 
 
+def _levels(run: Artifacts) -> dict[str, float]:
+    """Return the PSNR of the baselines of a reconstruction, as far as it is known and says something."""
+    record = run.reconstruction.record
+    names = {"still": "psnr_still"} | ({} if record.get("pca_exact") is True else {"PCA": "psnr_pca"})
+    values = {label: number(record.get(name)) for label, name in names.items()}
+    return {label: value for label, value in values.items() if value is not None}
+
+
 def _curve(
-    rows: list[dict[str, Any]], x: str, y: str, title: str, y_label: str, **options: Any
+    rows: list[dict[str, Any]],
+    x: str,
+    y: str,
+    title: str,
+    y_label: str,
+    levels: dict[str, float] | None = None,
+    **options: Any,
 ) -> Chart | None:
-    """The chart of row[y] against row[x], or None without any such rows; options as `chart` has them."""
+    """Return the chart of row[y] against row[x], or None without any such rows.
+
+    Args:
+        levels: values by name to draw as horizontal lines.
+        options: as `chart` has them.
+    """
     xs, ys = numbers(rows, x, y)
     if not xs:
         return None
-    series = Series(y.replace("_", " "), xs, ys)
-    svg = _drawn([series], x_label=x, y_label=y_label, **options)
-    return Chart(title, [series.label], f"{ys[-1]:.4g}", svg) if svg else None
+    series = [Series(y.upper() if y == "psnr" else y.replace("_", " "), xs, ys)]
+    series += [Series(label, [min(xs), max(xs)], [value] * 2) for label, value in (levels or {}).items()]
+    svg = _drawn(series, x_label=x, y_label=y_label, **options)
+    return Chart(title, [one.label for one in series], f"{ys[-1]:.4g}", svg) if svg else None
 
 
 def _drawn(series: Sequence[Series], **options: Any) -> str | None:

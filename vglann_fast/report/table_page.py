@@ -262,7 +262,7 @@ def _names(value: Any, problems: list[str]) -> list[str]:
     """Return the elements of a list that name losses or mappings, each once: they become paths and links."""
     names = dict.fromkeys(_texts(value))
     odd = [name for name in names if not _NAME.fullmatch(name) or name == TRAINING_LATENTS]
-    problems += [f"table.json: {name[:100]!r} is no name" for name in odd]
+    problems += [f"table.json: {name[:100]!r} is not a name" for name in odd]
     return [name for name in names if name not in odd]
 
 

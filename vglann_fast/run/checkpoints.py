@@ -88,7 +88,7 @@ class CheckpointFolders:
                 self._damaged.add(folder)
                 self.warnings.append(f"{folder} is damaged ({error}); using the checkpoint before it")
         hint = (
-            "; ".join(self.warnings) or f"none was completed; go on with `vglann train --resume {self.path}`"
+            "; ".join(self.warnings) or f"none was completed; resume with `vglann train --resume {self.path}`"
         )
         raise VglannError(f"{self.path} has no checkpoint that can be read: {hint}")
 

@@ -124,7 +124,7 @@ def draw_latents(trained: Trained, mapping: LatentSampler, n: int, seed: int) ->
     device = trained.latents.device
     latents = mapping.sample(n, torch.Generator(device).manual_seed(seed))
     if latents.shape[1] != trained.options.latent_dim or not torch.isfinite(latents).all():
-        raise VglannError(f"{mapping.kind}: its samples are no latents of this run; run `vglann map` again")
+        raise VglannError(f"{mapping.kind}: its samples are not latents of this run; run `vglann map` again")
     if trained.options.batchnorm == "eval":
         extra = mapping.sample(STATISTICS_SAMPLES, torch.Generator(device).manual_seed(seed + 1))
         recompute_batchnorm(trained.generator, latent_batches(extra, trained.options.batch_size))
@@ -144,7 +144,9 @@ def interpolate(
     run = RunDir.open(run_path)
     trained = load_trained(run, device)
     if len(trained.latents) < 2:
-        raise VglannError(f"{run.path} has one latent only; there is no way from it to another")
+        raise VglannError(
+            f"{run.path} has one latent only, and an interpolation needs two; train on more clips"
+        )
     rows = np.random.default_rng(seed).choice(len(trained.latents), 2, replace=False)
     start, end = trained.latents[torch.from_numpy(rows)]
     latents = great_circle(start, end, steps)

@@ -233,7 +233,7 @@ def _check(connection: sqlite3.Connection) -> None:
         raise ValueError(f"version {version}, this program reads {VERSION}")
     # Exactly our tables: a view in place of one may never end, a trigger does what its author wants.
     if _schema(connection) != _own_schema():
-        raise ValueError("its tables are not those of a study")
+        raise ValueError("its tables are not the tables of a study")
     if connection.execute("pragma quick_check(1)").fetchall() != [("ok",)]:
         raise ValueError("its pages are inconsistent")
     if connection.execute("pragma foreign_key_check").fetchone():
