@@ -1,4 +1,5 @@
-"""No test has a network, nor has any Python process it starts: only this machine can be reached.
+"""No test has a network, nor has any Python process it starts: only this machine can be reached. None reads what
+`vglann tune` measured.
 
 Python processes that tests start find the modules in fixtures/, as the tests do. Under pytest-xdist each worker, and
 what it starts, computes on one thread: the workers share the machine.
@@ -21,6 +22,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # A full collection takes half a second in a process that has loaded PyTorch, and by default there are hundreds.
 gc.set_threshold(20_000, 50, 50)
+
+# What someone has measured on this machine must not decide what tests compute.
+os.environ["VGLANN_TUNE"] = "off"
 
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 folders = [str(folder) for folder in (NO_NETWORK, TESTS, FIXTURES)]

@@ -3,7 +3,8 @@
 import logging
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -72,3 +73,16 @@ class Progress:
         rate = (self._done - self._first) / max(now - self._started, 1e-9)
         parts = [f"{self._unit} {self._done}/{self._total}", text, f"{rate:.3g} {self._unit}s/s"]
         log.info("%s: %s", self._name, ", ".join(filter(None, parts)))
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Let these loggers say warnings only, inside the block."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

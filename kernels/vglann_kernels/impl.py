@@ -8,7 +8,8 @@ It can be given at three levels, the nearest one wins:
 3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
 
 Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
-take the reference under `auto`. Only `auto` may fall back: a name asked for explicitly that cannot run raises
+take the reference under `auto`. In a block `with preferring({"nearest": "faiss"})` it is the implementation named
+there, wherever that can run. Only `auto` may fall back: a name asked for explicitly that cannot run raises
 and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
 
 Under `torch.compile` the choice is made once, when the graph is traced.
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, Optional
 
 OPS = (
@@ -47,6 +49,10 @@ _registered: dict[str, dict[str, WhyNot]] = {op: {} for op in OPS}
 _process_default: str | None = None
 # (spec,) inside `using_impl`, in the thread of that block alone.
 _of_block: ContextVar[tuple[str | None] | None] = ContextVar("vglann_kernels", default=None)
+# Implementations that `auto` takes where they can run, in the thread of the block alone.
+_preferred: ContextVar[Mapping[str, str]] = ContextVar(
+    "vglann_kernels_preferred", default=MappingProxyType({})
+)
 _reported: set[Choice] = set()
 
 
@@ -131,6 +137,19 @@ def using_impl(spec: str | None) -> Iterator[list[Choice]]:
         _of_block.reset(token)
 
 
+@contextmanager
+def preferring(names: Mapping[str, str]) -> Iterator[None]:
+    """Let `auto` take these implementations in a `with` block, by op, where they exist and can run.
+
+    For choices that were measured: unlike a name that was asked for, one that cannot run here is passed over.
+    """
+    token = _preferred.set(dict(names))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 def choices(device: Any = None) -> list[Choice]:
     """Return the choice for every op on `device` (default: the current CUDA device, else the CPU)."""
     return [resolve(op, device=device) for op in OPS]
@@ -181,6 +200,10 @@ def resolve(op: str, impl: str | None = None, device: Any = None, unsupported: s
 
 
 def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, WhyNot]) -> Choice:
+    preferred = _preferred.get().get(op, "")
+    refused = preferred == "triton" and unsupported
+    if preferred in known and not refused and not known[preferred](device):
+        return Choice(op, preferred, "measured to be the fastest here")
     if device.type == "cpu":
         return Choice(op, "reference", "CPU tensors")
     if "triton" not in known:

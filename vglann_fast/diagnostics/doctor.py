@@ -4,12 +4,12 @@ With --json one object instead of lines:
 
     {"format": "vglann-doctor", "version": 1, "environment": {...}, "gpus": [{"name", "capability",
      "shared_memory": bytes a block may have, "memory": bytes, "driver"}], "cudnn": number or null,
-     "ops": [{"op", "impl", "reason"}], "findings": [{"name", "level": "PASS" | "WARN" | "FAIL", "text"}]}
+     "ops": [{"op", "impl", "reason"}], "measured": [{"name", "choice", "factor", "when", "shapes"}],
+     "findings": [{"name", "level": "PASS" | "WARN" | "FAIL", "text"}]}
 """
 
 import getpass
 import json
-import logging
 import math
 import os
 import re
@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any, Literal
 
 from vglann_fast.errors import VglannError
 from vglann_fast.options.training import TrainOptions
+from vglann_fast.progress import quiet
+from vglann_fast.run import measurements
 from vglann_fast.run.environment import default_cache, environment, home
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.processors import allowed, available, bfloat16_units, quota
@@ -65,8 +66,8 @@ def doctor(as_json: bool = False) -> int:
     from vglann_kernels import ImplUnavailable, choices
 
     found, gpus = environment(), list(_gpus())
-    findings = list(checks())
-    with _quiet("vglann_kernels", "faiss"):  # the ops are in the answer
+    findings, measured = list(checks()), list(_measured())
+    with quiet("vglann_kernels", "faiss"):  # the ops are in the answer
         try:
             ops, wrong = choices(), None
         except (ValueError, ImplUnavailable) as error:
@@ -81,27 +82,16 @@ def doctor(as_json: bool = False) -> int:
             "gpus": gpus,
             "cudnn": _cudnn(),
             "ops": [{"op": choice.op, "impl": choice.impl, "reason": choice.reason} for choice in ops],
+            "measured": measured,
             "findings": [asdict(finding) for finding in findings],
         }
         print(json.dumps(record, indent=1))
     else:
-        print("\n".join([*_heading(found, gpus), *map(str, findings), *map(str, ops)]))
+        lines = [*_heading(found, gpus), *map(str, findings), *map(str, ops), *map(_as_line, measured)]
+        print("\n".join(lines))
     if wrong is not None:
         raise VglannError(f"VGLANN_KERNELS={os.environ.get('VGLANN_KERNELS')}: {wrong}") from wrong
     return 1 if any(finding.level != "PASS" for finding in findings) else 0
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Let these loggers say warnings only, inside the block."""
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def _heading(found: dict[str, Any], gpus: list[dict[str, Any]]) -> Iterator[str]:
@@ -156,7 +146,43 @@ def checks() -> Iterator[Finding]:
     yield from _versions()
     yield from _installations()
     yield codecs()
+    yield tune_file()
     yield from _folders()
+
+
+def _measured() -> Iterator[dict[str, Any]]:
+    """Yield each choice that `vglann tune` made on this machine, as --json has it."""
+    import torch
+
+    try:
+        entries = measurements.own_entries()
+    except VglannError:  # a finding says it
+        return
+    here = measurements.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for entry in entries:
+        for name, contest in entry.contests.items() if entry.machine == here else ():
+            choice, factor = contest.choice, contest.factors.get(contest.choice)
+            row = {"name": name, "choice": choice, "factor": factor, "when": entry.when}
+            yield {**row, "shapes": dict(entry.shapes)}
+
+
+def _as_line(row: dict[str, Any]) -> str:
+    """Say one measured choice: what it is for, its factor, and when it was measured."""
+    shown = ("width", "batch_size", "frames", "size", "latents", "latent_dim")
+    shapes = ", ".join(f"{name} {row['shapes'][name]}" for name in shown if name in row["shapes"])
+    factor = "" if row["factor"] is None else f"{row['factor']:.2f} times the default's speed, "
+    return f"measured {row['name']}: {row['choice']} ({factor}{row['when'][:10]}, {shapes})"
+
+
+def tune_file() -> Finding:
+    """Check that what `vglann tune` measured, if anything, can be read."""
+    try:
+        count = len(measurements.own_entries())
+    except VglannError as error:
+        return Finding("vglann tune", "WARN", str(error))
+    return Finding(
+        "vglann tune", "PASS", f"measurements of {count} shapes" if count else "nothing measured yet"
+    )
 
 
 def _judged(name: str, bad: bool, text: str, level: Level = "WARN", fine: str = "") -> Finding:

@@ -25,8 +25,10 @@ from vglann_fast.clips.of_run import open_clips
 from vglann_fast.errors import VglannError
 from vglann_fast.glo import cuda_graph
 from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.measured import as_chosen, choices_of_run
 from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training
+from vglann_fast.options.choices import Choices, settled
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.destinations import atomic_file
@@ -57,8 +59,11 @@ def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str
         raise VglannError(f"--steps: expected at least 1, got {steps}")
     run = RunDir.open(run_path)
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
-    with training_numerics(options, torch.device(device)):
-        training = _training_of(run, options, torch.device(device))
+    device = torch.device(device)
+    choices = choices_of_run(run, options, device)
+    options = settled(options, choices)
+    with as_chosen(choices), training_numerics(options, device):
+        training = _training_of(run, options, device, choices)
         try:
             record = _measure(training, steps, run.path / "profile")
         finally:
@@ -67,11 +72,11 @@ def profile(run_path: str | Path, *, steps: int = 20, device: torch.device | str
     return report(record, run.path / "profile" / "trace.json")
 
 
-def _training_of(run: RunDir, options: TrainOptions, device: torch.device) -> Training:
+def _training_of(run: RunDir, options: TrainOptions, device: torch.device, choices: Choices) -> Training:
     """The run's training at its newest checkpoint, with full steps; a finished one continues as if it had further
     epochs."""
     clips = open_clips(run)
-    training = new_training(clips, options, run, seed=run.options["seed"], device=device)
+    training = new_training(clips, options, run, seed=run.options["seed"], device=device, choices=choices)
     if run.checkpoints.exist():
         training.restore()
     # The learning rate of a last epoch may be zero.

@@ -7,9 +7,6 @@ first training is in float32 with plain PyTorch; each of the others changes one 
 kernels, the CUDA graph. Prints the PSNR of each over all clips, rendered in float32 by plain PyTorch with BatchNorm's
 statistics estimated again. Exit code 1 when one is more than 0.3 dB from the first or could not be trained. A CPU has
 the first two rows.
-
-A graph that passes here may be named in `TESTED` of vglann_fast/glo/compatibility.py, as it is printed: then
---cuda-graph auto uses it.
 """
 
 import argparse
@@ -33,7 +30,6 @@ from vglann_fast.errors import VglannError
 from vglann_fast.experiments.step_rows import ROWS, open_clips
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import latent_batches, recompute_batchnorm
-from vglann_fast.glo.compatibility import graph_key
 from vglann_fast.glo.precision import training_numerics
 from vglann_fast.glo.training import Training
 from vglann_fast.options.presets import preset
@@ -47,8 +43,7 @@ ROWS_ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "bf16 kernels", "bf
 def trained_psnr(
     row: str, clips: ClipSet, name: str, steps: int, device: torch.device, **size: int
 ) -> dict[str, Any]:
-    """Train one row; {"psnr": [N] dB of the clips, "loss": of the last step, "seconds": of all, "ops", "graph": what
-    `TESTED` would hold, or None}.
+    """Train one row; {"psnr": [N] dB of the clips, "loss": of the last step, "seconds": of all, "ops"}.
 
     `size`: width and batch_size. Raises `VglannError` or `ImplUnavailable` for a row that cannot run on `device`.
     """
@@ -69,8 +64,6 @@ def trained_psnr(
         found: dict[str, Any] = {"loss": loss.item(), "seconds": time.perf_counter() - started}
         training.check_finite()
         training.source.close()
-        key = graph_key(options, training.precision, device) if options.cuda_graph == "on" else None
-        found["graph"] = key
         found["ops"] = sorted({choice.impl for choice in choices(device)})
     with using_impl("reference"):
         return {**found, "psnr": reconstruction_psnr(training)}
@@ -129,8 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if not abs(apart) <= MAX_APART:
             failed.append(row)
-        elif found["graph"]:
-            print(f"{'':20} may be named in TESTED: {found['graph']}")
     print(f"more than {MAX_APART} dB apart: {', '.join(failed)}" if failed else f"all within {MAX_APART} dB")
     return 1 if failed else 0
 

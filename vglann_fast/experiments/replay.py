@@ -126,10 +126,14 @@ def _as_it_was(run: RunDir) -> Iterator[None]:
 
 
 def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
+    import torch
+
     from vglann_fast.clips.of_run import check_same_clips, has_clips, open_clips
     from vglann_fast.glo.assemble import new_training
     from vglann_fast.glo.checkpoint import check_saved_size
+    from vglann_fast.glo.measured import as_chosen, choices_of_run
     from vglann_fast.glo.precision import training_numerics
+    from vglann_fast.options.choices import settled
     from vglann_fast.options.fields import options_from_json
     from vglann_fast.options.training import TrainOptions
 
@@ -144,11 +148,14 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     clips = open_clips(run, verify=True)
     check_same_clips(state["ids"], clips.ids)
     every = min([row["step"] for row in run.logs.metrics("glo")], default=10)
+    device, seed = torch.device(device), run.options["seed"]
     for until, train in stretches:
         options: TrainOptions = options_from_json(TrainOptions, train)
         check_saved_size(run, options)
-        with training_numerics(options, device):
-            training = new_training(clips, options, second, seed=run.options["seed"], device=device)
+        choices = choices_of_run(run, options, device)
+        options = settled(options, choices)
+        with as_chosen(choices), training_numerics(options, device):
+            training = new_training(clips, options, second, seed=seed, device=device, choices=choices)
             training.resume()
             training.loop(max_steps=until, log_every=max(1, every), checkpoint_every=options.passes)
         training.source.close()

@@ -13,7 +13,7 @@ from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.guard import Guard
 from vglann_fast.glo.latents import LatentTable, initial_latents
 from vglann_fast.glo.loader import open_source
-from vglann_fast.glo.memory import checkpoint_activations
+from vglann_fast.glo.memory import checkpoint_activations, compute_contiguously
 from vglann_fast.glo.optimizer import GeneratorOptimizer
 from vglann_fast.glo.perceptual import load_features
 from vglann_fast.glo.precision import (
@@ -24,6 +24,7 @@ from vglann_fast.glo.precision import (
 )
 from vglann_fast.glo.step import StepLogits
 from vglann_fast.glo.training import Training
+from vglann_fast.options.choices import Choices
 from vglann_fast.options.training import Precision, TrainOptions
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
@@ -40,6 +41,7 @@ def new_training(
     dtype: torch.dtype = torch.float32,
     ranks: Ranks | None = None,
     training_class: type[Training] = Training,
+    choices: Choices | None = None,
 ) -> Training:
     """Return a training of `options` on `clips` that has taken no step.
 
@@ -47,12 +49,14 @@ def new_training(
         seed: of the first parameters, the first latents and the order of the clips.
         dtype: float32; float64 in conformance tests.
         ranks: this process among those that train together. Default: alone.
+        choices: memory format, source of clips and CUDA graph where `options` leave them open; see `glo/measured.py`,
+            which has put the other choices into the options. Default: the rules of the program.
 
     Raises:
         VglannError: too few clips, clips the generator cannot make, options that do not go together here, or a run
             with checkpoints of another size.
     """
-    device, ranks = torch.device(device), ranks or Ranks()
+    device, ranks, choices = torch.device(device), ranks or Ranks(), choices or {}
     check_saved_size(run, options)
     batch_size = batch_size_for(len(clips), options, ranks)
     precision = resolve_precision(options.precision, device)
@@ -61,7 +65,11 @@ def new_training(
     with seeded(seed) as random:
         generator = new_generator(options, clips.frames, clips.size)
         rows = initial_latents(len(clips), options, random, clips.read)
-    generator = generator.to(device, dtype).channels_last()
+    generator = generator.to(device, dtype)
+    if choices.get("memory_format") == "contiguous":
+        compute_contiguously(generator)
+    else:
+        generator.channels_last()
     ranks.broadcast(generator.parameters())
     own = ranks.owns(len(clips))
     ids = [clips.ids[row] for row in own.tolist()]
@@ -86,9 +94,11 @@ def new_training(
         guard=Guard.new(batch_size * options.accumulate, device),
         optimizer=GeneratorOptimizer(generator, options, ranks, scale),
         average=average,
-        source=open_source(options.data, clips, own.numpy(), device, batch_size),
+        source=open_source(
+            options.data, clips, own.numpy(), device, batch_size, measured=choices.get("data", "")
+        ),
     )
-    training.graphed = _graphed_step(training)
+    training.graphed = _graphed_step(training, measured=choices.get("execution") == "graph")
     return training
 
 
@@ -117,13 +127,14 @@ def _background_logits(
     return lambda z: (None, background(z))
 
 
-def _graphed_step(training: Training) -> GraphedStep | None:
+def _graphed_step(training: Training, *, measured: bool) -> GraphedStep | None:
     use = use_graph(
         training.options,
         training.device,
         processes=training.ranks.size,
         source=training.source.name,
         precision=training.precision,
+        measured=measured,
     )
     if not use:
         return None

@@ -11,10 +11,6 @@ from vglann_fast.runtime.distributed import Ranks
 
 log = logging.getLogger("vglann_fast")
 
-# (GPU, version of PyTorch, latent mode, precision) whose graph `experiments/parity.py` compared with eager training:
-# what --cuda-graph auto replays. None was compared yet.
-TESTED: frozenset[tuple[str, str, str, str]] = frozenset()
-
 
 def batch_size_for(count: int, options: TrainOptions, ranks: Ranks) -> int:
     """Clips per batch: `options.batch_size`, or what there is for each process. Raises `VglannError`."""
@@ -74,32 +70,33 @@ def why_no_graph(
 
 
 def use_graph(
-    options: TrainOptions, device: torch.device, *, processes: int, source: str, precision: str
+    options: TrainOptions,
+    device: torch.device,
+    *,
+    processes: int,
+    source: str,
+    precision: str,
+    measured: bool = False,
 ) -> bool:
-    """Return True if the step is to be captured. Raises `VglannError` where --cuda-graph on is refused, and warns
-    where it takes a graph that "auto" would not."""
+    """Return True if the step is to be captured.
+
+    measured: `vglann tune` found the graph right and the fastest on this machine, so "auto" takes it.
+
+    Raises `VglannError` where --cuda-graph on is refused, and warns where it takes a graph that "auto" would not.
+    """
     if options.cuda_graph == "off":
         return False
     reason = why_no_graph(options, device, processes=processes, source=source, precision=precision)
     _refuse_graph(options, reason)
     if reason:
         return False
-    here = graph_key(options, precision, device)
-    tested = here in TESTED
-    if options.cuda_graph == "on" and not tested:
+    if options.cuda_graph == "on" and not measured:
         log.warning(
-            "--cuda-graph on: on %s, torch %s, latent mode %s, %s it was not compared with a training without it; "
-            "python -m vglann_fast.experiments.parity does that",
-            *here,
+            "--cuda-graph on: on this machine it was not compared with a training without it; `vglann tune` does that"
         )
-    return tested or options.cuda_graph == "on"
+    return measured or options.cuda_graph == "on"
 
 
 def _refuse_graph(options: TrainOptions, reason: str | None) -> None:
     if reason and options.cuda_graph == "on":
         raise VglannError(f"--cuda-graph on: {reason}; leave it out")
-
-
-def graph_key(options: TrainOptions, precision: str, device: torch.device) -> tuple[str, str, str, str]:
-    """Return the conditions that a comparison of graphs holds for: an element of `TESTED`."""
-    return torch.cuda.get_device_name(device), torch.__version__, options.latent_mode, precision

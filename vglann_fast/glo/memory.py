@@ -35,6 +35,15 @@ def checkpoint_activations(generator: TwoStreamGenerator) -> None:
     generator.video.run = run_again
 
 
+def compute_contiguously(generator: TwoStreamGenerator) -> None:
+    """From now on both streams take contiguous inputs, whose format the convolutions keep, not channels-last ones.
+
+    The same function; which of the two formats is faster depends on the device and its library.
+    """
+    for stream in (generator.video, generator.background):
+        stream.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+
+
 def memory_table(
     generator: TwoStreamGenerator,
     latents: Iterable[Tensor],

@@ -1,17 +1,22 @@
 """`train`: a run trained from the start, or from its newest checkpoint."""
 
+from collections.abc import Collection
+
 import torch
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.glo import memory
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.checkpoint import KEEP
+from vglann_fast.glo.compatibility import batch_size_for
+from vglann_fast.glo.measured import as_chosen, choices_of_new_run, choices_of_run, training_shapes
 from vglann_fast.glo.precision import (
     self_test,
     training_numerics,
     warn_of_slow_precision,
 )
 from vglann_fast.glo.training import Training
+from vglann_fast.options.choices import Choices, settled
 from vglann_fast.options.fields import options_from_json
 from vglann_fast.options.training import OnMismatch, TrainOptions
 from vglann_fast.run.folder import RunDir
@@ -31,19 +36,33 @@ def train(
     on_mismatch: OnMismatch = "error",
     tensorboard: bool = False,
     ranks: Ranks | None = None,
+    given: Collection[str] = (),
 ) -> Training:
     """Train the run's options on `clips`, from the start or, with `resume`, from its newest checkpoint.
 
     The run folder is created only after all checks pass. No other process may write to the run meanwhile.
+    A new run in one process takes the choices that were measured on this machine for what the options leave open,
+    and keeps them; see `glo/measured.py`. `given` names the options that the user has stated.
     With `resume`, options or a clip folder that differ from those on disk are recorded in options.json.
 
     Raises as `Training` and `Training.loop`; with `resume` also when the clips are not those the run began with;
     when another process writes to the run; and when the device's memory is full.
     """
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
-    with training_numerics(options, torch.device(device)):
+    device, ranks = torch.device(device), ranks or Ranks()
+    choices: Choices = {}
+    if resume:
+        choices = choices_of_run(run, options, device, given)
+    elif ranks.size == 1:
+        batch_size = batch_size_for(len(clips), options, ranks)
+        shapes = training_shapes(options, clips.frames, clips.size, batch_size)
+        choices = choices_of_new_run(run, options, shapes, device, given)
+    options = settled(options, choices)
+    with as_chosen(choices), training_numerics(options, device):
         try:
-            training = new_training(clips, options, run, seed=seed, device=device, ranks=ranks)
+            training = new_training(
+                clips, options, run, seed=seed, device=device, ranks=ranks, choices=choices
+            )
         except torch.OutOfMemoryError as error:
             raise memory.too_large(options) from error
         training.checkpoints.keep = keep_checkpoints

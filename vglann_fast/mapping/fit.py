@@ -7,6 +7,7 @@ import torch
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import Trained, load_trained
+from vglann_fast.glo.measured import as_chosen, choices_of_mapping, choices_of_run
 from vglann_fast.mapping.base import MAPPING_FILE, LatentSampler
 from vglann_fast.mapping.drifting import Drifting
 from vglann_fast.mapping.flow import AutoregressiveFlow, SplineFlow
@@ -17,6 +18,7 @@ from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
+from vglann_fast.options.choices import THREADS
 from vglann_fast.options.mapping import MapOptions
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir
@@ -52,14 +54,23 @@ def fit_mapping(
     metrics.jsonl, are replaced. Raises `VglannError` for an unknown kind, a folder that is not a run, or latents that
     are not finite.
 
-    On a CPU a fit to fewer than 4,096 latents takes at most 4 threads, however many there may be.
+    On a CPU a fit to fewer than 4,096 latents takes at most 4 threads, however many there may be. The search for
+    nearest rows is the one that `vglann tune` found to be the fastest for these latents, which changes no digit.
     """
     run = RunDir.open(run_path)
     if ranks is not None and ranks.size > 1 and kind != IMLE.kind:
         raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
     trained = load_trained(run, device)
-    small = trained.latents.device.type == "cpu" and len(trained.latents) < FEW_LATENTS
-    with numerics(threads=min(FEW_THREADS, torch.get_num_threads()) if small else None):
+    latents = trained.latents
+    # The threads are those of the run, whatever was measured since: digits depend on them.
+    choices = choices_of_run(run, trained.options, latents.device)
+    choices = {name: value for name, value in choices.items() if name == THREADS}
+    choices |= choices_of_mapping(latents.device, *latents.shape)
+    small = latents.device.type == "cpu" and len(latents) < FEW_LATENTS
+    with (
+        as_chosen(choices),
+        numerics(threads=min(FEW_THREADS, torch.get_num_threads()) if small else None),
+    ):
         return _fit(run, kind, options, trained, seed, ranks or Ranks())
 
 

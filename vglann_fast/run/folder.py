@@ -4,8 +4,9 @@
                        "frames", "size", "train": {...}}; null for a run that was imported without clips. As they
                        are now; a resume that changed some of them is in "resumed": [{"step": it went on from,
                        "changed": {name: [before, after]}, "environment": {name: [before, after]},
-                       "latents_on_mismatch": "keep" or "init" where given}]. Names that earlier versions wrote are
-                       read, see `options/aliases.py`
+                       "latents_on_mismatch": "keep" or "init" where given}]. A run that took measured choices, see
+                       `glo/measured.py`, has "measured": {"machine", "when", "choices"}. Names that earlier versions
+                       wrote are read, see `options/aliases.py`
     environment.json   versions and hardware of the machine that started the run
     history.jsonl, metrics.jsonl, tensorboard/    see `logs.py`
     checkpoints/       see `checkpoints.py`
@@ -28,6 +29,7 @@ from typing import Any
 
 from vglann_fast.errors import VglannError
 from vglann_fast.options.aliases import read_run_options
+from vglann_fast.options.choices import read_choices
 from vglann_fast.run.checkpoints import CheckpointFolders, is_count
 from vglann_fast.run.destinations import atomic_dir, content_of
 from vglann_fast.run.environment import environment
@@ -111,6 +113,7 @@ class RunDir:
         wrong = [name for name, kind in RUN_OPTIONS.items() if not isinstance(options.get(name, ...), kind)]
         wrong += [name for name in ("seed", "frames", "size") if not is_count(options.get(name))]
         wrong += ["resumed"] * (not _are_resumes(options.get("resumed", [])))
+        wrong += ["measured"] * ("measured" in options and not _is_measured(options["measured"]))
         if wrong:
             raise VglannError(
                 f"{path}/options.json: {', '.join(wrong)} missing or damaged; the file was changed"
@@ -219,6 +222,15 @@ def check_links(path: Path) -> None:
                 raise VglannError(
                     f"{entry} is a link out of the run folder; put what it leads to in its place"
                 )
+
+
+def _is_measured(value: Any) -> bool:
+    """Return True if these are measured choices of a machine."""
+    try:
+        read_choices(value["choices"])
+        return isinstance(value["machine"], dict)
+    except (TypeError, KeyError, ValueError):
+        return False
 
 
 def _are_resumes(entries: Any) -> bool:

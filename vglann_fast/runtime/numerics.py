@@ -90,6 +90,11 @@ def numerics(
                 _restore_random_state(_found.pop())
 
 
+def threads_given() -> bool:
+    """Return True if an open block, or the user's environment, states the CPU threads of an operation."""
+    return "OMP_NUM_THREADS" in os.environ or any(block.threads is not None for block in _blocks)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[torch.Generator]:
     """Yield PyTorch's default CPU generator, seeded; its state comes back at the end of the block.

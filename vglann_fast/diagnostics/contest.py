@@ -1,0 +1,128 @@
+"""Contests between ways to compute the same thing: checked first, then timed interleaved, then one is chosen.
+
+Rounds are interleaved, so what else the machine does meets all contenders alike. A contender's factor is the median
+over the rounds of the default's time divided by its own. It is chosen in place of the default if it is faster by more
+than noise, and in all rounds but one: on a busy machine the median alone would choose by chance. The clock is an
+argument, so all of this can be tested.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from statistics import median
+
+from vglann_fast.errors import VglannError
+from vglann_fast.run.measurements import Contest
+
+# A lap is as many calls as fill `LAP_SECONDS`, up to `MOST_CALLS`.
+ROUNDS, FEWEST_ROUNDS, LAP_SECONDS, MOST_CALLS = 7, 3, 0.2, 50
+# A contender is chosen in place of the default from this factor on: less may be noise. Another precision, which
+# changes digits, has to be worth more.
+LEAST_FACTOR, LEAST_FACTOR_OF_PRECISION = 1.03, 1.1
+# A contender with less than this part of the default's speed in its first lap is not timed again.
+HOPELESS = 0.5
+MAX_REASON = 200
+
+# Computes the given number of times.
+Lap = Callable[[int], object]
+# Checks that a contender computes the right thing and warms it up. Raises `Refused`, or whatever stops it.
+Prepare = Callable[[], Lap]
+# Seconds, after everything that was started before has ended.
+Clock = Callable[[], float]
+
+
+class Refused(Exception):
+    """A contender does not compute what the reference computes; the message says what differs."""
+
+
+class NoTime(Exception):
+    """The time is over before all contenders of a contest were timed often enough."""
+
+
+def contest(
+    contenders: Mapping[str, Prepare],
+    clock: Clock,
+    *,
+    rounds: int = ROUNDS,
+    deadline: float = math.inf,
+    least: float = LEAST_FACTOR,
+) -> Contest:
+    """Return the outcome among contenders by name, the default first.
+
+    A contender that is refused or raises is left out with its reason, and the others are timed. If the default is
+    left out, the fastest of the others is chosen and there is no factor. If all are, there is no choice: it is "".
+
+    deadline: on `clock`. least: factor from which on the default is replaced.
+
+    Raises `NoTime` where the deadline comes before the third round.
+    """
+    default = next(iter(contenders))
+    laps, left_out = _prepared(contenders, clock, deadline)
+    if not laps:
+        return Contest(default, "", {}, {}, left_out)
+    times = _timed(laps, clock, rounds, deadline)
+    seconds = {name: median(own) for name, own in times.items()}
+    if default not in times:
+        return Contest(default, min(seconds, key=lambda name: seconds[name]), seconds, {}, left_out)
+    ratios = {name: [b / t for b, t in zip(times[default], own, strict=False)] for name, own in times.items()}
+    factors = {name: median(own) for name, own in ratios.items()}
+    better = [name for name in factors if factors[name] >= least and sum(r <= 1 for r in ratios[name]) <= 1]
+    choice = max(better, key=lambda name: factors[name], default=default)
+    return Contest(default, choice, seconds, factors, left_out)
+
+
+def _prepared(
+    contenders: Mapping[str, Prepare], clock: Clock, deadline: float
+) -> tuple[dict[str, Lap], dict[str, str]]:
+    """Return the laps of those that compute right, and the reasons of the others."""
+    laps: dict[str, Lap] = {}
+    left_out: dict[str, str] = {}
+    for name, prepare in contenders.items():
+        if clock() >= deadline:
+            raise NoTime
+        try:
+            laps[name] = prepare()
+        except Exception as error:  # the others may run
+            left_out[name] = _reason(error)
+    return laps, left_out
+
+
+def _timed(laps: Mapping[str, Lap], clock: Clock, rounds: int, deadline: float) -> dict[str, list[float]]:
+    """Return the seconds of a call, one for each round; contenders without hope have fewer."""
+    calls = {name: _calls(_seconds(lap, 1, clock)) for name, lap in laps.items()}
+    times: dict[str, list[float]] = {name: [] for name in laps}
+    racing = list(laps)
+    for number in range(rounds):
+        if clock() >= deadline:
+            if number < FEWEST_ROUNDS:
+                raise NoTime
+            break
+        for name in racing:
+            times[name].append(_seconds(laps[name], calls[name], clock))
+        # Another one begins each round: none always follows the same one.
+        racing = [name for name in (*racing[1:], racing[0]) if _has_hope(name, times)]
+    return times
+
+
+def _has_hope(name: str, times: Mapping[str, list[float]]) -> bool:
+    """Return True for the default, which is first and is always timed, and for what is not far slower."""
+    first = next(iter(times.values()))
+    return times[name] is first or first[0] / times[name][0] >= HOPELESS
+
+
+def _seconds(lap: Lap, calls: int, clock: Clock) -> float:
+    """Return the seconds of one call, of `calls` in a row; never 0, as a coarse clock may have it."""
+    started = clock()
+    lap(calls)
+    return max(1e-9, (clock() - started) / calls)
+
+
+def _calls(seconds: float) -> int:
+    return max(1, min(MOST_CALLS, math.ceil(LAP_SECONDS / seconds)))
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says in one line that a terminal can show."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, Refused | VglannError):
+        text = f"{type(error).__name__}: {text}"
+    return "".join(c for c in text if c.isprintable())[:MAX_REASON]

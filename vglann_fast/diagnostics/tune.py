@@ -1,0 +1,306 @@
+"""`vglann tune`: the fastest way to compute on this machine, measured, and kept for the trainings to come.
+
+Choices are contested one after the other, each with the choices before it in force: threads, precision, memory
+format, where the clips wait, the implementation of each op, and eager, compiled or captured execution. For a run with
+latents the search for nearest rows follows, on its latents: rows in tight clusters want another implementation than
+rows that are spread out. The result goes to the cache when all is measured, see `run/measurements.py`; a tune that is
+killed before leaves the file as it was.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vglann_kernels import nearest_rows
+from vglann_kernels.impl import requested, resolve
+from vglann_kernels.verify import Shapes, verify
+
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.clips.of_run import has_clips, open_clips
+from vglann_fast.diagnostics.contenders import Contenders, SomeClips, runnable
+from vglann_fast.diagnostics.contest import (
+    LEAST_FACTOR,
+    LEAST_FACTOR_OF_PRECISION,
+    Clock,
+    Lap,
+    NoTime,
+    Prepare,
+    Refused,
+    contest,
+)
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.checkpoint import load_trained
+from vglann_fast.glo.compatibility import batch_size_for
+from vglann_fast.glo.measured import mapping_shapes, training_shapes
+from vglann_fast.options.fields import flag_of, options_from_json
+from vglann_fast.options.presets import preset
+from vglann_fast.options.training import TrainOptions
+from vglann_fast.progress import quiet
+from vglann_fast.run import measurements
+from vglann_fast.run.folder import RunDir
+from vglann_fast.run.measurements import Contest, Entry, machine, only_tune, place
+from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.processors import others_are_busy
+
+log = logging.getLogger("vglann_fast")
+
+# Batches to measure with: several, so that the clips come from where they wait.
+BATCHES = 8
+# Rows of a search: more take longer and do not change the order of the contenders.
+MOST_LATENTS, MOST_ROWS = 5_000, 50_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Measure a training on `clips`, and the search for the nearest of `rows` rows if there are latents [N, d]."""
+
+    clips: SomeClips
+    options: TrainOptions
+    batch_size: int
+    latents: Tensor | None = None
+    rows: int = 0
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Return a clock that waits for the device before it is read."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def tune(
+    target: str | Path | None,
+    *,
+    name: str,
+    given: Mapping[str, Any],
+    device: torch.device,
+    minutes: float,
+    clock: Clock | None = None,
+) -> str:
+    """Measure for a run, for a clip folder, or for noise, and keep the result in the user's cache.
+
+    Args:
+        target: run folder, clip folder, or None for clips of noise of 32 frames of 64 x 64.
+        name: preset of a training on clips.
+        given: its options that differ from the preset.
+        minutes: after which no contest is begun; one that is under way ends.
+
+    Returns the table of what was measured. Raises `VglannError` for a target or options that do not fit, where the
+    cache cannot be written, and where another process measures.
+    """
+    clock = clock or device_clock(device)
+    with only_tune(), quiet("vglann_kernels", "faiss"):
+        if others_are_busy():
+            log.warning(
+                "other programs are running, so times are uncertain; measure again on an idle machine"
+            )
+        subject, before = _subject(target, name, given, device), _readable()
+        deadline = clock() + 60 * minutes
+        measured = [_training_entry(subject, device, clock, deadline)]
+        if subject.latents is not None:
+            measured.append(_mapping_entry(subject.latents, subject.rows, device, clock, deadline))
+        entries = [entry for entry in measured if entry.contests]
+        if not entries:
+            raise VglannError(
+                "nothing was measured: every choice is made, or no time was left; see the lines above"
+            )
+        measurements.write(place(), [*before, *entries])
+    return "\n\n".join([*map(table, entries), f"written: {place()}"])
+
+
+def show() -> str:
+    """Return the tables of all measurements in the cache. Raises `VglannError` where there are none."""
+    return "\n\n".join(map(table, _some(place())))
+
+
+def export(file: str | Path) -> str:
+    """Copy the measurements in the cache to a file. Raises `VglannError` where there are none, or `file` exists."""
+    if Path(file).exists():
+        raise VglannError(f"--export {file}: it is there already; remove it, or choose another name")
+    entries = _some(place())
+    measurements.write(Path(file), entries)
+    return f"exported: {file}, measurements of {len(entries)} shapes"
+
+
+def import_(file: str | Path, device: torch.device) -> str:
+    """Add the measurements in a file to the cache. Raises `VglannError` for a file that is not of `tune`."""
+    entries, here = _some(Path(file)), machine(device)
+    with only_tune():
+        measurements.write(place(), [*_readable(), *entries])
+    own = sum(entry.machine == here for entry in entries)
+    return f"imported: measurements of {len(entries)} shapes, {own} of them of this machine and its versions"
+
+
+def table(entry: Entry) -> str:
+    """Return a measurement as text: a line for each contender, with its speed in units of the default's."""
+    facts = ", ".join(f"{name} {value}" for name, value in entry.machine.items() if value is not None)
+    shapes = ", ".join(f"{name} {value}" for name, value in entry.shapes.items() if value is not False)
+    lines = [facts, shapes, f"measured {entry.when}"]
+    for name, found in entry.contests.items():
+        for contender in (*found.seconds, *found.left_out):
+            lines.append(f"{name:19} {contender:15} {_judged(contender, found)}".rstrip())
+            name = ""
+    return "\n".join(lines)
+
+
+def _judged(contender: str, found: Contest) -> str:
+    """Return what a line of the table says of a contender: its time and factor, and what became of it."""
+    words = ["default"] * (contender == found.default) + ["chosen"] * (contender == found.choice)
+    if contender in found.left_out:
+        return f"{'':20} {', '.join([*words, found.left_out[contender]])}"
+    factor = f"{found.factors[contender]:6.2f}" if contender in found.factors else ""
+    return f"{1e3 * found.seconds[contender]:10.3f} ms {factor:6} {', '.join(words)}"
+
+
+def _subject(target: str | Path | None, name: str, given: Mapping[str, Any], device: torch.device) -> Subject:
+    if target is None or not (Path(target) / "options.json").is_file():
+        clips = None if target is None else ClipSet.open(target, "train")
+        return _of_training(clips, replace(preset(name).train, **given))
+    run = RunDir.open(target)
+    if given:
+        flags = ", ".join(map(flag_of, given))
+        raise VglannError(f"{flags}: {target} is a run and has its options; leave them out, or give CLIPS")
+    options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
+    clips = open_clips(run) if has_clips(run) else None
+    subject = _of_training(clips, options, run.options["frames"], run.options["size"])
+    if not run.checkpoints.exist():
+        return subject
+    latents = load_trained(run, device).latents
+    imle: Any = preset(run.options["preset"]).map["imle"]
+    return replace(subject, latents=latents, rows=imle.pool_factor * len(latents))
+
+
+def _of_training(clips: ClipSet | None, options: TrainOptions, frames: int = 32, size: int = 64) -> Subject:
+    if options.deterministic:
+        raise VglannError(
+            "--deterministic: such a training takes no measured choices, so there is nothing to tune"
+        )
+    wanted = BATCHES * options.batch_size * options.accumulate
+    some = SomeClips(clips, wanted, frames, size)
+    return Subject(some, options, batch_size_for(wanted if clips is None else len(clips), options, Ranks()))
+
+
+def _training_entry(subject: Subject, device: torch.device, clock: Clock, deadline: float) -> Entry:
+    """Contest the choices of a training one after the other."""
+    options, clips = subject.options, subject.clips
+    contenders = Contenders(clips, options, device, clock)
+    chosen: dict[str, str] = {}
+    contests: dict[str, Contest] = {}
+    waiting = list(contenders.contests())
+    while waiting:
+        name, values = waiting[0]
+        try:
+            with ExitStack() as closed:
+                ways = {v: partial(contenders.prepare, {**chosen, name: v}, name, closed) for v in values}
+                found = _contest(name, ways, clock, deadline)
+        except NoTime:
+            log.warning("no time left for %s; raise --minutes", ", ".join(name for name, _ in waiting))
+            break
+        _forget(device)
+        if found is not None:
+            contests[name], chosen[name] = found, found.choice
+        del waiting[0]
+    shapes = training_shapes(options, clips.frames, clips.size, subject.batch_size)
+    return Entry(machine(device), shapes, _now(), contests)
+
+
+def _mapping_entry(latents: Tensor, rows: int, device: torch.device, clock: Clock, deadline: float) -> Entry:
+    """Contest the searches for nearest rows on a run's latents, among rows that are spread as they are."""
+    entry = Entry(machine(device), mapping_shapes(*latents.shape), _now(), {})
+    if requested("nearest")[0] != "auto":
+        return entry
+    queries = latents[:: -(-len(latents) // MOST_LATENTS)].contiguous()
+    database = rows_near(latents, min(rows, MOST_ROWS))
+    default = resolve("nearest", device=device).impl
+    names = dict.fromkeys([default, *runnable("nearest", device)])
+    ways = {name: partial(_search, name, queries, database) for name in names}
+    try:
+        found = _contest("nearest", ways, clock, deadline)
+    except NoTime:
+        log.warning("no time left for nearest; raise --minutes")
+        return entry
+    return replace(entry, contests={} if found is None else {"nearest": found})
+
+
+def rows_near(latents: Tensor, count: int) -> Tensor:
+    """Return unit rows [count, d] as a fitted mapping makes them: each as far from a latent as half the distance of
+    latents from each other.
+    """
+    random = torch.Generator(latents.device).manual_seed(0)
+    few = latents[:: -(-len(latents) // 500)].double()
+    apart = torch.cdist(few, few).fill_diagonal_(torch.inf).amin(dim=1).median().float()
+    at = torch.randint(len(latents), (count,), generator=random, device=latents.device)
+    noise = torch.randn(count, latents.shape[1], generator=random, device=latents.device)
+    near = latents[at] + apart / 2 * torch.nn.functional.normalize(noise, dim=1)
+    return torch.nn.functional.normalize(near, dim=1)
+
+
+def _search(name: str, queries: Tensor, database: Tensor) -> Lap:
+    """Check an implementation of `nearest_rows` and return searches by it. Raises `Refused` where a row is wrong."""
+    shapes = Shapes(latent_dim=queries.shape[1], device=str(queries.device))
+    for line in verify(shapes, ["nearest"]):
+        if line.case.startswith(f"{name},") and not line.ok:
+            case = line.case.removeprefix(f"{name}, ")
+            raise Refused(f"{case}, {line.quantity}: {line.error:.2g} (at most {line.limit:g})")
+    right, found = (nearest_rows(queries, database, impl=impl)[0] for impl in ("reference", name))
+    if wrong := int((found != right).sum()):
+        raise Refused(f"{wrong} of {len(queries)} rows are not the nearest")
+
+    def lap(searches: int) -> None:
+        for _ in range(searches):
+            nearest_rows(queries, database, impl=name)
+
+    return lap
+
+
+def _contest(name: str, ways: Mapping[str, Prepare], clock: Clock, deadline: float) -> Contest | None:
+    """Hold a contest and say how it ended."""
+    if len(ways) < 2:
+        return None
+    log.info("%s: %s", name, ", ".join(ways))
+    least = LEAST_FACTOR_OF_PRECISION if name == "precision" else LEAST_FACTOR
+    found = contest(ways, clock, deadline=deadline, least=least)
+    for contender, reason in found.left_out.items():
+        log.warning("%s %s is left out: %s", name, contender, reason)
+    return found if found.choice else None
+
+
+def _readable() -> list[Entry]:
+    """Return what the cache holds. A damaged file counts as none, with a warning, and is replaced."""
+    try:
+        return measurements.read(place())
+    except measurements.DamagedError as error:
+        log.warning("%s", error)
+        return []
+
+
+def _some(path: Path) -> Sequence[Entry]:
+    """Return the entries of a file. Raises `VglannError` where there are none."""
+    entries = measurements.read(path)
+    if not entries:
+        raise VglannError(f"{path}: nothing was measured there; run `vglann tune`, or give another file")
+    return entries
+
+
+def _forget(device: torch.device) -> None:
+    """Release what a contest held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
