@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+import torch
 from faults.case import Case, part_of
 from faults.fuzz_run import KINDS, rendered, run_with_mappings, sampled, weights_at, weights_of_lite0
 from faults.mutations import Reader, fuzz
@@ -23,9 +24,11 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.train import train
 from vglann_fast.nets.weights import load_weights
+from vglann_fast.options.choices import VALUES
 from vglann_fast.report.page import write_report
 from vglann_fast.report.table_page import write_table_page
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.measurements import Contest, Entry, machine, read, write
 from vglann_fast.study.database import Study
 from vglann_fast.study.results import report_study
 
@@ -66,8 +69,25 @@ def readers(root: Path) -> Iterable[Reader]:
     recorded = ("options.json", "environment.json", "history.jsonl", "metrics.jsonl")
     yield Reader("records of a run, replayed", run, recorded, _replayed, share=0.05)
     yield Reader("table.json", run, ("table.json",), write_table_page, share=0.3)
+    yield Reader(
+        "tune.json", _tuned(root / "tuned"), ("tune.json",), lambda folder: read(folder / "tune.json")
+    )
     yield Reader("weights record", weights_of_lite0(root / "weights"), ("lite0.json",), _weights)
     yield Reader("answers to a study", _answered(study, root), ("answers.json",), _answers, share=0.5)
+
+
+def _tuned(folder: Path) -> Path:
+    """A folder with what `vglann tune` writes: every kind of choice."""
+    choices = {**{name: values[0] for name, values in VALUES.items()}, "threads": "2", "nearest": "faiss"}
+    contests = {
+        name: Contest(
+            "plain", value, {value: 0.5, "plain": 1.0}, {value: 2.0, "plain": 1.0}, {"other": "wrong"}
+        )
+        for name, value in choices.items()
+    }
+    here, shapes = machine(torch.device("cpu")), {"width": 4, "sync_bn": False, "loss": "l1"}
+    write(folder / "tune.json", [Entry(here, shapes, "2026-01-02T03:04:05+00:00", contests)])
+    return folder
 
 
 def _shard(clips: Path, root: Path) -> Path:

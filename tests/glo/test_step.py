@@ -14,7 +14,7 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.clips.pixels import to_range
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
-from vglann_fast.glo import assemble, compatibility
+from vglann_fast.glo import assemble
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.batchnorm import ImageNorm, VideoNorm, batch_norms
 from vglann_fast.glo.compatibility import check_compatibility, use_graph, why_no_graph
@@ -315,17 +315,16 @@ def test_graphs_not_tested_are_refused(changes, processes, source, precision, re
     assert not use_graph(TrainOptions(**changes), gpu, **given)
 
 
-def test_auto_takes_a_graph_only_where_it_was_compared(monkeypatch, caplog):
+def test_auto_takes_a_graph_only_where_it_was_measured(caplog):
     gpu, given = torch.device("cuda", 0), {"processes": 1, "source": "resident", "precision": "bf16"}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
-    assert "latent mode sparse, bf16 it was not compared" in caplog.text
+    assert "`vglann tune`" in caplog.text
     assert not use_graph(TrainOptions(), gpu, **given)
-    monkeypatch.setattr(compatibility, "TESTED", frozenset({("Card", torch.__version__, "sparse", "bf16")}))
     caplog.clear()
-    assert use_graph(TrainOptions(), gpu, **given)
-    assert not use_graph(TrainOptions(latent_mode="lazy"), gpu, **given)
-    assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given)
+    assert use_graph(TrainOptions(), gpu, **given, measured=True)
+    assert use_graph(TrainOptions(cuda_graph="on"), gpu, **given, measured=True)
+    assert not use_graph(TrainOptions(cuda_graph="off"), gpu, **given, measured=True)
+    assert not use_graph(TrainOptions(), gpu, **{**given, "source": "pinned"}, measured=True)
     assert not caplog.text
 
 

@@ -44,6 +44,7 @@ TOLERANCES = {"fp32": (0.01, 0.1, 0.3), "tf32": (0.02, 0.3, 0.9), "bf16": _HALF,
 QUANTITIES = ("loss", "gradient", "latents")
 # A first step on a CPU that takes longer than these seconds, and than so many steps of the reference, is the last.
 PATIENCE, TOO_SLOW = 2.0, 3.0
+_NOISE = 64
 # Videos of the comparison with float64, which takes many times the memory of a step.
 MOST_VERIFIED = 16
 
@@ -53,6 +54,9 @@ class SomeClips:
 
     def __init__(self, clips: ClipSet | None, count: int, frames: int = 32, size: int = 64) -> None:
         self._clips = clips
+        # Read from memory: making noise takes longer than reading a file.
+        shape = (min(count, _NOISE), 3, frames, size, size)
+        self._noise = np.random.default_rng(0).integers(0, 256, shape if clips is None else 0, np.uint8)
         self.frames = frames if clips is None else clips.frames
         self.size = size if clips is None else clips.size
         self.ids = tuple(map(str, range(count if clips is None else min(count, len(clips)))))
@@ -63,10 +67,7 @@ class SomeClips:
     def read(self, rows: Any = None) -> np.ndarray:
         """Return clips uint8 [n, 3, T, H, W]."""
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
-        if self._clips is not None:
-            return self._clips.read(rows)
-        shape = (len(rows), 3, self.frames, self.size, self.size)
-        return np.random.default_rng(int(rows.sum())).integers(0, 256, shape, np.uint8)
+        return self._noise[rows % _NOISE] if self._clips is None else self._clips.read(rows)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Observed:
 
 
 class Contenders:
-    """Makes the contenders of one training, alike but for their choices. `clips` are `SomeClips`."""
+    """Makes the contenders of one training, which differ in their choices alone. `clips` are `SomeClips`."""
 
     def __init__(self, clips: Any, options: TrainOptions, device: torch.device, clock: Clock) -> None:
         # What comes from the data alone takes time and changes nothing of a step.
@@ -172,6 +173,8 @@ class Contenders:
                 started = self._clock()
                 losses.append(training.train_step(with_video=False)[0].detach().float().clone())
                 self._check_pace(self._clock() - started)
+                if len(losses) == 1:
+                    training.keep_targets()
         # Nothing was compared yet: these seconds are of the reference.
         self._step_seconds = self._step_seconds or self._clock() - started
         gradients = [p.grad.flatten().float() for p in training.generator.parameters() if p.grad is not None]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 from vglann_fast.errors import VglannError
-from vglann_fast.run.measurements import Contest
+from vglann_fast.runtime.measurements import Contest
 
 # A lap is as many calls as fill `LAP_SECONDS`, up to `MOST_CALLS`.
 ROUNDS, FEWEST_ROUNDS, LAP_SECONDS, MOST_CALLS = 7, 3, 0.2, 50
@@ -49,7 +49,7 @@ def contest(
     """Return the outcome among contenders by name, the default first.
 
     A contender that is refused or raises is left out with its reason, and the others are timed. If the default is
-    left out, the fastest of the others is chosen and there is no factor. If all are, there is no choice: it is "".
+    left out, the fastest of the others is chosen, without factors. If all are left out, the choice is "".
 
     deadline: on `clock`. least: factor from which on the default is replaced.
 

@@ -15,7 +15,7 @@ from vglann_kernels.impl import OPS, preferring, requested
 from vglann_fast.options.choices import THREADS, Choices, kernels, left_open
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
-from vglann_fast.run.measurements import lookup, machine
+from vglann_fast.runtime.measurements import lookup, machine
 from vglann_fast.runtime.numerics import numerics, threads_given
 from vglann_fast.runtime.processors import bfloat16_units
 
@@ -108,7 +108,7 @@ def as_chosen(choices: Choices) -> Iterator[None]:
 def _open(
     choices: Choices, options: TrainOptions | None, device: torch.device, given: Collection[str]
 ) -> dict[str, str]:
-    """Return those of the choices that the user has left open. Without options, implementations and threads alone."""
+    """Return the choices that the user has left open. Without options, implementations and threads alone."""
     names = set() if options is None else left_open(options, given)
     if options is None or not options.deterministic:
         names |= {op for op in OPS if requested(op)[0] == "auto"}

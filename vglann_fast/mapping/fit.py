@@ -62,7 +62,7 @@ def fit_mapping(
         raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
     trained = load_trained(run, device)
     latents = trained.latents
-    # The threads are those of the run, whatever was measured since: digits depend on them.
+    # Threads as the run took them, whatever was measured since: digits depend on their number.
     choices = choices_of_run(run, trained.options, latents.device)
     choices = {name: value for name, value in choices.items() if name == THREADS}
     choices |= choices_of_mapping(latents.device, *latents.shape)

@@ -102,7 +102,7 @@ class TrainOptions:
 
     precision: Precision = option(
         "auto",
-        "of the generator; auto: bf16 on GPUs from compute capability 8.0",
+        "of the generator; auto: as `vglann tune` measured, else bf16 on GPUs from compute capability 8.0",
         group=MACHINE,
         machine=True,
     )
@@ -111,7 +111,7 @@ class TrainOptions:
     )
     cuda_graph: Literal["auto", "on", "off"] = option(
         "auto",
-        "a step as one CUDA graph",
+        "a step as one CUDA graph; auto: where `vglann tune` measured it",
         group=MACHINE,
         machine=True,
     )

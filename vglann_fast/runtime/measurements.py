@@ -15,7 +15,6 @@ is read.
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -32,6 +31,7 @@ from vglann_fast.options.choices import is_text, read_choices
 from vglann_fast.run.environment import default_cache
 from vglann_fast.run.files import open_regular, write_json
 from vglann_fast.run.temporary import make_folder
+from vglann_fast.runtime.processors import available
 
 FORMAT, VERSION = "vglann-tune", 1
 VARIABLE = "VGLANN_TUNE"
@@ -50,7 +50,7 @@ class DamagedError(VglannError):
 class Contest:
     """Contenders for one choice. `left_out` has those that were wrong, failed or were too slow to be timed.
 
-    If the default is among those there are no factors.
+    If the default is among those, `factors` is empty.
     """
 
     default: str
@@ -98,8 +98,6 @@ def place() -> Path:
 def machine(device: Any) -> dict[str, Any]:
     """Return what a measurement on this torch device depends on, beside the shapes."""
     import torch
-
-    from vglann_fast.runtime.processors import available
 
     versions: dict[str, str | None] = {"torch": torch.__version__, "vglann-fast": __version__}
     for name, distributions in {
@@ -163,7 +161,7 @@ def own_entries() -> list[Entry]:
 
 
 def read(path: Path) -> list[Entry]:
-    """Return the entries of a file, none where there is no file.
+    """Return the entries of a file, none where the file does not exist.
 
     Raises `DamagedError` that names the file when it is not what `write` writes, `VglannError` for one of a newer
     version, and `UnreadableError` as `open_regular`.
@@ -267,6 +265,5 @@ def _contest(value: Any) -> Contest:
 
 
 def _is_time(value: Any) -> bool:
-    """Return True if this is a positive, finite number of a size that was measured."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 < value <= MAX_SECONDS
+    """Return True if this is a positive number of a size that was measured; NaN and infinity are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_SECONDS

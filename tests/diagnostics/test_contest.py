@@ -1,0 +1,133 @@
+"""Contests between ways to compute: what is chosen, what is left out, and what the clock has to do with it."""
+
+from collections import Counter
+
+import pytest
+
+from vglann_fast.diagnostics.contest import NoTime, Refused, contest
+
+
+class Machine:
+    """A clock that contenders move: each call takes as many seconds as it is told."""
+
+    def __init__(self):
+        self.now, self.calls, self.order = 0.0, Counter(), []
+
+    def clock(self):
+        return self.now
+
+    def way(self, name, *seconds, prepare=0.0, error=None):
+        """A contender whose laps take these seconds in turn, the last one ever after."""
+        left = list(seconds)
+
+        def lap(count):
+            self.calls[name] += 1
+            self.order.append(name)
+            self.now += count * (left.pop(0) if len(left) > 1 else left[0])
+
+        def ready():
+            self.now += prepare
+            if error is not None:
+                raise error
+            return lap
+
+        return ready
+
+
+@pytest.fixture
+def machine():
+    return Machine()
+
+
+def test_the_fastest_is_chosen_and_its_factor_is_over_the_default(machine):
+    ways = {
+        "slow": machine.way("slow", 3.0),
+        "plain": machine.way("plain", 2.0),
+        "quick": machine.way("quick", 1.0),
+    }
+    found = contest({"plain": ways["plain"], **ways}, machine.clock)
+    assert (found.default, found.choice) == ("plain", "quick")
+    assert found.factors == pytest.approx({"plain": 1.0, "slow": 2 / 3, "quick": 2.0})
+    assert found.seconds == pytest.approx({"plain": 2.0, "slow": 3.0, "quick": 1.0})
+
+
+def test_rounds_are_interleaved_and_begin_with_another_contender_each_time(machine):
+    names = ("a", "b", "c")
+    contest({name: machine.way(name, 1.0) for name in names}, machine.clock, rounds=3)
+    rounds = machine.order[3:]  # after one call each, which finds how many fill a lap
+    assert ["".join(rounds[i : i + 3]) for i in (0, 3, 6)] == ["abc", "bca", "cab"]
+
+
+def test_a_difference_that_may_be_noise_changes_nothing(machine):
+    found = contest({"plain": machine.way("p", 1.0), "other": machine.way("o", 0.98)}, machine.clock)
+    assert found.choice == "plain"
+    found = contest(
+        {"plain": machine.way("p", 1.0), "other": machine.way("o", 0.92)}, machine.clock, least=1.1
+    )
+    assert found.choice == "plain"
+
+
+def test_a_contender_that_loses_two_rounds_is_not_chosen_whatever_its_median(machine):
+    lucky = machine.way("lucky", 0.5, 0.5, 0.5, 1.2, 0.5, 1.2, 0.5, 0.5)
+    found = contest({"plain": machine.way("plain", 1.0), "lucky": lucky}, machine.clock)
+    assert (found.choice, found.factors["lucky"]) == ("plain", 2.0)
+
+
+def test_one_interruption_does_not_cost_the_choice(machine):
+    better = machine.way("better", 0.5, 0.5, 0.5, 60.0, 0.5)
+    found = contest({"plain": machine.way("plain", 1.0), "better": better}, machine.clock)
+    assert (found.choice, found.factors["better"]) == ("better", 2.0)
+
+
+def test_what_is_wrong_is_never_chosen_and_is_named(machine):
+    wrong = machine.way("wrong", 0.1, error=Refused("its loss differs by 0.5"))
+    found = contest({"plain": machine.way("plain", 1.0), "wrong": wrong}, machine.clock)
+    assert (found.choice, found.left_out) == ("plain", {"wrong": "its loss differs by 0.5"})
+    assert "wrong" not in found.seconds
+
+
+def test_a_contender_out_of_memory_is_one_line_and_the_others_are_timed(machine):
+    full = machine.way("full", 0.1, error=MemoryError("no\nroom \x1b[31m"))
+    ways = {"plain": machine.way("plain", 2.0), "full": full, "quick": machine.way("quick", 1.0)}
+    found = contest(ways, machine.clock)
+    assert found.choice == "quick"
+    assert found.left_out == {"full": "MemoryError: no room [31m"}
+
+
+def test_a_default_that_cannot_run_is_replaced_without_a_factor(machine):
+    wrong = machine.way("plain", 0.1, error=Refused("wrong"))
+    ways = {"plain": wrong, "slow": machine.way("slow", 2.0), "quick": machine.way("quick", 1.9)}
+    found = contest(ways, machine.clock)
+    assert (found.choice, found.factors) == ("quick", {})
+    assert contest({"plain": wrong}, machine.clock).choice == ""
+
+
+def test_a_contender_without_hope_is_timed_once(machine):
+    ways = {"plain": machine.way("plain", 1.0), "crawling": machine.way("crawling", 3.0)}
+    found = contest(ways, machine.clock, rounds=5)
+    assert (machine.calls["plain"], machine.calls["crawling"]) == (1 + 5, 1 + 1)
+    assert found.factors["crawling"] == pytest.approx(1 / 3)
+
+
+def test_a_slow_default_is_timed_to_the_end(machine):
+    ways = {"plain": machine.way("plain", 5.0), "quick": machine.way("quick", 1.0)}
+    assert contest(ways, machine.clock, rounds=5).choice == "quick"
+    assert machine.calls["plain"] == 1 + 5
+
+
+def test_short_calls_fill_a_lap(machine):
+    contest({"a": machine.way("a", 0.01), "b": machine.way("b", 0.01)}, machine.clock, rounds=1)
+    assert machine.now == pytest.approx(2 * (0.01 + 20 * 0.01))
+
+
+def test_the_time_may_end_between_rounds_but_not_before_the_third(machine):
+    ways = {name: machine.way(name, 1.0) for name in ("a", "b")}
+    assert contest(ways, machine.clock, deadline=2 + 2 * 3).seconds
+    machine.now = 0.0
+    with pytest.raises(NoTime):
+        contest(ways, machine.clock, deadline=2 + 2 * 2)
+    machine.now = 0.0
+    with pytest.raises(NoTime):
+        contest(
+            {"a": machine.way("a", 1.0, prepare=9.0), "b": machine.way("b", 1.0)}, machine.clock, deadline=5.0
+        )

@@ -1,0 +1,262 @@
+"""`vglann tune` from end to end on a tiny training, by a clock that the steps themselves move."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import new_run, tiny_options
+from vglann_kernels.impl import implementations
+from vglann_kernels.nearest.op import IMPLEMENTATIONS
+from vglann_kernels.nearest.reference import nearest_rows as reference_rows
+
+from vglann_fast.cli.main import main
+from vglann_fast.clips.dataset import ClipSet
+from vglann_fast.diagnostics import doctor
+from vglann_fast.diagnostics.tune import rows_near, tune
+from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.glo import assemble
+from vglann_fast.glo.assemble import new_training
+from vglann_fast.glo.training import Training
+from vglann_fast.runtime.measurements import place, read
+
+CPU = torch.device("cpu")
+# A step of these is a matter of milliseconds.
+PRESET = "modern-2026a"
+TINY = {"width": 2, "latent_dim": 8, "batch_size": 3, "levels": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VGLANN_TUNE")
+    # Threads are the user's then, and are not contested.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_clip_folder(tmp_path_factory.mktemp("tune") / "clips", moving_squares(6, 16, 16))
+
+
+class Clock:
+    """Moved by each step of a training by `cost(training)` seconds, and by searches."""
+
+    def __init__(self, cost: Callable[[Training], float]) -> None:
+        self.now, self._cost, self.dies_at = 0.0, cost, float("inf")
+
+    def __call__(self) -> float:
+        if self.now > self.dies_at:
+            raise KeyboardInterrupt
+        return self.now
+
+    def step(self, training: Training) -> None:
+        self.now += self._cost(training)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock by which resident clips are twice as fast, and bfloat16 as float32."""
+    found = Clock(lambda training: 0.5 if training.source.name == "resident" else 1.0)
+    step = Training.train_step
+
+    def counted(training, **options):
+        found.step(training)
+        return step(training, **options)
+
+    monkeypatch.setattr(Training, "train_step", counted)
+    return found
+
+
+def tuned(target, clock, **given):
+    options = TINY if target is None or (target / "index.json").is_file() else {}
+    return tune(target, name=PRESET, given={**options, **given}, device=CPU, minutes=10, clock=clock)
+
+
+def contests(number=-1):
+    return read(place())[number].contests
+
+
+def test_the_faster_way_is_chosen_kept_and_shown(clips, clock, capsys):
+    table = tuned(clips, clock)
+    found = contests()
+    assert list(found) == ["precision", "memory_format", "data"]
+    assert (found["data"].default, found["data"].choice) == ("mmap", "resident")
+    assert found["data"].factors["resident"] == pytest.approx(2.0)
+    assert found["precision"].choice == "fp32"
+    assert main(["tune", "--show"]) == 0
+    assert capsys.readouterr().out.strip() in table
+    assert "resident" in table
+
+
+def test_what_the_user_has_decided_is_not_measured(clips, clock):
+    tuned(clips, clock, precision="fp32", data="mmap")
+    assert list(contests()) == ["memory_format"]
+
+
+def test_a_contender_made_wrong_is_refused_by_name_however_fast(clips, clock, monkeypatch, caplog):
+    clock_of = {"bf16": 0.01}
+    clock.__init__(lambda training: clock_of.get(training.precision, 1.0))
+
+    def wrong(logits, precision, device):
+        return logits if precision == "fp32" else lambda z: tuple(-x for x in logits(z))
+
+    monkeypatch.setattr(assemble, "in_precision", wrong)
+    tuned(clips, clock, data="mmap")
+    found = contests()["precision"]
+    assert found.choice == "fp32"
+    assert "differs from float32" in found.left_out["bf16"]
+    assert "precision bf16 is left out" in caplog.text
+
+
+def test_a_contender_out_of_memory_is_named_and_the_rest_is_measured(clips, clock, monkeypatch):
+    def full(generator):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(assemble, "compute_contiguously", full)
+    tuned(clips, clock, precision="fp32")
+    found = contests()
+    assert "80 GiB" in found["memory_format"].left_out["contiguous"]
+    assert found["data"].choice == "resident"
+
+
+def test_no_time_left_keeps_what_was_measured_and_names_the_rest(clips, clock, caplog):
+    def one_contest_long(training):
+        return 0.5 if training.source.name == "resident" else 1.0
+
+    clock.__init__(one_contest_long)
+    tune(clips, name=PRESET, given=TINY, device=CPU, minutes=0.5, clock=clock)
+    assert list(contests()) == ["precision"]
+    assert "no time left for memory_format, data" in caplog.text
+    assert "--minutes" in caplog.text
+
+
+def test_a_tune_killed_half_way_leaves_the_file_as_it_was(clips, clock):
+    one = {"precision": "fp32", "data": "mmap"}
+    tuned(clips, clock, **one)
+    before = place().read_bytes()
+    clock.dies_at = clock.now + 12
+    with pytest.raises(KeyboardInterrupt):
+        tuned(clips, clock, width=4, **one)
+    assert place().read_bytes() == before
+    assert {file.name for file in place().parent.iterdir()} == {"tune.json", "tune.lock"}
+    clock.dies_at = float("inf")
+    tuned(clips, clock, width=4, **one)
+    assert len(read(place())) == 2
+
+
+def test_a_damaged_file_is_replaced_with_a_warning(clips, clock, caplog):
+    place().parent.mkdir(parents=True)
+    place().write_text("{")
+    tuned(clips, clock, precision="fp32", data="mmap")
+    assert "is damaged" in caplog.text
+    assert len(read(place())) == 1
+
+
+@pytest.fixture
+def run(clips, tmp_path):
+    """A run with a checkpoint."""
+    options = tiny_options(PRESET, **TINY, precision="fp32", data="mmap")
+    made = new_run(tmp_path / "run", clips, options)
+    new_training(ClipSet.open(clips, "train"), options, made).save()
+    return made.path
+
+
+@pytest.fixture
+def searches(clock, monkeypatch):
+    """Implementations of the search for nearest rows: two that are right, one of them quicker, and a wrong one."""
+
+    def taking(seconds, shift=0):
+        def search(queries, database):
+            clock.now += seconds
+            index, distance, stats = reference_rows(queries, database)
+            return (index + shift) % len(database), distance, stats
+
+        return search
+
+    registry = implementations("nearest")
+    monkeypatch.delitem(registry, "faiss")
+    monkeypatch.delitem(IMPLEMENTATIONS, "faiss")
+    ways = {
+        "reference": taking(1.0),
+        "quick": taking(0.7),
+        "lazy": taking(2.5),
+        "hasty": taking(0.1, shift=1),
+    }
+    for name, way in ways.items():
+        monkeypatch.setitem(IMPLEMENTATIONS, name, way)
+        monkeypatch.setitem(registry, name, lambda device: None)
+
+
+@pytest.mark.usefixtures("searches")
+def test_implementations_come_from_the_registry_and_the_wrong_one_is_refused(
+    run, clock, tmp_path, caplog, capsys
+):
+    tuned(run, clock)
+    found = contests()["nearest"]
+    assert found.choice == "quick"
+    assert found.factors == pytest.approx({"reference": 1.0, "quick": 1 / 0.7, "lazy": 0.4})
+    assert found.left_out.keys() == {"hasty"}
+    assert list(contests(0)) == ["memory_format"]  # the run has made the other choices
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert main(["map", str(run), "--epochs", "1"]) == 0
+    assert "nearest: quick (measured" in caplog.text
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        assert main(["map", str(run), "--epochs", "1", "--kernels", "reference"]) == 0
+    assert "quick" not in caplog.text
+    assert main(["tune", "--export", str(tmp_path / "file.json")]) == 0
+    place().unlink()
+    assert main(["tune", "--import", str(tmp_path / "file.json")]) == 0
+    assert "2 of them of this machine" in capsys.readouterr().out
+    assert contests()["nearest"] == found
+
+
+def test_rows_near_are_as_spread_as_the_latents():
+    random = torch.Generator().manual_seed(0)
+    centers = torch.nn.functional.normalize(torch.randn(5, 20, generator=random), dim=1)
+    for spread in (1e-1, 1e-3):
+        latents = centers.repeat(20, 1) + spread * torch.randn(100, 20, generator=random)
+        latents = torch.nn.functional.normalize(latents, dim=1)
+        of_each_other = torch.cdist(latents, latents).fill_diagonal_(torch.inf).amin(dim=1).median()
+        apart = torch.cdist(rows_near(latents, 50), latents).amin(dim=1).median()
+        assert 0.3 < apart / of_each_other < 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["RUN", "--width", "8"], "--width"),
+        (["CLIPS", "--deterministic"], "--deterministic"),
+        (["RUN", "--show"], "--show"),
+        (["--show", "--export", "x.json"], "--export"),
+        (["--show"], "nothing was measured"),
+        (["--export", "x.json"], "nothing was measured"),
+        (["--import", "missing.json"], "missing.json"),
+        (["--import", "CLIPS/index.json"], "damaged"),
+        (["missing"], "missing"),
+    ],
+)
+def test_a_mistake_is_one_line(words, reason, run, clips, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("RUN", str(run)).replace("CLIPS", str(clips)) for word in words]
+    assert main(["tune", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert reason in line
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_the_doctor_says_what_was_chosen_how_much_faster_and_when(clips, clock, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "self_test", lambda: doctor.Finding("self-test", "PASS"))
+    tuned(clips, clock, precision="fp32")
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured data")]
+    assert "resident (2.00 times" in line
+    assert read(place())[0].when[:10] in line
+    main(["doctor", "--json"])
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert {row["name"]: row["choice"] for row in measured}["data"] == "resident"
+    place().write_text("[]")
+    main(["doctor"])
+    assert "WARN vglann tune" in capsys.readouterr().out
