@@ -187,3 +187,27 @@ def test_a_block_that_was_refused_leaves_no_trace():
             pass
         assert resolve("nearest", device="cpu").impl == "faiss"
     assert resolve("nearest", device="cpu").impl == "reference"
+
+
+def test_auto_takes_what_is_preferred_where_it_can_run_and_a_name_asked_for_wins(monkeypatch):
+    monkeypatch.setitem(switch.implementations("nearest"), "other", lambda device: None)
+    monkeypatch.setitem(switch.implementations("nearest"), "broken", lambda device: "no such library")
+    with switch.preferring({"nearest": "other", "laplacian": "triton"}):
+        assert resolve("nearest").impl == "other"
+        assert resolve("nearest", impl="reference").impl == "reference"
+        with using_impl("auto,nearest=reference"):
+            assert resolve("nearest").impl == "reference"
+        # The kernel takes no CPU tensors.
+        assert resolve("laplacian", device="cpu").impl == "reference"
+        with switch.preferring({"nearest": "broken"}):
+            assert resolve("nearest").impl == "reference"
+        with switch.preferring({"nearest": "from another version"}):
+            assert resolve("nearest").impl == "reference"
+    assert resolve("nearest").impl == "reference"
+
+
+def test_a_preferred_kernel_is_passed_over_for_arguments_that_it_does_not_take(monkeypatch):
+    monkeypatch.setitem(switch.implementations("nearest"), "triton", lambda device: None)
+    with switch.preferring({"nearest": "triton"}):
+        assert resolve("nearest").impl == "triton"
+        assert resolve("nearest", unsupported="too wide").impl == "reference"

@@ -25,9 +25,9 @@ from typing import Any, Literal
 from vglann_fast.errors import VglannError
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.progress import quiet
-from vglann_fast.runtime import measurements
 from vglann_fast.run.environment import default_cache, environment, home
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime import measurements
 from vglann_fast.runtime.processors import allowed, available, bfloat16_units, quota
 
 # Reported by other projects; each was seen to fail without a clear message.

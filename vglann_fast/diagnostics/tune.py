@@ -3,8 +3,8 @@
 Choices are contested one after the other, each with the choices before it in force: threads, precision, memory
 format, where the clips wait, the implementation of each op, and eager, compiled or captured execution. For a run with
 latents the search for nearest rows follows, on its latents: rows in tight clusters want another implementation than
-rows that are spread out. The result goes to the cache when all is measured, see `runtime/measurements.py`; a tune that is
-killed before leaves the file as it was.
+rows that are spread out. The result goes to the cache when all is measured, see `runtime/measurements.py`; a tune
+that is killed before leaves the file as it was.
 """
 
 import gc
@@ -45,10 +45,10 @@ from vglann_fast.options.fields import flag_of, options_from_json
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.progress import quiet
-from vglann_fast.runtime import measurements
 from vglann_fast.run.folder import RunDir
-from vglann_fast.runtime.measurements import Contest, Entry, machine, only_tune, place
+from vglann_fast.runtime import measurements
 from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.measurements import Contest, Entry, machine, only_tune, place
 from vglann_fast.runtime.processors import others_are_busy
 
 log = logging.getLogger("vglann_fast")
