@@ -8,11 +8,13 @@ It can be given at three levels, the nearest one wins:
 3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
 
 Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
-take the reference under `auto`. In a block `with preferring({"nearest": "faiss"})` it is the implementation named
-there, wherever that can run. Only `auto` may fall back: a name asked for explicitly that cannot run raises
+take the reference under `auto`. Only `auto` may fall back: a name asked for explicitly that cannot run raises
 and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
 
 Under `torch.compile` the choice is made once, when the graph is traced.
+
+In a block `with preferring({"nearest": "faiss"})` the choice of `auto` is the implementation named there, if that
+can run.
 """
 
 from __future__ import annotations

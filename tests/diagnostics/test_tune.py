@@ -80,7 +80,8 @@ def contests(number=-1):
 def test_the_faster_way_is_chosen_kept_and_shown(clips, clock, capsys):
     table = tuned(clips, clock)
     found = contests()
-    assert list(found) == ["precision", "memory_format", "data"]
+    assert list(found) == ["precision", "memory_format", "data", "together"]
+    assert found["together"].factors["choices"] == pytest.approx(2.0)
     assert (found["data"].default, found["data"].choice) == ("mmap", "resident")
     assert found["data"].factors["resident"] == pytest.approx(2.0)
     assert found["precision"].choice == "fp32"

@@ -136,6 +136,10 @@ def test_where_nothing_was_measured_one_line_says_what_would_if_it_matters(
     monkeypatch.setattr(measured, "bfloat16_units", lambda: units)
     run, _ = trained(tmp_path / "run", clips)
     assert len([line for line in caplog.messages if f"`vglann tune {run.path}`" in line]) == lines
+    caplog.clear()
+    monkeypatch.setenv("VGLANN_TUNE", "off")
+    trained(tmp_path / "other", clips)
+    assert "vglann tune" not in caplog.text
 
 
 def test_a_run_that_moved_keeps_no_choices_of_the_other_machine(clips, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_an_entry_comes_back_and_a_later_one_of_the_same_shapes_replaces_it():
     write(place(), [entry("bf16"), other, entry("fp32")])
     assert read(place()) == [other, entry("fp32")]
     assert lookup(CPU, SHAPES) == (entry("fp32"), "")
+
+
+def test_choices_that_are_not_faster_together_are_the_defaults():
+    found = entry("bf16")
+    assert found.choices == {"precision": "bf16"}
+    assert "bf16 (2.00 times as fast)" in str(found)
+    slower = Contest("defaults", "defaults", {"defaults": 1.0, "choices": 1.0}, {"choices": 1.0}, {})
+    found = replace(found, contests={**found.contests, "together": slower})
+    assert found.choices == found.only(["precision"]).choices == {"precision": "fp32"}
+    assert "bf16" not in str(found.only(["precision"]))
 
 
 def test_nothing_measured_is_no_entry_and_no_reason():

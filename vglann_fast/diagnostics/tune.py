@@ -1,10 +1,12 @@
 """`vglann tune`: the fastest way to compute on this machine, measured, and kept for the trainings to come.
 
 Choices are contested one after the other, each with the choices before it in force: threads, precision, memory
-format, where the clips wait, the implementation of each op, and eager, compiled or captured execution. For a run with
-latents the search for nearest rows follows, on its latents: rows in tight clusters want another implementation than
-rows that are spread out. The result goes to the cache when all is measured, see `runtime/measurements.py`; a tune
-that is killed before leaves the file as it was.
+format, where the clips wait, the implementation of each op, and eager, compiled or captured execution; at last all
+choices together against the defaults. For a run with latents the search for nearest rows follows, on its latents:
+rows in tight clusters want another implementation than rows that are spread out.
+
+The result goes to the cache when all is measured, see `runtime/measurements.py`. A tune that is killed before leaves
+the file as it was.
 """
 
 import gc
@@ -41,6 +43,7 @@ from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.compatibility import batch_size_for
 from vglann_fast.glo.measured import mapping_shapes, training_shapes
+from vglann_fast.options.choices import Choices
 from vglann_fast.options.fields import flag_of, options_from_json
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import TrainOptions
@@ -48,7 +51,7 @@ from vglann_fast.progress import quiet
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime import measurements
 from vglann_fast.runtime.distributed import Ranks
-from vglann_fast.runtime.measurements import Contest, Entry, machine, only_tune, place
+from vglann_fast.runtime.measurements import TOGETHER, Contest, Entry, machine, only_tune, place
 from vglann_fast.runtime.processors import others_are_busy
 
 log = logging.getLogger("vglann_fast")
@@ -117,8 +120,14 @@ def tune(
             raise VglannError(
                 "nothing was measured: every choice is made, or no time was left; see the lines above"
             )
-        measurements.write(place(), [*before, *entries])
-    return "\n\n".join([*map(table, entries), f"written: {place()}"])
+        tables = "\n\n".join(map(table, entries))
+        try:
+            measurements.write(place(), [*before, *entries])
+        except VglannError:
+            # What took minutes is shown, even if it cannot be kept.
+            log.warning("%s", tables)
+            raise
+    return f"{tables}\n\nwritten: {place()}"
 
 
 def show() -> str:
@@ -199,20 +208,29 @@ def _training_entry(subject: Subject, device: torch.device, clock: Clock, deadli
     contenders = Contenders(clips, options, device, clock)
     chosen: dict[str, str] = {}
     contests: dict[str, Contest] = {}
-    waiting = list(contenders.contests())
-    while waiting:
-        name, values = waiting[0]
-        try:
-            with ExitStack() as closed:
-                ways = {v: partial(contenders.prepare, {**chosen, name: v}, name, closed) for v in values}
-                found = _contest(name, ways, clock, deadline)
-        except NoTime:
-            log.warning("no time left for %s; raise --minutes", ", ".join(name for name, _ in waiting))
-            break
+
+    def hold(name: str, ways: Mapping[str, Choices]) -> None:
+        with ExitStack() as closed:
+            prepared = {way: partial(contenders.prepare, ways[way], name, closed) for way in ways}
+            found = _contest(name, prepared, clock, deadline)
         _forget(device)
         if found is not None:
-            contests[name], chosen[name] = found, found.choice
-        del waiting[0]
+            contests[name] = found
+
+    waiting = list(contenders.contests())
+    try:
+        while waiting:
+            name, values = waiting[0]
+            hold(name, {value: {**chosen, name: value} for value in values})
+            if name in contests:
+                chosen[name] = contests[name].choice
+            del waiting[0]
+        if any(found.choice != found.default for found in contests.values()):
+            hold(TOGETHER, {"defaults": {}, "choices": chosen})
+    except NoTime:
+        log.warning(
+            "no time left for %s; raise --minutes", ", ".join(name for name, _ in waiting) or TOGETHER
+        )
     shapes = training_shapes(options, clips.frames, clips.size, subject.batch_size)
     return Entry(machine(device), shapes, _now(), contests)
 

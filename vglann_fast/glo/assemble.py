@@ -94,9 +94,7 @@ def new_training(
         guard=Guard.new(batch_size * options.accumulate, device),
         optimizer=GeneratorOptimizer(generator, options, ranks, scale),
         average=average,
-        source=open_source(
-            options.data, clips, own.numpy(), device, batch_size, measured=choices.get("data", "")
-        ),
+        source=open_source(options.data, clips, own.numpy(), device, batch_size, choices.get("data", "")),
     )
     training.graphed = _graphed_step(training, measured=choices.get("execution") == "graph")
     return training

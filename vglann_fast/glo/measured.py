@@ -15,7 +15,7 @@ from vglann_kernels.impl import OPS, preferring, requested
 from vglann_fast.options.choices import THREADS, Choices, kernels, left_open
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
-from vglann_fast.runtime.measurements import lookup, machine
+from vglann_fast.runtime.measurements import lookup, machine, switched_off
 from vglann_fast.runtime.numerics import numerics, threads_given
 from vglann_fast.runtime.processors import bfloat16_units
 
@@ -53,7 +53,7 @@ def choices_of_new_run(
     run: RunDir, options: TrainOptions, shapes: dict[str, Any], device: torch.device, given: Collection[str]
 ) -> Choices:
     """Return what was measured on this machine for a training that begins, note it in the run, and say so."""
-    if options.deterministic:
+    if options.deterministic or switched_off():
         return {}
     entry, reason = lookup(device, shapes)
     if entry is None:

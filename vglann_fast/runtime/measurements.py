@@ -9,8 +9,10 @@
                             "seconds": {contender: of a step}, "factors": {contender: its speed over the default's},
                             "left_out": {contender: reason}}}}]}
 
-The names of contests are the names of `options/choices.py`. An entry counts on an equal machine and for equal shapes.
-The file is read by every new training, so a bad file must never stop one: see `lookup`. With VGLANN_TUNE=off nothing
+The names of contests are the names of `options/choices.py`, and `TOGETHER`: all choices against all defaults. An
+entry counts on an equal machine and for equal shapes.
+
+Every new training reads the file, so a bad one must never stop a training: see `lookup`. With VGLANN_TUNE=off nothing
 is read.
 """
 
@@ -37,6 +39,7 @@ FORMAT, VERSION = "vglann-tune", 1
 VARIABLE = "VGLANN_TUNE"
 MAX_BYTES, MAX_ENTRIES, MAX_NAMES = 4 << 20, 1000, 50
 MAX_SECONDS = 1e6
+TOGETHER = "together"
 PROCESSORS, DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
 
 Facts = Mapping[str, Any]
@@ -75,18 +78,21 @@ class Entry:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The choices by name."""
-        return {name: contest.choice for name, contest in self.contests.items()}
+        """The choices by name; the defaults, where the choices together were not faster."""
+        together = self.contests.get(TOGETHER)
+        chosen = together is None or together.choice != together.default
+        contests = [(name, contest) for name, contest in self.contests.items() if name != TOGETHER]
+        return {name: contest.choice if chosen else contest.default for name, contest in contests}
 
     def only(self, names: Collection[str]) -> "Entry":
-        """Return the entry with these contests alone."""
-        kept = {name: contest for name, contest in self.contests.items() if name in names}
+        """Return the entry with these contests, and the one of all together, alone."""
+        kept = {name: found for name, found in self.contests.items() if name in (*names, TOGETHER)}
         return replace(self, contests=kept)
 
     def __str__(self) -> str:
         """Return in one line the choices that differ from the rules of the program, and their factors."""
-        contests = self.contests.items()
-        changes = [f"{name} {contest}" for name, contest in contests if contest.choice != contest.default]
+        contests = [(name, self.contests[name], choice) for name, choice in self.choices.items()]
+        changes = [f"{name} {contest}" for name, contest, choice in contests if choice != contest.default]
         return ", ".join(changes) or "nothing is faster than the defaults"
 
 
@@ -99,7 +105,7 @@ def machine(device: Any) -> dict[str, Any]:
     """Return what a measurement on this torch device depends on, beside the shapes."""
     import torch
 
-    versions: dict[str, str | None] = {"torch": torch.__version__, "vglann-fast": __version__}
+    versions: dict[str, str | None] = {"torch": str(torch.__version__), "vglann-fast": __version__}
     for name, distributions in {
         "triton": ("triton",),
         "faiss": ("faiss-cpu", "faiss-gpu-cu13-cuvs", "faiss-gpu-cuvs", "faiss-gpu"),
@@ -157,7 +163,12 @@ def lookup(device: Any, shapes: Facts) -> tuple[Entry | None, str]:
 
 def own_entries() -> list[Entry]:
     """Return what was measured on this machine or imported, none with VGLANN_TUNE=off. Raises as `read`."""
-    return [] if os.environ.get(VARIABLE) == "off" else read(place())
+    return [] if switched_off() else read(place())
+
+
+def switched_off() -> bool:
+    """Return True if the user wants no measurements to be read."""
+    return os.environ.get(VARIABLE) == "off"
 
 
 def read(path: Path) -> list[Entry]:
