@@ -94,6 +94,24 @@ def test_a_contender_out_of_memory_is_one_line_and_the_others_are_timed(machine)
     assert found.left_out == {"full": "MemoryError: no room [31m"}
 
 
+def test_a_contender_that_fails_while_it_is_timed_is_left_out(machine):
+    def failing():
+        laps = iter([None, None])
+
+        def lap(count):
+            machine.now += 0.1
+            next(laps)
+
+        return lap
+
+    ways = {"plain": machine.way("plain", 1.0), "failing": failing, "quick": machine.way("quick", 0.5)}
+    found = contest(ways, machine.clock)
+    assert (found.choice, found.left_out.keys()) == ("quick", {"failing"})
+    assert found.seconds.keys() == {"plain", "quick"}
+    found = contest({"failing": failing, "plain": ways["plain"]}, machine.clock)
+    assert (found.choice, found.factors) == ("plain", {})
+
+
 def test_a_default_that_cannot_run_is_replaced_without_a_factor(machine):
     wrong = machine.way("plain", 0.1, error=Refused("wrong"))
     ways = {"plain": wrong, "slow": machine.way("slow", 2.0), "quick": machine.way("quick", 1.9)}

@@ -110,6 +110,14 @@ def test_a_contender_made_wrong_is_refused_by_name_however_fast(clips, clock, mo
     assert "precision bf16 is left out" in caplog.text
 
 
+def test_a_precision_that_the_processor_emulates_is_given_up_after_a_step(clips, clock):
+    clock.__init__(lambda training: 30.0 if training.precision == "bf16" else 1.0)
+    tuned(clips, clock, data="mmap")
+    found = contests()["precision"]
+    assert found.choice == "fp32"
+    assert "30 times as long" in found.left_out["bf16"]
+
+
 def test_a_contender_out_of_memory_is_named_and_the_rest_is_measured(clips, clock, monkeypatch):
     def full(generator):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
@@ -222,7 +230,7 @@ def test_rows_near_are_as_spread_as_the_latents():
         latents = torch.nn.functional.normalize(latents, dim=1)
         of_each_other = torch.cdist(latents, latents).fill_diagonal_(torch.inf).amin(dim=1).median()
         apart = torch.cdist(rows_near(latents, 50), latents).amin(dim=1).median()
-        assert 0.3 < apart / of_each_other < 0.8
+        assert 0.6 < apart / of_each_other < 1.2
 
 
 @pytest.mark.parametrize(

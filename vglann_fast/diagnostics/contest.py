@@ -57,9 +57,9 @@ def contest(
     """
     default = next(iter(contenders))
     laps, left_out = _prepared(contenders, clock, deadline)
-    if not laps:
+    times = _timed(laps, left_out, clock, rounds, deadline)
+    if not times:
         return Contest(default, "", {}, {}, left_out)
-    times = _timed(laps, clock, rounds, deadline)
     seconds = {name: median(own) for name, own in times.items()}
     if default not in times:
         return Contest(default, min(seconds, key=lambda name: seconds[name]), seconds, {}, left_out)
@@ -86,27 +86,44 @@ def _prepared(
     return laps, left_out
 
 
-def _timed(laps: Mapping[str, Lap], clock: Clock, rounds: int, deadline: float) -> dict[str, list[float]]:
-    """Return the seconds of a call, one for each round; contenders without hope have fewer."""
-    calls = {name: _calls(_seconds(lap, 1, clock)) for name, lap in laps.items()}
+def _timed(
+    laps: Mapping[str, Lap], left_out: dict[str, str], clock: Clock, rounds: int, deadline: float
+) -> dict[str, list[float]]:
+    """Return the seconds of a call, one for each round; contenders without hope have fewer.
+
+    A contender that raises is moved to `left_out`.
+    """
+    # Before the rounds, one call each says how many fill a lap.
+    calls = dict.fromkeys(laps, 1)
     times: dict[str, list[float]] = {name: [] for name in laps}
     racing = list(laps)
-    for number in range(rounds):
+    for number in range(rounds + 1):
         if clock() >= deadline:
-            if number < FEWEST_ROUNDS:
+            if number <= FEWEST_ROUNDS:
                 raise NoTime
             break
         for name in racing:
-            times[name].append(_seconds(laps[name], calls[name], clock))
+            try:
+                seconds = _seconds(laps[name], calls[name], clock)
+            except Exception as error:  # the others may run
+                left_out[name] = _reason(error)
+                del times[name]
+                continue
+            if number == 0:
+                calls[name] = _calls(seconds)
+            else:
+                times[name].append(seconds)
+        racing = [name for name in racing if name in times and _has_hope(times[name], times)]
         # Another one begins each round: none always follows the same one.
-        racing = [name for name in (*racing[1:], racing[0]) if _has_hope(name, times)]
+        if number:
+            racing = [*racing[1:], *racing[:1]]
     return times
 
 
-def _has_hope(name: str, times: Mapping[str, list[float]]) -> bool:
+def _has_hope(own: list[float], times: Mapping[str, list[float]]) -> bool:
     """Return True for the default, which is first and is always timed, and for what is not far slower."""
-    first = next(iter(times.values()))
-    return times[name] is first or first[0] / times[name][0] >= HOPELESS
+    default = next(iter(times.values()))
+    return own is default or not own or default[0] / own[0] >= HOPELESS
 
 
 def _seconds(lap: Lap, calls: int, clock: Clock) -> float:

@@ -254,15 +254,13 @@ def _mapping_entry(latents: Tensor, rows: int, device: torch.device, clock: Cloc
 
 
 def rows_near(latents: Tensor, count: int) -> Tensor:
-    """Return unit rows [count, d] as a fitted mapping makes them: each as far from a latent as half the distance of
-    latents from each other.
-    """
+    """Return unit rows [count, d] as a fitted mapping makes them: as far from a latent as latents from each other."""
     random = torch.Generator(latents.device).manual_seed(0)
     few = latents[:: -(-len(latents) // 500)].double()
     apart = torch.cdist(few, few).fill_diagonal_(torch.inf).amin(dim=1).median().float()
     at = torch.randint(len(latents), (count,), generator=random, device=latents.device)
     noise = torch.randn(count, latents.shape[1], generator=random, device=latents.device)
-    near = latents[at] + apart / 2 * torch.nn.functional.normalize(noise, dim=1)
+    near = latents[at] + apart * torch.nn.functional.normalize(noise, dim=1)
     return torch.nn.functional.normalize(near, dim=1)
 
 
