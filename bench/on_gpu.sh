@@ -1,7 +1,7 @@
 #!/bin/bash
 # Measures on a machine with an NVIDIA GPU, in one call of at most nine minutes:
 #     bench/on_gpu.sh OUT [PART ...]
-# Parts, the most useful ones first; all but `layers` if none is named:
+# Parts, the most useful ones first; all but `layers` and `tune` if none is named:
 #   verify    every Triton kernel against float64, in parallel processes
 #   step      the training step at 15 and at 256 videos: the GLANN-VIDEO step, bf16, kernels, CUDA graph
 #   kernels   the kernels beside their PyTorch references (bench/kernel_groups.py)
@@ -9,6 +9,7 @@
 #   nearest   the search in 1,000,000 rows
 #   twin      trainings that differ in how they compute: as good to 0.3 dB (vglann_fast/experiments/parity.py)
 #   layers    a second call: every transposed convolution and BatchNorm by itself, what cuDNN can fuse, an epoch of IMLE
+#   tune      a third call: what `vglann tune` chooses for preset modern, and by how much
 #
 # OUT holds NAME.txt, what was said; *.jsonl, each result synced as soon as it is known; summary.txt, one line as each
 # command ends; tables.md, the tables. Killed at any moment it leaves what was measured. Then, anywhere,
@@ -25,8 +26,8 @@ shift
 [ $# -gt 0 ] || set -- verify step kernels counters nearest twin
 for part in "$@"; do
     case $part in
-        verify | step | kernels | counters | nearest | twin | layers) ;;
-        *) echo "no part $part; choose from verify, step, kernels, counters, nearest, twin, layers" >&2 && exit 1 ;;
+        verify | step | kernels | counters | nearest | twin | layers | tune) ;;
+        *) echo "no part $part; choose from verify, step, kernels, counters, nearest, twin, layers, tune" >&2 && exit 1 ;;
     esac
 done
 clips=()
@@ -43,6 +44,7 @@ step_256=(--batch 256 --steps 10 --rows "bf16 kernels graph" "bf16 kernels" bf16
 search=(--m 1000000 --d 100 --rounds 3 --checked 256 --data "unit sphere" "clusters of 0.01")
 twin=(--steps 150)
 epoch=(--preset paper)
+tune=(--minutes 5)
 if [ -n "${TINY:-}" ]; then
     verify=(--impl reference --device cpu --batch 1 --frames 1 --size 32)
     step_15=(--batch 2 --steps 1 --width 4 --device cpu --rows author fp32)
@@ -50,6 +52,7 @@ if [ -n "${TINY:-}" ]; then
     search=(--n 20 --m 500 --d 8 --rounds 1 --data "unit sphere" --device cpu)
     twin=(--steps 2 --width 4 --batch 2 --device cpu)
     epoch=(--preset paper --n 200 --rounds 1 --device cpu)
+    tune=(--minutes 1 --width 2 --batch-size 2 --device cpu)
 else
     "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
         echo "PyTorch of $python sees no NVIDIA GPU, so nothing was measured" >&2
@@ -134,6 +137,10 @@ layers() {
     run 40 epoch "$python" bench/bench_imle_epoch.py "${epoch[@]}"
     VGLANN_BENCH_JSONL="$out/layers.jsonl" run 430 layers "$python" -m pytest -q -p no:cacheprovider \
         --benchmark-only --benchmark-quiet bench/bench_conv_layers.py bench/bench_batchnorm_relu.py
+}
+
+tune() { # the table is in tune.txt, the measurements are in vglann-fast/tune.json
+    XDG_CACHE_HOME="$out" run 420 tune "$python" -m vglann_fast tune "${tune[@]}"
 }
 
 for part in "$@"; do
