@@ -37,6 +37,7 @@ def cache(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VGLANN_TUNE")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(measured, "allowed", lambda: 2)
     caplog.set_level(logging.INFO)
 
 
@@ -146,6 +147,8 @@ def test_a_run_that_moved_keeps_no_choices_of_the_other_machine(clips, tmp_path,
     run = new_run(tmp_path / "run", clips, OPTIONS)
     choices = {"data": "resident", "execution": "graph"}
     run.options["measured"] = {"machine": machine(CPU), "when": "today", "choices": choices}
+    assert choices_of_run(run, OPTIONS, CPU) == choices
+    run.options["measured"]["choices"] = {**choices, "threads": "1024"}
     assert choices_of_run(run, OPTIONS, CPU) == choices
     run.options["measured"]["machine"]["torch"] = "1.0"
     assert choices_of_run(run, OPTIONS, CPU) == {"data": "resident"}

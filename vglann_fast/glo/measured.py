@@ -17,7 +17,7 @@ from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.measurements import lookup, machine, switched_off
 from vglann_fast.runtime.numerics import numerics, threads_given
-from vglann_fast.runtime.processors import bfloat16_units
+from vglann_fast.runtime.processors import allowed, bfloat16_units
 
 log = logging.getLogger("vglann_fast")
 
@@ -112,7 +112,8 @@ def _open(
     names = set() if options is None else left_open(options, given)
     if options is None or not options.deterministic:
         names |= {op for op in OPS if requested(op)[0] == "auto"}
-        if device.type == "cpu" and not threads_given():
+        # A file may say any number, and more threads than processors may end the process.
+        if device.type == "cpu" and not threads_given() and int(choices.get(THREADS, 1)) <= allowed():
             names.add(THREADS)
     return {name: choice for name, choice in choices.items() if name in names}
 
