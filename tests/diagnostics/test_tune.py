@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from vglann_kernels.nearest.reference import nearest_rows as reference_rows
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.diagnostics import doctor
+from vglann_fast.diagnostics import contenders, doctor
+from vglann_fast.diagnostics import tune as module
+from vglann_fast.diagnostics.contest import contest
 from vglann_fast.diagnostics.tune import rows_near, tune
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo import assemble
@@ -32,6 +35,12 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("VGLANN_TUNE")
     # Threads are the user's then, and are not contested.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """The clock is exact, so three rounds say as much as seven."""
+    monkeypatch.setattr(module, "contest", partial(contest, rounds=3))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,17 @@ def test_what_the_user_has_decided_is_not_measured(clips, clock):
     assert list(contests()) == ["memory_format"]
 
 
+def test_threads_are_contested_unless_the_user_has_said_how_many(clips, clock, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(contenders, "available", lambda: 2)
+    clock.__init__(lambda training: {1: 1.0, 2: 0.6}[torch.get_num_threads()])
+    before = torch.get_num_threads()
+    tuned(clips, clock, precision="fp32", data="mmap")
+    assert contests()["threads"].choice == "2"
+    assert contests()["threads"].seconds == pytest.approx({"1": 1.0, "2": 0.6})
+    assert torch.get_num_threads() == before
+
+
 def test_a_contender_made_wrong_is_refused_by_name_however_fast(clips, clock, monkeypatch, caplog):
     clock_of = {"bf16": 0.01}
     clock.__init__(lambda training: clock_of.get(training.precision, 1.0))
@@ -134,7 +154,7 @@ def test_no_time_left_keeps_what_was_measured_and_names_the_rest(clips, clock, c
         return 0.5 if training.source.name == "resident" else 1.0
 
     clock.__init__(one_contest_long)
-    tune(clips, name=PRESET, given=TINY, device=CPU, minutes=0.5, clock=clock)
+    tune(clips, name=PRESET, given=TINY, device=CPU, minutes=0.33, clock=clock)
     assert list(contests()) == ["precision"]
     assert "no time left for memory_format, data" in caplog.text
     assert "--minutes" in caplog.text
