@@ -181,7 +181,7 @@ def tune_file() -> Finding:
     except VglannError as error:
         return Finding("vglann tune", "WARN", str(error))
     return Finding(
-        "vglann tune", "PASS", f"measurements of {count} shapes" if count else "nothing measured yet"
+        "vglann tune", "PASS", f"measurements: {count}" if count else "nothing measured yet"
     )
 
 

@@ -141,7 +141,7 @@ def export(file: str | Path) -> str:
         raise VglannError(f"--export {file}: it is there already; remove it, or choose another name")
     entries = _some(place())
     measurements.write(Path(file), entries)
-    return f"exported: {file}, measurements of {len(entries)} shapes"
+    return f"exported: {file}, measurements: {len(entries)}"
 
 
 def import_(file: str | Path, device: torch.device) -> str:
@@ -150,7 +150,7 @@ def import_(file: str | Path, device: torch.device) -> str:
     with only_tune():
         measurements.write(place(), [*_readable(), *entries])
     own = sum(entry.machine == here for entry in entries)
-    return f"imported: measurements of {len(entries)} shapes, {own} of them of this machine and its versions"
+    return f"imported: {file}, measurements: {len(entries)}, {own} of them of this machine and its versions"
 
 
 def table(entry: Entry) -> str:
