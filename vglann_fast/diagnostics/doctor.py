@@ -180,9 +180,7 @@ def tune_file() -> Finding:
         count = len(measurements.own_entries())
     except VglannError as error:
         return Finding("vglann tune", "WARN", str(error))
-    return Finding(
-        "vglann tune", "PASS", f"measurements: {count}" if count else "nothing measured yet"
-    )
+    return Finding("vglann tune", "PASS", f"measurements: {count}" if count else "nothing measured yet")
 
 
 def _judged(name: str, bad: bool, text: str, level: Level = "WARN", fine: str = "") -> Finding:
