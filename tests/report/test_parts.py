@@ -154,6 +154,16 @@ def test_nested_settings_become_lines() -> None:
             "Not yet: ",
             ["1.00 dB worse than PCA", "Train longer"],
         ),
+        (
+            {"psnr_over_still": 0.0, "psnr_pca": "x", "motion_r2": -0.3},
+            "Not yet: ",
+            ["-0.30", "Train longer"],
+        ),
+        (
+            {"psnr_over_still": 0.1, "psnr_pca": "x", "motion_r2": -0.3},
+            "Partly: ",
+            ["0.10 dB better", "Train longer"],
+        ),
         ({"psnr_pca": "x", "motion_r2": float("nan")}, "The generator ", ["30.00 dB."]),
     ],
 )
@@ -165,3 +175,4 @@ def test_one_sentence_says_whether_it_worked(record: dict, answer: str, said: li
     assert ("Train longer" in sentence) == ("Train longer" in said)
     assert ("PCA" in sentence) == (record["psnr_pca"] in (25.0, 31.0))
     assert outcome(record) == ""
+    assert "its 1 training clip at" in outcome({"psnr": 30.0, "clips": 1})

@@ -33,9 +33,12 @@ def outcome(record: dict[str, Any]) -> str:
     ]
     if motion is not None:
         beside.append(f"with a motion R² of {motion:.2f} (0 is a still, 1 is perfect)")
-    won = [over >= 0 for over in (over_still, over_pca) if over is not None]
+    baselines = [over for over in (over_still, over_pca) if over is not None]
+    # A generator of stills has not learned to make videos, however near the stills are.
+    won = [figure > 0 for figure in (*baselines, motion) if figure is not None] if baselines else []
     answer = "" if not won else "Yes: " if all(won) else "Partly: " if any(won) else "Not yet: "
-    which = "its training clips" if clips is None else f"its {clips:,.0f} training clips"
+    count = "" if clips is None else f"{clips:,.0f} "
+    which = f"its {count}training clip{'s' * (clips != 1)}"
     advice = "" if not won or all(won) else " Train longer, or on fewer clips."
     sentence = f"the generator reproduces {which} at a PSNR of {', '.join([f'{psnr:.2f} dB', *beside])}."
     return (answer + sentence if answer else sentence[0].upper() + sentence[1:]) + advice
