@@ -8,7 +8,7 @@ It can be given at three levels, the nearest one wins:
 3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
 
 Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
-take the reference under `auto`. Only `auto` may fall back: a name asked for explicitly that cannot run raises
+take the reference under `auto`, and so do the ops in `ONLY_WHEN_ASKED`. Only `auto` may fall back: a name asked for explicitly that cannot run raises
 and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
 
 Under `torch.compile` the choice is made once, when the graph is traced.
@@ -37,7 +37,10 @@ OPS = (
     "latent_adam",
     "batchnorm_relu",
     "step_guard",
+    "upsample_conv",
 )
+# Ops for which `auto` takes the reference, wherever their kernel runs, and why.
+ONLY_WHEN_ASKED = {"upsample_conv": "the framework's convolution, unless asked for a kernel"}
 # Names that every op understands.
 DEFAULTS = ("auto", "triton", "reference")
 VARIABLE = "VGLANN_KERNELS"
@@ -208,6 +211,8 @@ def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, W
         return Choice(op, preferred, "measured to be the fastest here")
     if device.type == "cpu":
         return Choice(op, "reference", "CPU tensors")
+    if op in ONLY_WHEN_ASKED:
+        return Choice(op, "reference", ONLY_WHEN_ASKED[op])
     if "triton" not in known:
         return Choice(op, "reference", "this op has no Triton kernel")
     why_not = known["triton"](device) or unsupported
