@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .latent_adam.state import latent_adam_state as latent_adam_state
     from .nearest.op import nearest_rows as nearest_rows
     from .step_guard.op import guard_step as guard_step
-    from .upsample_conv.op import upsample_conv as upsample_conv
-    from .upsample_conv.op import upsample_conv_statistics as upsample_conv_statistics
+    from .upsample_conv.op import upsample_convolution as upsample_convolution
+    from .upsample_conv.op import upsample_convolution_statistics as upsample_convolution_statistics
 
 _MODULE_OF = {
     "Choice": "impl",
@@ -40,8 +40,8 @@ _MODULE_OF = {
     "laplacian_pyramid_loss": "laplacian.op",
     "nearest_rows": "nearest.op",
     "guard_step": "step_guard.op",
-    "upsample_conv": "upsample_conv.op",
-    "upsample_conv_statistics": "upsample_conv.op",
+    "upsample_convolution": "upsample_conv.op",
+    "upsample_convolution_statistics": "upsample_conv.op",
     "LatentAdamState": "latent_adam.state",
     "latent_adam_state": "latent_adam.state",
     "latent_gather": "latent_adam.op",

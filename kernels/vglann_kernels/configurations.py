@@ -32,7 +32,7 @@ def configurations(target: int | str) -> list[Configuration]:
     The search is tuned for each target, and left out on the informational targets.
     """
     compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
-    compiled += [*_batchnorm_relu(), *_step_guard()]
+    compiled += [*_batchnorm_relu(), *_step_guard(), *_upsample_conv()]
     if target != LARGE_TARGET:
         compiled = [c for c in compiled if LARGE not in c.name]
     if target in INFORMATIONAL:
@@ -213,6 +213,62 @@ def _step_guard() -> Iterator[Configuration]:
         {"overflow_ptr": None, "BLOCK": kernel.BLOCK},
         kernel.WARPS,
     )
+
+
+def _upsample_conv() -> Iterator[Configuration]:
+    """Yield the launches of the two narrow layers of the video stream, and some variants of them."""
+    from .upsample_conv import kernel, tiles, weight_gradient
+
+    def launch(
+        name: str, function: Any, options: dict[str, Any], arguments: tuple[Any, ...], **none: None
+    ) -> Configuration:
+        constants = {name: value for name, value in options.items() if not name.startswith("num_")}
+        tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
+        return Configuration("upsample_conv", name, function, arguments, {**constants, **none}, **tuned)
+
+    for layer, channels, outputs, grid in (
+        ("conv4", 128, 64, (8, 16, 16)),
+        ("head", 64, 4, (16, 32, 32)),
+        ("background head", 64, 3, (32, 32)),
+    ):
+        dims = len(grid)
+        depth, height, width = (1, *grid)[-3:]
+        positions = 256 * depth * height * width
+        sizes = (positions, depth, height, width, channels, outputs)
+        none = {"scale_ptr": None, "shift_ptr": None}
+        for dtype, wide in (("bf16", False), ("fp32", True)):
+            if wide and layer != "conv4":
+                continue
+            of, shape = "*" + dtype, (dims, channels, outputs, wide)
+            precise = {"PRECISION": "ieee"}
+            forward = tiles.forward_tiles(*shape) | precise
+            end = ("*fp32", None) if layer != "conv4" else (None, "*fp32")
+            bias = {"partials_ptr": None} if layer != "conv4" else {"bias_ptr": None}
+            pointers: tuple[Any, ...] = (of, of, end[0], None, None, of, end[1])
+            name = f"forward {layer} {dtype}"
+            yield launch(name, kernel._forward_kernel, forward, (*pointers, *sizes), **none, **bias)
+            if layer == "background head":
+                continue
+            if (layer, wide) == ("conv4", False):
+                pointers = (of, of, None, "*fp32", "*fp32", of, "*fp32")
+                name += " rectifying"
+                yield launch(name, kernel._forward_kernel, forward, (*pointers, *sizes), **bias)
+            backward = tiles.input_gradient_tiles(*shape) | precise
+            pointers = (of, of, of, None, None, of, None)
+            name = f"input gradient {layer} {dtype}"
+            yield launch(
+                name, kernel._input_gradient_kernel, backward, (*pointers, *sizes), **none, partials_ptr=None
+            )
+            by_weight = tiles.weight_gradient_tiles(*shape) | precise | {"SUMS": int(layer == "head")}
+            pointers = (of, of, None, None, "*fp32", positions, positions // 8, *sizes[1:])
+            name = f"weight gradient {layer} {dtype}"
+            yield launch(name, weight_gradient._weight_gradient_kernel, by_weight, pointers, **none)
+    summed = ("*fp32", "*bf16", "*fp32", 8, 128 * 64 * 64, 128 * 64 * 64)
+    tile = {"SPLITS": 8, "BLOCK": 512, "num_warps": 4, "num_stages": 1}
+    yield launch("sum of parts", weight_gradient._sum_kernel, tile, summed)
+    joined = ("*fp32", "*fp32", 256 << 11, 4096, 64, 64)
+    tile = {"PHASES": 8, "M": 128, "AT_ONCE": 128, "CHANNELS": 16, "num_warps": 4, "num_stages": 1}
+    yield launch("join statistics", kernel._join_kernel, tile, joined)
 
 
 def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:

@@ -8,8 +8,8 @@ It can be given at three levels, the nearest one wins:
 3. the environment variable `VGLANN_KERNELS`, read at each call and never at import.
 
 Without any of them the choice is `auto`: the Triton kernel where it can run, else the reference. CPU tensors
-take the reference under `auto`, and so do the ops in `ONLY_WHEN_ASKED`. Only `auto` may fall back: a name asked for explicitly that cannot run raises
-and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
+and the ops in `ONLY_WHEN_ASKED` take the reference under `auto`. Only `auto` may fall back: a name asked for
+explicitly that cannot run raises and says why, so `VGLANN_KERNELS=triton` makes every fallback an error.
 
 Under `torch.compile` the choice is made once, when the graph is traced.
 

@@ -45,6 +45,7 @@ from .latent_adam.state import latent_adam_state
 from .launch import interpreted, why_no_triton
 from .nearest.op import IMPLEMENTATIONS, nearest_rows
 from .step_guard.op import guard_step
+from .verify_convolution import upsample_conv
 
 
 def undecided(
@@ -290,7 +291,16 @@ def nearest(shapes: Shapes) -> Iterator[Line]:
 
 OPS = {
     op.__name__: op
-    for op in (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)
+    for op in (
+        composite,
+        laplacian,
+        composite_laplacian,
+        latent_adam,
+        nearest,
+        batchnorm_relu,
+        step_guard,
+        upsample_conv,
+    )
 }
 
 

@@ -16,6 +16,7 @@ from vglann_kernels import (
     latent_gather,
     mask_composite,
     nearest_rows,
+    upsample_convolution_statistics,
 )
 
 FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "linspace", "eye"}
@@ -41,6 +42,12 @@ def guarded():
     return (found_inf,)
 
 
+def upsampled():
+    x, weight = tensors((2, 3, 4, 4), (3, 2, 4, 4))
+    y, statistics = upsample_convolution_statistics(x, weight)
+    return y, statistics.parts
+
+
 VIDEO, TARGET, HEAD, BACKGROUND, QUERIES, ROWS = tensors(
     (2, 3, 16, 16), (2, 3, 16, 16), (2, 4, 2, 16, 16), (2, 3, 16, 16), (5, 8), (30, 8)
 )
@@ -58,6 +65,7 @@ OPS = {
     "latent_adam": one_step_of_adam,
     "batchnorm_relu": lambda: (batch_norm_relu(VIDEO, *VECTORS),),
     "step_guard": guarded,
+    "upsample_conv": upsampled,
 }
 
 

@@ -13,8 +13,11 @@ from vglann_kernels.latent_adam import kernel as latent_adam
 from vglann_kernels.launch import LAUNCH
 from vglann_kernels.nearest import kernel as nearest
 from vglann_kernels.step_guard import kernel as step_guard
+from vglann_kernels.upsample_conv import kernel as upsample_conv
+from vglann_kernels.upsample_conv import weight_gradient as upsample_conv_weights
 
 MODULES = (composite, laplacian, composite_laplacian, latent_adam, nearest, batchnorm_relu, step_guard)
+MODULES += (upsample_conv, upsample_conv_weights)
 
 
 class Recorder:
@@ -72,6 +75,10 @@ def launch_everything():
     batchnorm_relu.forward(x, *[vector] * 2, batchnorm_relu.statistics(x), *[None] * 3, 1, True, 0.1, 1e-5)
     saved = (x, x, *[vector] * 4)
     batchnorm_relu.backward(*saved, batchnorm_relu.gradient_sums(*saved), 1, True)
+    weight, upstream = torch.randn(5, 2, 4, 4), torch.randn(2, 2, 6, 6)
+    upsample_conv.forward(x, weight, None, None, None, True)
+    upsample_conv.input_gradient(upstream, weight, x, None, None)
+    upsample_conv_weights.weight_gradient(upstream, weight, x, None, None, True)
     flag, number = torch.tensor(False), torch.tensor(0.0)
     step_guard.guard(number, number, index, None, flag, flag, step, index, flag, number, None, None)
 

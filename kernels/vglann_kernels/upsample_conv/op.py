@@ -1,4 +1,4 @@
-"""`upsample_conv`: the transposed convolution that doubles images and videos."""
+"""`upsample_convolution`: the transposed convolution that doubles images and videos."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ MAX_POSITIONS = 2**31 - 1024
 
 
 class Statistics(NamedTuple):
-    """Statistics of y by channel: parts [P,2,C], mean and M2 of each part; all but the last have `rows` rows.
+    """Statistics of y by channel: parts [P,2,C], mean and M2 of each part of its rows.
 
-    M2 is the sum of squared differences from the mean. A row is a position of y.
+    Each part has `rows` rows until all are dealt out; the next one has the rest, and those after it are empty. M2 is
+    the sum of squared differences from the mean. A row is a position of y.
     """
 
     parts: Tensor
@@ -39,12 +40,17 @@ def _launch_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, statistics: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     from . import kernel
 
     y = x.new_empty(kernel.output_shape(x, weight)).contiguous(memory_format=kernel.form_of(x))
-    parts = kernel.statistics_of(x, weight)[0] if statistics else 0
+    parts = kernel.PARTS if statistics else 0
     return y, x.new_empty(parts, 2, weight.shape[1], dtype=torch.float32)
 
 
@@ -59,7 +65,7 @@ def _fake_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     from . import kernel
 
-    parts = kernel.input_gradient_parts(x, weight) if scale is not None else 0
+    parts = kernel.tiles_of(x) if scale is not None else 0
     return torch.empty_like(x), x.new_empty(parts, 2, weight.shape[0], dtype=torch.float32)
 
 
@@ -137,7 +143,7 @@ class _UpsampleConv(torch.autograd.Function):
                 inner = places[(slice(1, 3),) * (x.ndim - 2)]
                 gradients[2] = inner.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype)
         wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
-        present = without_second_derivative("upsample_conv", tuple(g for g in wanted if g is not None))
+        present = without_second_derivative("upsample_convolution", tuple(g for g in wanted if g is not None))
         left = iter(present)
         return (*(None if g is None else next(left) for g in wanted), None)
 
@@ -151,11 +157,13 @@ def _check(
     check_tensor("weight", weight, FLOATS if cast else (x.dtype,))
     check_shape("weight", weight, (x.shape[1], "outputs", *[4] * (x.ndim - 2)))
     if (scale is None) != (shift is None):
-        raise ValueError(f"{'scale' if scale is None else 'shift'}: expected both scale and shift, or neither")
+        missing = "scale" if scale is None else "shift"
+        raise ValueError(f"{missing}: expected both scale and shift, or neither, got None")
+    floats = FLOATS if cast else tuple(dict.fromkeys((x.dtype, compute_dtype(x))))
     vectors = {"bias": (bias, weight.shape[1]), "scale": (scale, x.shape[1]), "shift": (shift, x.shape[1])}
     for name, (vector, size) in vectors.items():
         if vector is not None:
-            check_tensor(name, vector, FLOATS if cast else (x.dtype, compute_dtype(x)))
+            check_tensor(name, vector, floats)
             check_shape(name, vector, (size,))
             check_same_device("x", x, name, vector)
     check_same_device("x", x, "weight", weight)
@@ -171,7 +179,7 @@ def _unsupported(x: Tensor) -> str | None:
     return None
 
 
-def upsample_conv(
+def upsample_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -182,22 +190,22 @@ def upsample_conv(
 ) -> Tensor:
     """Return the transposed convolution (kernel 4, stride 2, padding 1) of x [N,C,H,W] or [N,C,T,H,W].
 
-    weight [C,O,4,4] or [C,O,4,4,4], bias [O]; y has O channels and twice the size in every direction, and the dtype of
+    weight [C,O,4,4] or [C,O,4,4,4], bias [O]; y has O channels, twice the size in every direction, and the dtype of
     x. With scale and shift [C], what is convolved is max(0, scale x + shift): a BatchNorm and its ReLU.
 
-    x float32, bfloat16, float16 or float64; weight of the same dtype; the vectors of that dtype or float32 (float64 for
-    float64). Products are summed in float32. Under autocast float32 tensors are cast as for PyTorch's convolution.
-    Differentiable in all tensors, once with Triton: a second derivative raises RuntimeError. The Triton kernels take a
-    channels-last x and give a channels-last y; weights in another layout are copied.
+    x float32, bfloat16, float16 or float64; weight of the same dtype; the vectors of that dtype or float32 (float64
+    for float64). Products are summed in float32. Under autocast tensors are cast as for PyTorch's convolution.
+    Differentiable in all tensors, once with Triton: a second derivative raises RuntimeError. The Triton kernels take
+    a channels-last x and give a channels-last y; weights in another layout are copied.
     `impl`: "reference", the framework's convolution; "triton"; "narrow", which is "triton" up to 128 channels in and
     64 out and else the reference; "auto", the reference. None takes the process default (see `vglann_kernels.impl`).
-    Raises TypeError on a wrong dtype, ValueError on a wrong shape, mixed devices, scale without shift, and, where Triton
-    is asked for by name, a float64 x or one that is not channels-last.
+    Raises TypeError on a wrong dtype, ValueError on a wrong shape, mixed devices, scale without shift, and, where
+    Triton is asked for by name, a float64 x or one that is not channels-last.
     """
     return _convolved(x, weight, bias, scale, shift, False, impl)[0]
 
 
-def upsample_conv_statistics(
+def upsample_convolution_statistics(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -206,7 +214,7 @@ def upsample_conv_statistics(
     shift: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """Return `upsample_conv(...)` and the statistics of each of its channels, for the BatchNorm that follows.
+    """Return `upsample_convolution(...)` and the statistics of each of its channels, for the BatchNorm that follows.
 
     The statistics have no gradient. float32 (float64 for float64); the Triton kernel takes them from its registers.
     """
@@ -240,10 +248,10 @@ def _convolved(
         y, parts = _UpsampleConv.apply(x, weight, *vectors, statistics)
     else:
         y, parts = _forward(x, weight, *vectors, statistics)
-    return y, Statistics(parts, _rows_of_a_part(x, weight) if statistics else 0)
+    return y, Statistics(parts, _rows_of_a_part(x) if statistics else 0)
 
 
-def _rows_of_a_part(x: Tensor, weight: Tensor) -> int:
+def _rows_of_a_part(x: Tensor) -> int:
     from . import kernel
 
-    return kernel.statistics_of(x, weight)[1]
+    return kernel.rows_of_a_part(x)

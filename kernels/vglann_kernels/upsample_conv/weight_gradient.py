@@ -1,9 +1,9 @@
 """The gradient of `upsample_conv` by its weights in Triton: products over all positions, in two launches.
 
 A program multiplies its share of the positions of x, as columns, with the output's gradient at some places of the
-kernel, and leaves float32 sums. The second launch adds up the shares in a fixed order: no atomics, the same bits in every
-run. On the way the first one sums the output's gradient alone, for the bias: the places 1 and 2 of each dimension of
-the kernel meet every output once.
+kernel, and leaves float32 sums. The second launch adds up the shares in a fixed order: no atomics, the same bits in
+every run. On the way the first one sums the output's gradient alone, for the bias: the places 1 and 2 of each
+dimension of the kernel meet every output once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .tiles import power_of_2, splits_of, weight_gradient_tiles
 @triton.jit
 def _weight_gradient_kernel(
     grad_ptr, x_ptr, scale_ptr, shift_ptr, partials_ptr,
-    positions, positions_each, depth, height, width, channels, outputs,
+    positions, positions_each, depth: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+    channels: tl.constexpr, outputs: tl.constexpr,
     DIMS: tl.constexpr, TAPS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -30,6 +31,8 @@ def _weight_gradient_kernel(
     # gradient alone.
     COLUMNS: tl.constexpr = N // TAPS
     GROUPS: tl.constexpr = 4**DIMS // TAPS
+    WHOLE_M: tl.constexpr = channels % M == 0
+    WHOLE_N: tl.constexpr = outputs % COLUMNS == 0
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     channel = tl.program_id(1) * M + tl.arange(0, M)
     is_channel = channel < channels
@@ -46,17 +49,19 @@ def _weight_gradient_kernel(
         position = start + tl.arange(0, P)
         exists = position < last
         video, z, y, x = coordinates(position, depth, height, width)
-        at = tl.where(exists, position, 0).to(tl.int64)[:, None] * channels
-        at += tl.where(is_channel, channel, 0)[None, :]
-        inside = exists[:, None] & is_channel[None, :]
+        at = tl.where(exists, position, 0).to(tl.int64)[:, None] * channels + channel[None, :]
+        inside = exists[:, None]
+        if not WHOLE_M:
+            inside = inside & is_channel[None, :]
+            at = tl.where(inside, at, 0)
         values = tl.load(x_ptr + at, mask=inside, other=0.0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
             offset = tl.load(shift_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
             values = tl.where(inside, rectified(values, scale, offset, DTYPE), 0.0)
         gradient = gradient_tile(
-            grad_ptr, exists, video, z, y, x, tap[None, :], output, is_output,
-            depth, height, width, outputs, DIMS,
+            grad_ptr, exists, video, z, y, x, tap[None, :], output,
+            depth, height, width, outputs, DIMS, WHOLE_N,
         )  # fmt: skip
         total = tl.dot(tl.trans(values), gradient, total, input_precision=PRECISION)
         if SUMS:
@@ -95,21 +100,20 @@ def weight_gradient(
     """
     dims, (channels, outputs) = x.ndim - 2, weight.shape[:2]
     options = weight_gradient_tiles(dims, channels, outputs, x.dtype == torch.float32)
-    positions, *grid_sizes = sizes_of(x)
+    positions, *grid = sizes_of(x)
     columns = options["N"] // options["TAPS"]
     programs = 4**dims // options["TAPS"] * -(-outputs // columns), -(-channels // options["M"])
     splits = splits_of(positions, programs[0] * programs[1], options["P"])
     each = -(-positions // splits)
-    float32 = {"dtype": torch.float32, "device": x.device}
-    partials = torch.empty(splits, channels + with_sums, 4**dims, outputs, **float32)
+    sums = torch.empty(4**dims if with_sums else 0, outputs, dtype=torch.float32, device=x.device)
+    partials = sums.new_empty(splits, channels + with_sums, 4**dims, outputs)
     grad_weight = torch.empty_like(weight, memory_format=form_of(x))
-    sums = torch.empty(4**dims if with_sums else 0, outputs, **float32)
     values = (channels + with_sums) * 4**dims * outputs
     padded = power_of_2(splits)
     block = max(32, 4096 // padded)
     with device_guard(x):
         _weight_gradient_kernel[(*programs, splits)](
-            grad, x, scale, shift, partials, positions, each, *grid_sizes, channels, outputs,
+            grad, x, scale, shift, partials, positions, each, *grid, channels, outputs,
             SUMS=int(with_sums), PRECISION="ieee", **options, **LAUNCH,
         )  # fmt: skip
         _sum_kernel[(-(-values // block),)](

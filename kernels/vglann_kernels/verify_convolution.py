@@ -1,0 +1,71 @@
+"""Compare `upsample_convolution` with float64, for `vglann_kernels.verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comparison import Line, Shapes, dtypes, gradients_of, leaf, lines, relative_l2
+from .upsample_conv import reference
+from .upsample_conv.op import upsample_convolution, upsample_convolution_statistics
+
+# Dimensions, channels in and out of the transposed convolutions of both variants of the generator.
+LAYERS = (
+    *((3, *channels) for channels in ((512, 256), (256, 128), (128, 64), (64, 4))),
+    *((2, *channels) for channels in ((512, 512), (512, 256), (256, 128), (128, 64), (128, 3), (64, 3))),
+)
+# Without a GPU: one of each kind.
+FEW_LAYERS = ((3, 16, 9), (2, 8, 3))
+NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
+
+
+def upsample_conv(shapes: Shapes) -> Iterator[Line]:
+    """`upsample_convolution` at the channels of the generator's layers: output, gradients, statistics.
+
+    The layers with the fewest outputs rectify their input.
+    """
+    on_gpu = torch.device(shapes.device).type == "cuda"
+    for dtype in dtypes(shapes):
+        for dims, channels, outputs in LAYERS if on_gpu else FEW_LAYERS:
+            case = f"{str(dtype).removeprefix('torch.')} {dims}-D {channels} to {outputs}"
+            yield from _layer(shapes, dtype, dims, channels, outputs, case)
+
+
+def _layer(
+    shapes: Shapes, dtype: torch.dtype, dims: int, channels: int, outputs: int, case: str
+) -> Iterator[Line]:
+    form = torch.channels_last if dims == 2 else torch.channels_last_3d
+    batch, grid = min(shapes.batch, 4), (2, 3, 5)[-dims:]
+    x = torch.randn(batch, channels, *grid)
+    # Far from where rounding decides the rectification.
+    x = x.sign() * (x.abs() + 0.05)
+    weight = torch.randn(channels, outputs, *[4] * dims) * (channels * 2**dims) ** -0.5
+    upstream = torch.randn(batch, outputs, *(2 * size for size in grid))
+    images = [v.to(shapes.device, dtype).contiguous(memory_format=form) for v in (x, weight, upstream)]
+    scale = torch.tensor([0.5, 1.0, 2.0])[torch.randint(3, (channels,))]
+    vectors = [v.to(shapes.device) for v in (torch.randn(outputs), scale, torch.zeros(channels))]
+    given = [*images[:2], *vectors][: 5 if outputs < 8 else 3]
+
+    def run(impl: str, exact: Any) -> list[Tensor]:
+        leaves = [leaf(value, exact) for value in given]
+        scaling = dict(zip(("scale", "shift"), leaves[3:], strict=False))
+        y = upsample_convolution(*leaves[:3], **scaling, impl=impl)
+        y.backward(images[2].to(y.dtype))
+        return [y, *gradients_of(*leaves)]
+
+    yield from lines("upsample_conv", case, " ".join(NAMES[: len(given) + 1]), shapes.impl, run)
+    y, found = upsample_convolution_statistics(*images[:2], impl=shapes.impl)
+    off = relative_l2(joined_statistics(y, *found), reference.statistics(y.double())[0])
+    yield Line("upsample_conv", case, "statistics", off, 0.0, 2e-6)
+
+
+def joined_statistics(y: Tensor, parts: Tensor, rows: int) -> Tensor:
+    """Return [2,C], mean and M2 of all rows of y, in float64 from the statistics of parts of `rows` rows."""
+    mean, m2 = parts.double().unbind(dim=1)
+    first = rows * torch.arange(len(parts), device=y.device)
+    count = (y.numel() // y.shape[1] - first).clamp(0, rows)[:, None]
+    total = (count * mean).sum(dim=0) / count.sum()
+    return torch.stack([total, (m2 + count * (mean - total).square()).sum(dim=0)])
