@@ -18,8 +18,8 @@ switch.register("upsample_conv", "narrow", why_no_triton)
 
 # "narrow" takes Triton up to these channels in and out; public measurements favor a kernel there.
 NARROW = (128, 64)
-# Positions are counted in 32 bits, with room for a tile behind the last one.
-MAX_POSITIONS = 2**31 - 1024
+# Positions and weights are counted in 32 bits, with room for a tile behind the last one.
+MAX_COUNT = 2**31 - 1024
 
 
 class Statistics(NamedTuple):
@@ -169,13 +169,15 @@ def _check(
     check_same_device("x", x, "weight", weight)
 
 
-def _unsupported(x: Tensor) -> str | None:
+def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "x: expected a 16- or 32-bit float, got float64"
     if not x.is_contiguous(memory_format=_form(x)):
         return f"x: expected a channels-last tensor, got strides {x.stride()}"
-    if x.numel() // max(1, x.shape[1]) > MAX_POSITIONS:
-        return f"x: expected at most {MAX_POSITIONS} positions, got shape {tuple(x.shape)}"
+    if x.numel() // max(1, x.shape[1]) > MAX_COUNT:
+        return f"x: expected at most {MAX_COUNT} positions, got shape {tuple(x.shape)}"
+    if weight.numel() > MAX_COUNT:
+        return f"weight: expected at most {MAX_COUNT} values, got shape {tuple(weight.shape)}"
     return None
 
 
@@ -227,7 +229,7 @@ def _convolved(
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     cast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
     _check(x, weight, bias, scale, shift, cast)
-    unsupported = _unsupported(x)
+    unsupported = _unsupported(x, weight)
     chosen = switch.chosen("upsample_conv", impl, x.device, unsupported)
     if chosen == "narrow":
         fits = weight.shape[0] <= NARROW[0] and weight.shape[1] <= NARROW[1]

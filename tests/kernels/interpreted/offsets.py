@@ -17,6 +17,9 @@ from vglann_kernels.composite_laplacian import kernel as composite_laplacian
 from vglann_kernels.laplacian.pyramid import Pyramid
 from vglann_kernels.latent_adam.state import LatentAdamState
 from vglann_kernels.nearest import kernel as nearest
+from vglann_kernels.upsample_conv import kernel as upsample_conv
+from vglann_kernels.upsample_conv import weight_gradient as upsample_conv_weights
+from vglann_kernels.upsample_conv.tiles import weight_gradient_tiles
 
 FAR = 2**31
 
@@ -175,6 +178,44 @@ def test_latent_adam(mode):
         assert torch.equal(read, latent_gather(near, small, index, lr=lr, impl="triton"))
     assert torch.equal(table[-2:], near)
     assert not torch.equal(near, rows)
+
+
+def test_upsample_conv():
+    """The last 8 of many images, which are one tile; of the weights' gradient the last share of the positions."""
+    torch.manual_seed(0)
+
+    def last(values):
+        return values.contiguous(memory_format=torch.channels_last)
+
+    def far(values, count):
+        table = torch.empty(count, *values.shape[1:], dtype=values.dtype, memory_format=torch.channels_last)
+        table[-len(values) :] = values
+        return table
+
+    count = FAR // (16 * 64) + 8
+    x, upstream = (last(torch.randn(8, n, k, k).half()) for n, k in ((64, 4), (16, 8)))
+    weight = last(torch.randn(64, 16, 4, 4).half())
+    far_x, far_upstream = far(x, count), far(upstream, count)
+    tile = count * 16 // 128 - 1
+    with only(upsample_conv, "_forward_kernel", (4, 1), (4 * tile, 0)):
+        y, _ = upsample_conv.forward(far_x, weight, None, None, None, False)
+    assert torch.equal(y[-8:], upsample_conv.forward(x, weight, None, None, None, False)[0])
+    with only(upsample_conv, "_input_gradient_kernel", (1, 1), (tile, 0)):
+        grad_x, _ = upsample_conv.input_gradient(far_upstream, weight, far_x, None, None)
+    assert torch.equal(grad_x[-8:], upsample_conv.input_gradient(upstream, weight, x, None, None)[0])
+    options = weight_gradient_tiles(2, 64, 16, False)
+    found = []
+    for images, gradient, shares in ((x, upstream, 1), (far_x, far_upstream, 2)):
+        partials, positions = torch.empty(2, 64, 16, 16), images.numel() // 64
+        # All positions but 128 would be the first share, which does not run.
+        each = positions - 128 if shares == 2 else positions
+        rest = (positions, each, 1, 4, 4, 64, 16)
+        with only(upsample_conv_weights, "_weight_gradient_kernel", (2, 1, 1), (0, 0, shares - 1)):
+            launch = upsample_conv_weights._weight_gradient_kernel[None]
+            launch(gradient, images, None, None, partials, *rest, SUMS=0, PRECISION="ieee", **options)
+        found.append(partials[shares - 1])
+    assert torch.equal(*found)
+    assert found[0].any()
 
 
 def test_nearest():
