@@ -115,16 +115,16 @@ def launches_of(monkeypatch, tmp_path):
     count = Counted()
     patch_for_meta(monkeypatch, lambda: count.launches.update(["fused_adam"]))
     monkeypatch.setattr(assemble, "in_precision", in_precision)
-    for op in switch.OPS:
-        module = import_module(f"vglann_kernels.{op}.kernel")
+    for place in (*(f"{op}.kernel" for op in switch.OPS), "upsample_conv.weight_gradient"):
+        module, op = import_module(f"vglann_kernels.{place}"), place.partition(".")[0]
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel") and hasattr(value, "arg_names"):
                 monkeypatch.setattr(module, name, Kernel(f"{op} {name}", count.launches))
     clips = ClipSet.open(write_clip_folder(tmp_path / "clips", moving_squares(16, 32, 64)), "train")
 
-    def launches(**changes):
+    def launches(kernels="triton,upsample_conv=reference", **changes):
         options = replace(PRESETS["modern-2026a"].train, data="resident", precision="bf16", **changes)
-        with switch.using_impl("triton"):
+        with switch.using_impl(kernels):
             training = new_training(clips, options, RunDir(clips.folder, {}), device="meta")
             training.begin_epoch(0)
             rows = torch.zeros(training.batch_size, dtype=torch.int64, device="meta")
@@ -145,6 +145,19 @@ def test_a_step_is_at_most_95_launches(launches_of):
     norms = {name: n for name, n in launches.items() if name.startswith("batchnorm_relu")}
     assert sum(norms.values()) == 2 * (2 * 3 + 5)
     assert launches["convolution"] == launches["convolution_backward"] == 8
+
+
+def test_convolutions_by_the_kernel_are_four_launches_a_layer(launches_of, monkeypatch):
+    """Forward, by the input, and two by the weights; of a head's bias the sums are added up."""
+    launches = launches_of("triton")
+    for kernel in ("forward", "input_gradient", "weight_gradient", "sum"):
+        assert launches[f"upsample_conv _{kernel}_kernel"] == 8, launches
+    assert "convolution" not in launches
+    assert launches.total() <= 115, launches
+    monkeypatch.setitem(switch.implementations("upsample_conv"), "narrow", lambda device: None)
+    narrow = launches_of("triton,upsample_conv=narrow")
+    # The last two layers of both streams.
+    assert narrow["upsample_conv _forward_kernel"] == 4 == narrow["convolution"]
 
 
 def test_muon_is_counted_apart(launches_of):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vglann_kernels import mask_composite
 
 from vglann_fast.glo.batchnorm import ImageNorm, VideoNorm
+from vglann_fast.glo.upsampling import ImageUpsampling, VideoUpsampling
 from vglann_fast.options.training import LatentNorm, Variant
 
 UPSAMPLING = 16  # four layers of stride 2: sizes and frame counts are multiples of this
@@ -49,15 +50,15 @@ class VideoStream(nn.Module):
         super().__init__()
         self.norm1 = VideoNorm(8 * width)
         # A BatchNorm that is used twice sees two inputs, so the bias of the first cannot be folded into it.
-        self.conv2 = nn.ConvTranspose3d(8 * width, 4 * width, 4, 2, 1, bias=expanded and reuse_norms)
+        self.conv2 = VideoUpsampling(8 * width, 4 * width, bias=expanded and reuse_norms)
         self.norm2 = VideoNorm(4 * width)
         self.expand2 = nn.Conv3d(4 * width, 4 * width, 1) if expanded else None
         self.norm2_expanded = VideoNorm(4 * width) if expanded and not reuse_norms else None
-        self.conv3 = nn.ConvTranspose3d(4 * width, 2 * width, 4, 2, 1, bias=False)
+        self.conv3 = VideoUpsampling(4 * width, 2 * width)
         self.norm3 = VideoNorm(2 * width)
-        self.conv4 = nn.ConvTranspose3d(2 * width, width, 4, 2, 1, bias=False)
+        self.conv4 = VideoUpsampling(2 * width, width)
         self.norm4 = VideoNorm(width)
-        self.head = nn.ConvTranspose3d(width, 4, 4, 2, 1)
+        self.head = VideoUpsampling(width, 4, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.run(self._layer1, x)
@@ -89,18 +90,16 @@ class BackgroundStream(nn.Module):
         super().__init__()
         wide = 2 if expanded else 1
         self.norm1 = ImageNorm(8 * width)
-        self.conv2 = nn.ConvTranspose2d(8 * width, 4 * wide * width, 4, 2, 1, bias=False)
+        self.conv2 = ImageUpsampling(8 * width, 4 * wide * width)
         self.norm2 = ImageNorm(4 * wide * width)
         self.expand2 = nn.Conv2d(4 * wide * width, 4 * wide * width, 1) if expanded else None
-        self.conv3 = nn.ConvTranspose2d(4 * wide * width, 2 * wide * width, 4, 2, 1, bias=False)
+        self.conv3 = ImageUpsampling(4 * wide * width, 2 * wide * width)
         self.norm3 = ImageNorm(2 * wide * width)
-        self.conv4 = nn.ConvTranspose2d(
-            2 * wide * width, wide * width, 4, 2, 1, bias=expanded and reuse_norms
-        )
+        self.conv4 = ImageUpsampling(2 * wide * width, wide * width, bias=expanded and reuse_norms)
         self.norm4 = ImageNorm(wide * width)
         self.expand4 = nn.Conv2d(wide * width, wide * width, 1) if expanded else None
         self.norm4_expanded = ImageNorm(wide * width) if expanded and not reuse_norms else None
-        self.head = nn.ConvTranspose2d(wide * width, 3, 4, 2, 1)
+        self.head = ImageUpsampling(wide * width, 3, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x)

@@ -154,12 +154,12 @@ def _check(
     check_tensor("x", x, FLOATS)
     if x.ndim not in (4, 5):
         raise ValueError(f"x: expected shape (N, C, H, W) or (N, C, T, H, W), got {tuple(x.shape)}")
-    check_tensor("weight", weight, FLOATS if cast else (x.dtype,))
+    floats = FLOATS if cast else tuple(dict.fromkeys((x.dtype, compute_dtype(x))))
+    check_tensor("weight", weight, floats)
     check_shape("weight", weight, (x.shape[1], "outputs", *[4] * (x.ndim - 2)))
     if (scale is None) != (shift is None):
         missing = "scale" if scale is None else "shift"
         raise ValueError(f"{missing}: expected both scale and shift, or neither, got None")
-    floats = FLOATS if cast else tuple(dict.fromkeys((x.dtype, compute_dtype(x))))
     vectors = {"bias": (bias, weight.shape[1]), "scale": (scale, x.shape[1]), "shift": (shift, x.shape[1])}
     for name, (vector, size) in vectors.items():
         if vector is not None:
@@ -195,8 +195,8 @@ def upsample_convolution(
     weight [C,O,4,4] or [C,O,4,4,4], bias [O]; y has O channels, twice the size in every direction, and the dtype of
     x. With scale and shift [C], what is convolved is max(0, scale x + shift): a BatchNorm and its ReLU.
 
-    x float32, bfloat16, float16 or float64; weight of the same dtype; the vectors of that dtype or float32 (float64
-    for float64). Products are summed in float32. Under autocast tensors are cast as for PyTorch's convolution.
+    x float32, bfloat16, float16 or float64; the others of the same dtype or float32 (float64 for float64), which
+    rounds weights to the dtype of x. Products are summed in float32. Autocast casts as for PyTorch's convolution.
     Differentiable in all tensors, once with Triton: a second derivative raises RuntimeError. The Triton kernels take
     a channels-last x and give a channels-last y; weights in another layout are copied.
     `impl`: "reference", the framework's convolution; "triton"; "narrow", which is "triton" up to 128 channels in and
@@ -227,7 +227,11 @@ def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     statistics: bool, impl: str | None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
-    cast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    cast = (
+        isinstance(x, Tensor)
+        and x.device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(x.device.type)
+    )
     _check(x, weight, bias, scale, shift, cast)
     unsupported = _unsupported(x, weight)
     chosen = switch.chosen("upsample_conv", impl, x.device, unsupported)
@@ -241,9 +245,8 @@ def _convolved(
         parts = reference.statistics(y) if statistics else y.new_empty(0)
         return y, Statistics(parts, y.numel() // max(1, y.shape[1]))
     if cast:
-        half = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(half), weight.to(half)
-    weight = weight.contiguous(memory_format=_form(x))
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    weight = weight.to(x.dtype).contiguous(memory_format=_form(x))
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, scale, shift)]
     tensors = [x, weight, *vectors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -16,8 +16,8 @@ def upsample_conv(
     if scale is not None and shift is not None:
         x = scaled_and_rectified(x, scale, shift)
     convolve = F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
-    bias = None if bias is None else bias.to(weight.dtype)
-    return convolve(x, weight, bias, stride=2, padding=1)
+    bias = None if bias is None else bias.to(x.dtype)
+    return convolve(x, weight.to(x.dtype), bias, stride=2, padding=1)
 
 
 def scaled_and_rectified(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from counted import Traffic, poisoned
+from vglann_kernels import impl as switch
 from vglann_kernels import upsample_convolution, upsample_convolution_statistics, verify
-from vglann_kernels.upsample_conv import kernel, reference
+from vglann_kernels.upsample_conv import kernel, reference, weight_gradient
 from vglann_kernels.verify_convolution import joined_statistics
+
+from vglann_fast.glo.generator import TwoStreamGenerator
 
 FORWARD = torch.ops.vglann_kernels.upsample_conv.default
 BY_INPUT = torch.ops.vglann_kernels.upsample_conv_input_gradient.default
@@ -79,10 +82,22 @@ def test_in_half_precision(shape, outputs):
     check(inputs(shape, outputs, torch.float16, rectifying=True), 1e-3)
 
 
+def take_tiles_of(rows, monkeypatch):
+    """Tiles of the forward pass and of the gradient by x have so many positions, steps of the other gradient, too."""
+    monkeypatch.setattr(kernel, "tile_rows", lambda wide: rows)
+    for module, name, letter in (
+        (kernel, "forward_tiles", "M"),
+        (kernel, "input_gradient_tiles", "M"),
+        (weight_gradient, "weight_gradient_tiles", "P"),
+    ):
+        plain = getattr(module, name)
+        changed = lambda *given, plain=plain, letter=letter: {**plain(*given), letter: rows}  # noqa: E731
+        monkeypatch.setattr(module, name, changed)
+
+
 @pytest.mark.parametrize(("shape", "outputs"), [SHAPES[0], SHAPES[3]], ids=str)
 def test_statistics_are_of_y_as_it_is_stored(shape, outputs, monkeypatch):
-    monkeypatch.setattr(kernel, "forward_tiles", lambda *given: {**TILES(*given), "M": 16})
-    monkeypatch.setattr(kernel, "tile_rows", lambda wide: 16)
+    take_tiles_of(16, monkeypatch)
     monkeypatch.setattr(kernel, "PARTS", 4)
     x, weight, bias, *_ = inputs(shape, outputs, torch.float16)
     with poisoned():
@@ -90,9 +105,6 @@ def test_statistics_are_of_y_as_it_is_stored(shape, outputs, monkeypatch):
     assert len(parts) == 4
     exact = reference.statistics(y.double())[0]
     torch.testing.assert_close(joined_statistics(y, parts, rows), exact, rtol=1e-5, atol=0)
-
-
-TILES = kernel.forward_tiles
 
 
 @pytest.mark.parametrize(
@@ -214,6 +226,22 @@ def test_traces_into_one_graph():
         found.append([leaf.grad for leaf in leaves])
     for traced, eager in zip(*found, strict=True):
         assert torch.equal(traced, eager)
+
+
+def test_the_whole_generator_is_the_one_with_the_framework_s_convolutions(monkeypatch):
+    take_tiles_of(1024, monkeypatch)
+    generator = TwoStreamGenerator("original", 8, 2, frames=16, size=16).channels_last()
+    state = {name: value.clone() for name, value in generator.state_dict().items()}
+    z, results = torch.randn(2, 8), []
+    for impl, dtype in (("auto,upsample_conv=triton", torch.float32), ("reference", torch.float64)):
+        generator.load_state_dict(state)
+        generator.to(dtype).zero_grad()
+        with switch.using_impl(impl):
+            head, background = generator.logits(z.to(dtype))
+            (head.square().mean() + background.square().mean()).backward()
+        results.append([head, background, *(parameter.grad for parameter in generator.parameters())])
+    for ours, exact in zip(*results, strict=True):
+        assert 0 < (ours.double() - exact).norm() <= 1e-4 * exact.norm()
 
 
 def test_traffic():
