@@ -27,6 +27,7 @@ import bench_composite_laplacian
 import bench_laplacian
 import bench_latent_adam
 import bench_step_guard
+import bench_upsample_conv
 import torch
 
 from vglann_fast.experiments.timing import (
@@ -85,6 +86,16 @@ def norm_group(batch: int) -> dict[str, Callable[[], Group]]:
     return {f"batchnorm_relu norm4 full {batch}": group}
 
 
+def convolution_groups(batch: int) -> dict[str, Callable[[], Group]]:
+    """Return the groups of the two narrow transposed convolutions of the video stream."""
+    return {
+        f"upsample_conv {layer} full {batch}": lambda layer=layer: bench_upsample_conv.group(
+            shape(batch)[0], layer, "full"
+        )
+        for layer in ("conv4", "head")
+    }
+
+
 GROUPS = {
     **loss_groups(LARGE),
     **loss_groups(SMALL),
@@ -98,6 +109,8 @@ GROUPS = {
     f"composite_laplacian paper full {LARGE}": lambda: bench_composite_laplacian.group(
         shape(LARGE), LAYOUT, "full", "paper"
     ),
+    **convolution_groups(LARGE),
+    **convolution_groups(SMALL),
 }
 # torch.compile takes seconds a group.
 COMPILED = {f"laplacian full {LARGE}", f"composite_laplacian full {LARGE}"}

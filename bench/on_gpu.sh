@@ -94,7 +94,7 @@ verify() { # what takes the time is compiling, so it is spread over the cores
         done
         run_verify "$op-paper" --op $op --dtype bfloat16 --blur paper
     done
-    for op in composite latent_adam nearest batchnorm_relu step_guard; do
+    for op in composite latent_adam nearest batchnorm_relu step_guard upsample_conv; do
         run_verify $op --op $op
     done
     wait
@@ -136,7 +136,8 @@ layers() {
     run 30 cudnn "$python" bench/cudnn_probe.py
     run 40 epoch "$python" bench/bench_imle_epoch.py "${epoch[@]}"
     VGLANN_BENCH_JSONL="$out/layers.jsonl" run 430 layers "$python" -m pytest -q -p no:cacheprovider \
-        --benchmark-only --benchmark-quiet bench/bench_conv_layers.py bench/bench_batchnorm_relu.py
+        --benchmark-only --benchmark-quiet bench/bench_conv_layers.py bench/bench_batchnorm_relu.py \
+        bench/bench_upsample_conv.py
 }
 
 tune() { # the table is in tune.txt, the measurements are in vglann-fast/tune.json

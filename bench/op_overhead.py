@@ -23,6 +23,7 @@ from vglann_kernels import (
     latent_adam_step,
     latent_gather,
     mask_composite,
+    upsample_convolution,
 )
 from vglann_kernels import impl as switch
 
@@ -45,8 +46,11 @@ def without_kernels() -> None:
     from vglann_kernels.laplacian import kernel as laplacian
     from vglann_kernels.latent_adam import kernel as latent_adam
     from vglann_kernels.step_guard import kernel as step_guard
+    from vglann_kernels.upsample_conv import kernel as upsample_conv
+    from vglann_kernels.upsample_conv import weight_gradient
 
-    for module in (composite, laplacian, composite_laplacian, latent_adam, batchnorm_relu, step_guard):
+    modules = (composite, laplacian, composite_laplacian, latent_adam, batchnorm_relu, step_guard)
+    for module in (*modules, upsample_conv, weight_gradient):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 setattr(module, name, NoKernel())
@@ -74,6 +78,12 @@ def calls() -> dict[str, Callable[[], Any]]:
         leaf = x.requires_grad_()
         torch.autograd.grad(batch_norm_relu(leaf, weight, bias, *statistics, counter), leaf, x.detach())
 
+    kernel = torch.randn(8, 4, 4, 4, requires_grad=True)
+
+    def convolution() -> None:
+        y = upsample_convolution(x.requires_grad_(), kernel)
+        torch.autograd.grad(y, (x, kernel), torch.empty_like(y))
+
     def composite() -> None:
         outputs = mask_composite(head, background)
         torch.autograd.grad(outputs[0], (head, background), torch.empty_like(outputs[0]))
@@ -86,6 +96,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "laplacian": lambda: torch.autograd.grad(laplacian_pyramid_loss(video, target), video, one),
         "composite_laplacian": joint,
         "batch_norm_relu": norm,
+        "upsample_convolution": convolution,
         "guard_step": lambda: guard_step(one, one, index, **guard),
         "latent_gather": lambda: latent_gather(table, state, index),
         "latent_adam_step": lambda: latent_adam_step(

@@ -29,15 +29,15 @@ class Configuration:
 def configurations(target: int | str) -> list[Configuration]:
     """Return what is compiled for a target: per op the defaults of the presets `modern` and `paper`, B = 256.
 
-    The search is tuned for each target, and left out on the informational targets.
+    The search is tuned for each target. It and the convolutions are left out on the informational targets.
     """
     compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
-    compiled += [*_batchnorm_relu(), *_step_guard(), *_upsample_conv()]
+    compiled += [*_batchnorm_relu(), *_step_guard()]
     if target != LARGE_TARGET:
         compiled = [c for c in compiled if LARGE not in c.name]
     if target in INFORMATIONAL:
         return compiled
-    return [*compiled, *_nearest(divmod(int(target), 10))]
+    return [*compiled, *_upsample_conv(), *_nearest(divmod(int(target), 10))]
 
 
 def _composite() -> Iterator[Configuration]:

@@ -189,8 +189,8 @@ def write_table(rows: list[Row], path: Path) -> None:
         "multiprocessor at once, instructions of the code (loops once) and those for the matrix units among them\n"
         "(mma), compiled ahead of time. A stack over 0 is spilling.\n"
         "Made by `python -m vglann_kernels.resources`. Targets 75 (no bfloat16 units, below the minimum) and\n"
-        "gfx942 (only shared memory is read) are for information, without the search; no kernel was run on either.\n"
-        "Planes of 128x128 are compiled for one target only.\n\n"
+        "gfx942 (only shared memory is read) are for information, without search and convolutions.\n"
+        "No kernel was run on either. Planes of 128x128 are compiled for one target only.\n\n"
         f"triton {triton.__version__}, sources {source_hash()}\n\n"
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]

@@ -38,12 +38,12 @@ def _layer(
     shapes: Shapes, dtype: torch.dtype, dims: int, channels: int, outputs: int, case: str
 ) -> Iterator[Line]:
     form = torch.channels_last if dims == 2 else torch.channels_last_3d
-    batch, grid = min(shapes.batch, 4), (2, 3, 5)[-dims:]
-    x = torch.randn(batch, channels, *grid)
+    grid = (2, 3, 5)[-dims:]
+    x = torch.randn(shapes.batch, channels, *grid)
     # Far from where rounding decides the rectification.
     x = x.sign() * (x.abs() + 0.05)
     weight = torch.randn(channels, outputs, *[4] * dims) * (channels * 2**dims) ** -0.5
-    upstream = torch.randn(batch, outputs, *(2 * size for size in grid))
+    upstream = torch.randn(shapes.batch, outputs, *(2 * size for size in grid))
     images = [v.to(shapes.device, dtype).contiguous(memory_format=form) for v in (x, weight, upstream)]
     scale = torch.tensor([0.5, 1.0, 2.0])[torch.randint(3, (channels,))]
     vectors = [v.to(shapes.device) for v in (torch.randn(outputs), scale, torch.zeros(channels))]

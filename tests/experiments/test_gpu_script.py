@@ -66,7 +66,7 @@ def test_a_contender_that_raises_makes_it_red_and_the_others_are_measured(tmp_pa
     failed = {key for key, row in kernels.items() if "failed" in row}
     assert failed == {("laplacian full 256", "author"), ("laplacian full 15", "author")}
     measured = {group for (group, name), row in kernels.items() if name == "reference" and row["ms"] > 0}
-    assert len(measured) == 14
+    assert len(measured) == 18
     assert (
         "| author | RuntimeError: an illegal memory access was encountered |"
         in (out / "tables.md").read_text()
@@ -118,7 +118,7 @@ def test_one_wrong_kernel_among_the_parallel_checks_makes_it_red(tmp_path):
     assert done.returncode == 1
     ended = summary(tmp_path / "out")
     assert [name for name, what in ended.items() if not what.startswith("ok")] == ["verify-laplacian-paper"]
-    assert len(ended) == 13
+    assert len(ended) == 14
     assert "--dtype float16" in (tmp_path / "out" / "verify-laplacian-float16.txt").read_text()
 
 

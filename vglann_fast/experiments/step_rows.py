@@ -20,6 +20,8 @@ from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
+# Every kernel where `auto` takes one.
+KERNELS = "triton,upsample_conv=reference"
 # Row -> (options of the training, kernels). The author's row is not one of ours.
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "author": ({}, ""),
@@ -27,9 +29,9 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "tf32": ({"precision": "tf32"}, "reference"),
     "bf16": ({"precision": "bf16"}, "reference"),
     "bf16 compile": ({"precision": "bf16", "compile": True}, "reference"),
-    "bf16 kernels": ({"precision": "bf16"}, "triton"),
-    "bf16 compile kernels": ({"precision": "bf16", "compile": True}, "triton"),
-    "bf16 kernels graph": ({"precision": "bf16", "cuda_graph": "on", "data": "resident"}, "triton"),
+    "bf16 kernels": ({"precision": "bf16"}, KERNELS),
+    "bf16 compile kernels": ({"precision": "bf16", "compile": True}, KERNELS),
+    "bf16 kernels graph": ({"precision": "bf16", "cuda_graph": "on", "data": "resident"}, KERNELS),
 }
 
 

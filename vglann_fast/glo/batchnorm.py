@@ -19,11 +19,14 @@ class _NormAndRelu(nn.modules.batchnorm._BatchNorm):
     """A BatchNorm layer and, unless told otherwise, the ReLU that follows it: one op of the kernel library.
 
     processes: in train mode the statistics are taken over the batches of all of them.
+    statistics: as `batch_norm_relu` takes them.
     """
 
     processes = 1
 
-    def forward(self, x: Tensor, *, relu: bool = True) -> Tensor:
+    def forward(
+        self, x: Tensor, *, relu: bool = True, statistics: tuple[Tensor, int] | None = None
+    ) -> Tensor:
         self._check_input_dim(x)
         tensors = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
         if not relu:
@@ -36,6 +39,7 @@ class _NormAndRelu(nn.modules.batchnorm._BatchNorm):
             momentum=self.momentum,
             eps=self.eps,
             processes=self.processes,
+            statistics=statistics,
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vglann_kernels import mask_composite
 
 from vglann_fast.glo.batchnorm import ImageNorm, VideoNorm
-from vglann_fast.glo.upsampling import ImageUpsampling, VideoUpsampling
+from vglann_fast.glo.upsampling import ImageUpsampling, VideoUpsampling, normalized
 from vglann_fast.options.training import LatentNorm, Variant
 
 UPSAMPLING = 16  # four layers of stride 2: sizes and frame counts are multiples of this
@@ -71,16 +71,16 @@ class VideoStream(nn.Module):
         return self.norm1(x)
 
     def _layer2(self, x: Tensor) -> Tensor:
-        x = self.norm2(self.conv2(x))
+        x = normalized(self.conv2, self.norm2, x)
         if self.expand2 is not None:
             x = (self.norm2_expanded or self.norm2)(F.relu(pointwise(self.expand2, x)), relu=False)
         return x
 
     def _layer3(self, x: Tensor) -> Tensor:
-        return self.norm3(self.conv3(x))
+        return normalized(self.conv3, self.norm3, x)
 
     def _layer4(self, x: Tensor) -> Tensor:
-        return self.norm4(self.conv4(x))
+        return normalized(self.conv4, self.norm4, x)
 
 
 class BackgroundStream(nn.Module):
@@ -103,11 +103,11 @@ class BackgroundStream(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x)
-        x = self.norm2(self.conv2(x))
+        x = normalized(self.conv2, self.norm2, x)
         if self.expand2 is not None:
             x = F.relu(pointwise(self.expand2, x))
-        x = self.norm3(self.conv3(x))
-        x = self.norm4(self.conv4(x))
+        x = normalized(self.conv3, self.norm3, x)
+        x = normalized(self.conv4, self.norm4, x)
         if self.expand4 is not None:
             x = (self.norm4_expanded or self.norm4)(F.relu(pointwise(self.expand4, x)), relu=False)
         return self.head(x)

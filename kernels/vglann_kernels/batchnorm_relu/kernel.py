@@ -299,10 +299,10 @@ def statistics(x: Tensor) -> Tensor:
     return partials
 
 
-def joined_partials(x: Tensor, partials: Tensor) -> Tensor:
-    """Return [2,C]: mean and M2 of all rows of x, from its `statistics`."""
+def joined_partials(x: Tensor, partials: Tensor, rows_each: int | None = None) -> Tensor:
+    """Return [2,C]: mean and M2 of all rows of x, from its `statistics` or from parts of `rows_each` rows."""
     mean, m2 = partials.double().unbind(dim=1)  # [parts,C]
-    _, rows_each, _ = _launch(x, STATISTICS_TILE, parts_of(x))
+    rows_each = rows_each or _launch(x, STATISTICS_TILE, parts_of(x))[1]
     first = rows_each * torch.arange(len(mean), dtype=torch.int64, device=x.device)
     count = (rows_of(x) - first).clamp(0, rows_each)[:, None]
     total = (count * mean).sum(dim=0) / rows_of(x)
@@ -313,11 +313,12 @@ def joined_partials(x: Tensor, partials: Tensor) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, partials: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, counter: Tensor | None, processes: int, training: bool,
-    momentum: float | None, eps: float,
+    momentum: float | None, eps: float, rows_of_part: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (y, mean, 1 / deviation) and move the running statistics.
 
-    `partials` is of `statistics`, or has one part of each process; without it a program takes all rows.
+    `partials` is of `statistics`, or has one part of each process, or parts of `rows_of_part` rows; without it a
+    program takes all rows.
     A momentum of None averages over all calls, and the counter has counted this one.
     """
     y = torch.empty_like(x)
@@ -326,7 +327,8 @@ def forward(
     few = training and partials is None
     grid, rows_each, options = _launch(x, FORWARD_TILE, 0 if few else 2 * parts_of(x))
     parts = 0 if partials is None else len(partials)
-    rows_of_part = rows if processes > 1 else _launch(x, STATISTICS_TILE, parts_of(x))[1]
+    if rows_of_part is None:
+        rows_of_part = rows if processes > 1 else _launch(x, STATISTICS_TILE, parts_of(x))[1]
     with device_guard(x):
         _forward_kernel[grid](
             x, weight, bias, partials, running_mean, running_var, counter, y, mean, invstd,

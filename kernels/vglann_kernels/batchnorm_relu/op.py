@@ -37,7 +37,7 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, partials: Tensor | 
     from . import kernel
 
     result = kernel.forward(x, weight, bias, partials, *rest)
-    *running, _, training, _, _ = rest
+    *running, _, training, _, _, _ = rest
     for tensor in running:
         if training and tensor is not None and not tensor.is_inference():
             # Tell autograd that it was written, so that a graph that saved it fails instead of using new values.
@@ -69,8 +69,8 @@ def _fake_backward(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, *_: An
 _statistics = operator("batch_norm_statistics(Tensor x) -> Tensor", _launch_statistics, _fake_partials)
 _forward = operator(
     "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor? partials, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, Tensor(c!)? counter, int processes, bool training, float? momentum, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor(b!)? running_var, Tensor(c!)? counter, int processes, bool training, float? momentum, float eps,"
+    " int? rows_of_part=None) -> (Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
 )
@@ -95,11 +95,11 @@ def _one_program(x: Tensor, processes: int) -> bool:
     return processes == 1 and x.numel() // x.shape[1] <= FEW_ROWS
 
 
-def _of_all_processes(x: Tensor, partials: Tensor, processes: int) -> Tensor:
+def _of_all_processes(x: Tensor, partials: Tensor, rows_of_part: int | None, processes: int) -> Tensor:
     """Return [processes,2,C], mean and M2 of each process's batch, from the partials of this process's programs."""
     from . import kernel
 
-    own = kernel.joined_partials(x, partials)[None]
+    own = kernel.joined_partials(x, partials, rows_of_part)[None]
     gathered = own.expand(processes, -1, -1).contiguous()
     dist.all_gather_into_tensor(gathered, own)
     return gathered
@@ -107,14 +107,13 @@ def _of_all_processes(x: Tensor, partials: Tensor, processes: int) -> Tensor:
 
 def _normalized(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor | None, ...], processes: int,
-    training: bool, momentum: float | None, eps: float,
+    training: bool, momentum: float | None, eps: float, partials: Tensor | None, rows_of_part: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    partials = None
-    if training and not _one_program(x, processes):
+    if partials is None and training and not _one_program(x, processes):
         partials = _statistics(x)
-        if processes > 1:
-            partials = _of_all_processes(x, partials, processes)
-    return _forward(x, weight, bias, partials, *running, processes, training, momentum, eps)
+    if partials is not None and processes > 1:
+        partials, rows_of_part = _of_all_processes(x, partials, rows_of_part, processes), None
+    return _forward(x, weight, bias, partials, *running, processes, training, momentum, eps, rows_of_part)
 
 
 class _BatchNormRelu(torch.autograd.Function):
@@ -124,10 +123,11 @@ class _BatchNormRelu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, counter: Tensor | None, processes: int, training: bool,
-        momentum: float | None, eps: float,
+        momentum: float | None, eps: float, partials: Tensor | None, rows_of_part: int | None,
     ) -> Tensor:  # fmt: skip
         running = (running_mean, running_var, counter)
-        y, mean, invstd = _normalized(x, weight, bias, running, processes, training, momentum, eps)
+        rest = (processes, training, momentum, eps, partials, rows_of_part)
+        y, mean, invstd = _normalized(x, weight, bias, running, *rest)
         ctx.save_for_backward(x, weight, bias, mean, invstd)
         ctx.processes, ctx.training = processes, training
         # torch.compile knows no such setting.
@@ -138,7 +138,7 @@ class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 10
+            return (None,) * 12
         x, *saved = ctx.saved_tensors
         processes, training = ctx.processes, ctx.training
         grad = grad.contiguous(memory_format=_memory_format(x))
@@ -156,7 +156,7 @@ class _BatchNormRelu(torch.autograd.Function):
             parts = own.flip(0).unbind()
             mine = [part.to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
             gradients = (gradients[0], *mine)
-        return (*without_second_derivative("batch_norm_relu", gradients), *(None,) * 7)
+        return (*without_second_derivative("batch_norm_relu", gradients), *(None,) * 9)
 
 
 def _check(
@@ -204,6 +204,7 @@ def batch_norm_relu(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     processes: int = 1,
+    statistics: tuple[Tensor, int] | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Return relu((x - mean) / sqrt(var + eps) * weight + bias) for x [N,C,H,W] or [N,C,T,H,W].
@@ -213,6 +214,8 @@ def batch_norm_relu(
     given; a momentum of None averages over all calls counted there. training=False takes the running statistics.
     processes: in training, the statistics are taken over the batches, of one size, of this many processes in
     torch.distributed's default group, each of which makes this call. A parameter's gradient is of the own batch.
+    statistics: in training, mean and M2 of x as `upsample_convolution_statistics` gives them, (float32 [P,2,C], rows
+    of a part). The kernels then read x once less; the reference takes its own.
 
     x float32, bfloat16, float16 or float64; the vectors float32 (float64 for float64) or the dtype of x; computed in
     float32 (float64 for float64, which only the reference takes). y has the dtype of x. Differentiable in x, weight
@@ -225,6 +228,13 @@ def batch_norm_relu(
     """
     running = {"running_mean": running_mean, "running_var": running_var}
     _check(x, weight, bias, running, num_batches_tracked, training, momentum, eps, processes)
+    partials, rows_of_part = statistics or (None, None)
+    if partials is not None:
+        check_tensor("statistics", partials, (compute_dtype(x),))
+        check_shape("statistics", partials, ("P", 2, x.shape[1]))
+        check_same_device("x", x, "statistics", partials)
+        if not training:
+            raise ValueError("statistics: expected None with training=False, got a tensor")
     unsupported = not_contiguous(**running)
     if x.dtype == torch.float64:
         unsupported = "x: expected a 16- or 32-bit float, got float64"
@@ -242,7 +252,7 @@ def batch_norm_relu(
         running_mean = running_var = None
     x = x.contiguous(memory_format=_memory_format(x))
     weight, bias = weight.contiguous(), bias.contiguous()
-    rest = (running_mean, running_var, counter, processes, training, momentum, eps)
+    rest = (running_mean, running_var, counter, processes, training, momentum, eps, partials, rows_of_part)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _BatchNormRelu.apply(x, weight, bias, *rest)
     return _normalized(x, weight, bias, rest[:3], *rest[3:])[0]

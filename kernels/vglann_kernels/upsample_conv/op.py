@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import impl as switch
+from ..batchnorm_relu import op as batchnorm_relu
 from ..checks import FLOATS, check_same_device, check_shape, check_tensor, compute_dtype
 from ..launch import operator, why_no_triton, without_second_derivative
 from . import reference
@@ -181,6 +182,28 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def _takes_kernel(x: Tensor, weight: Tensor, impl: str | None) -> bool:
+    unsupported = _unsupported(x, weight)
+    chosen = switch.chosen("upsample_conv", impl, x.device, unsupported)
+    if chosen == "narrow":
+        fits = weight.shape[0] <= NARROW[0] and weight.shape[1] <= NARROW[1]
+        chosen = "triton" if fits else "reference"
+        if fits and unsupported:
+            raise ValueError(f"upsample_conv: narrow: {unsupported}; 'reference' takes it")
+    return chosen != "reference" and x.numel() > 0 and weight.numel() > 0
+
+
+def statistics_pay(x: Tensor, weight: Tensor) -> bool:
+    """Return True if a BatchNorm that follows should get the convolution's statistics.
+
+    That is where both are Triton's, and the norm would read its input twice.
+    """
+    rows = x.numel() // max(1, x.shape[1]) * 2 ** (x.ndim - 2)
+    if rows <= batchnorm_relu.FEW_ROWS or not _takes_kernel(x, weight, None):
+        return False
+    return switch.chosen("batchnorm_relu", None, x.device) == "triton"
+
+
 def upsample_convolution(
     x: Tensor,
     weight: Tensor,
@@ -233,14 +256,7 @@ def _convolved(
         and torch.is_autocast_enabled(x.device.type)
     )
     _check(x, weight, bias, scale, shift, cast)
-    unsupported = _unsupported(x, weight)
-    chosen = switch.chosen("upsample_conv", impl, x.device, unsupported)
-    if chosen == "narrow":
-        fits = weight.shape[0] <= NARROW[0] and weight.shape[1] <= NARROW[1]
-        chosen = "triton" if fits else "reference"
-        if fits and unsupported:
-            raise ValueError(f"upsample_conv: narrow: {unsupported}; 'reference' takes it")
-    if chosen == "reference" or x.numel() == 0 or weight.numel() == 0:
+    if not _takes_kernel(x, weight, impl):
         y = reference.upsample_conv(x, weight, bias, scale, shift)
         parts = reference.statistics(y) if statistics else y.new_empty(0)
         return y, Statistics(parts, y.numel() // max(1, y.shape[1]))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from counted import Traffic, poisoned
+from vglann_kernels import batch_norm_relu, upsample_convolution, upsample_convolution_statistics, verify
 from vglann_kernels import impl as switch
-from vglann_kernels import upsample_convolution, upsample_convolution_statistics, verify
+from vglann_kernels.batchnorm_relu import kernel as batchnorm_kernel
+from vglann_kernels.batchnorm_relu import op as batchnorm_relu
 from vglann_kernels.upsample_conv import kernel, reference, weight_gradient
 from vglann_kernels.verify_convolution import joined_statistics
 
@@ -228,12 +230,45 @@ def test_traces_into_one_graph():
         assert torch.equal(traced, eager)
 
 
+def test_a_batch_norm_takes_the_statistics_and_does_not_read_x_for_them(monkeypatch):
+    monkeypatch.setattr(batchnorm_relu, "FEW_ROWS", 0)
+    monkeypatch.setattr(kernel, "PARTS", 4)
+    x, weight, *_ = inputs((4, 8, 3, 5), 16)
+    norm_weight, norm_bias = torch.rand(16) + 0.5, torch.randn(16)
+    y, statistics = upsample_convolution_statistics(x, weight, impl="triton")
+    found, bytes_read = [], []
+    for given in (statistics, None):
+        leaf = y.clone().requires_grad_()
+        running = [torch.zeros(16), torch.ones(16), torch.tensor(0)]
+        with Traffic() as traffic:
+            z = batch_norm_relu(leaf, norm_weight, norm_bias, *running, statistics=given, impl="triton")
+        bytes_read.append(traffic.bytes)
+        z.square().sum().backward()
+        found.append([z.detach(), leaf.grad, *running])
+    for ours, own in zip(*found, strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
+    # What a process hands to the others.
+    own = batchnorm_kernel.joined_partials(y, *statistics)
+    torch.testing.assert_close(own, reference.statistics(y)[0], rtol=1e-4, atol=1e-5)
+    assert bytes_read[1] - bytes_read[0] > 0.9 * 4 * y.numel()
+    with pytest.raises(ValueError, match=r"statistics: expected shape \(P, 2, 16\), got"):
+        batch_norm_relu(y, norm_weight, norm_bias, statistics=(statistics.parts[:, :1], 1), impl="triton")
+    with pytest.raises(ValueError, match="statistics: expected None with training=False"):
+        rest = {"training": False, "running_mean": norm_bias, "running_var": norm_weight}
+        batch_norm_relu(y, norm_weight, norm_bias, statistics=statistics, **rest)
+
+
 def test_the_whole_generator_is_the_one_with_the_framework_s_convolutions(monkeypatch):
+    """And with the norms by their kernel, which takes the statistics from the convolution where rows are many."""
     take_tiles_of(1024, monkeypatch)
+    monkeypatch.setattr(batchnorm_relu, "FEW_ROWS", 100)
     generator = TwoStreamGenerator("original", 8, 2, frames=16, size=16).channels_last()
     state = {name: value.clone() for name, value in generator.state_dict().items()}
     z, results = torch.randn(2, 8), []
-    for impl, dtype in (("auto,upsample_conv=triton", torch.float32), ("reference", torch.float64)):
+    for impl, dtype in (
+        ("reference,upsample_conv=triton,batchnorm_relu=triton", torch.float32),
+        ("reference", torch.float64),
+    ):
         generator.load_state_dict(state)
         generator.to(dtype).zero_grad()
         with switch.using_impl(impl):
