@@ -352,7 +352,7 @@ def input_gradient(
     options = input_gradient_tiles(dims, channels, outputs, x.dtype == torch.float32)
     positions, *grid = sizes_of(x)
     tiles = tiles_of(x)
-    grad_x = torch.empty_like(x, memory_format=form_of(x))
+    grad_x = torch.empty_like(x)
     partials = torch.empty(
         tiles if scale is not None else 0, 2, channels, dtype=torch.float32, device=x.device
     )

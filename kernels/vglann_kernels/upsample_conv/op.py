@@ -50,7 +50,8 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     from . import kernel
 
-    y = x.new_empty(kernel.output_shape(x, weight)).contiguous(memory_format=kernel.form_of(x))
+    shape = kernel.output_shape(x, weight)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=kernel.form_of(x))
     parts = kernel.PARTS if statistics else 0
     return y, x.new_empty(parts, 2, weight.shape[1], dtype=torch.float32)
 
@@ -187,9 +188,9 @@ def _takes_kernel(x: Tensor, weight: Tensor, impl: str | None) -> bool:
     chosen = switch.chosen("upsample_conv", impl, x.device, unsupported)
     if chosen == "narrow":
         fits = weight.shape[0] <= NARROW[0] and weight.shape[1] <= NARROW[1]
-        chosen = "triton" if fits else "reference"
-        if fits and unsupported:
+        if fits and unsupported and switch.requested("upsample_conv", impl)[0] == "narrow":
             raise ValueError(f"upsample_conv: narrow: {unsupported}; 'reference' takes it")
+        chosen = "triton" if fits and not unsupported else "reference"
     return chosen != "reference" and x.numel() > 0 and weight.numel() > 0
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import LAUNCH, device_guard
-from .kernel import coordinates, form_of, gradient_tile, rectified, sizes_of
+from .kernel import coordinates, gradient_tile, rectified, sizes_of
 from .tiles import power_of_2, splits_of, weight_gradient_tiles
 
 
@@ -107,7 +107,7 @@ def weight_gradient(
     each = -(-positions // splits)
     sums = torch.empty(4**dims if with_sums else 0, outputs, dtype=torch.float32, device=x.device)
     partials = sums.new_empty(splits, channels + with_sums, 4**dims, outputs)
-    grad_weight = torch.empty_like(weight, memory_format=form_of(x))
+    grad_weight = torch.empty_like(weight)
     values = (channels + with_sums) * 4**dims * outputs
     padded = power_of_2(splits)
     block = max(32, 4096 // padded)

@@ -190,6 +190,13 @@ def test_what_is_refused_where_the_kernel_is_asked_for():
     assert empty.shape == (0, 4, 6, 8)
 
 
+def test_a_measured_choice_falls_back_where_one_that_was_asked_for_raises(monkeypatch):
+    x, weight, *_ = inputs((1, 3, 2, 2), 2)
+    monkeypatch.setattr(switch, "chosen", lambda *given: "narrow")
+    y = upsample_convolution(x.contiguous(), weight)
+    assert torch.equal(y, reference.upsample_conv(x.contiguous(), weight, None, None, None))
+
+
 def test_a_second_derivative_is_refused():
     x, weight, *_ = inputs((1, 3, 2, 2), 2)
     x.requires_grad_()
