@@ -88,13 +88,15 @@ run_verify() { # NAME OPTION...
 
 verify() { # what takes the time is compiling, so it is spread over the cores
     local op dtype
-    for op in laplacian composite_laplacian; do
+    for op in laplacian composite_laplacian upsample_conv; do
         for dtype in bfloat16 float16 float32; do
             run_verify "$op-$dtype" --op $op --dtype $dtype
         done
+    done
+    for op in laplacian composite_laplacian; do
         run_verify "$op-paper" --op $op --dtype bfloat16 --blur paper
     done
-    for op in composite latent_adam nearest batchnorm_relu step_guard upsample_conv; do
+    for op in composite latent_adam nearest batchnorm_relu step_guard; do
         run_verify $op --op $op
     done
     wait

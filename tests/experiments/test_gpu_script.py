@@ -118,7 +118,7 @@ def test_one_wrong_kernel_among_the_parallel_checks_makes_it_red(tmp_path):
     assert done.returncode == 1
     ended = summary(tmp_path / "out")
     assert [name for name, what in ended.items() if not what.startswith("ok")] == ["verify-laplacian-paper"]
-    assert len(ended) == 14
+    assert len(ended) == 16
     assert "--dtype float16" in (tmp_path / "out" / "verify-laplacian-float16.txt").read_text()
 
 
