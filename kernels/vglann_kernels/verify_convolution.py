@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batchnorm_relu.op import batch_norm_relu
 from .comparison import Line, Shapes, dtypes, gradients_of, leaf, lines, relative_l2
 from .upsample_conv import reference
 from .upsample_conv.op import upsample_convolution_statistics
@@ -16,6 +17,8 @@ from .upsample_conv.op import upsample_convolution_statistics
 LAYERS = ((3, 256, 128), (3, 128, 64), (3, 64, 4), (2, 128, 64), (2, 64, 3))
 # Without a GPU: one of each kind.
 FEW_LAYERS = ((3, 16, 9), (2, 8, 3))
+# Relative L2 of values that are rounded to the dtype once.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
 NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
 
 
@@ -59,8 +62,21 @@ def _layer(
     yield from lines("upsample_conv", case, " ".join(NAMES[: len(given) + 1]), shapes.impl, run)
     # Of the last run, which was of the implementation that is compared.
     y, statistics = left[-1]
-    off = relative_l2(joined_statistics(y, *statistics), reference.statistics(y.double())[0])
-    yield Line("upsample_conv", case, "statistics", off, 0.0, 2e-6)
+    exact_mean, exact_m2 = reference.statistics(y.double())[0]
+    mean, m2 = joined_statistics(y, *statistics)
+    deviation = (exact_m2 / (y.numel() // outputs)).sqrt()
+    for quantity, off, limit in (
+        ("mean", ((mean - exact_mean).abs() / deviation).max().item(), 1e-5),
+        ("M2", relative_l2(m2, exact_m2), 2e-6),
+        ("BatchNorm", relative_l2(norm(y, statistics), norm(y.double(), None)), ROUNDING[dtype]),
+    ):
+        yield Line("upsample_conv", case, quantity, off, 0.0, limit)
+
+
+def norm(y: Tensor, statistics: Any) -> Tensor:
+    """Return the BatchNorm and ReLU of y [N,C,...] by statistics that were handed over, or by its own."""
+    one = y.new_ones(y.shape[1], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
+    return batch_norm_relu(y, one, torch.zeros_like(one), statistics=statistics)
 
 
 def joined_statistics(y: Tensor, parts: Tensor, rows: int) -> Tensor:
