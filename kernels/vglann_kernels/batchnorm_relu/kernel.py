@@ -231,10 +231,10 @@ def _backward_kernel(
     last = tl.minimum(first + rows_each, rows)
     if PARTS > 0:
         each = tl.arange(0, PARTS)
-        inside = (each < parts)[:, None] & exists[None, :]
+        written = (each < parts)[:, None] & exists[None, :]
         at = each[:, None] * 2 * channels + channel[None, :]
-        plain = tl.sum(tl.load(partials_ptr + at, mask=inside, other=0.0), axis=0)
-        product = tl.sum(tl.load(partials_ptr + at + channels, mask=inside, other=0.0), axis=0)
+        plain = tl.sum(tl.load(partials_ptr + at, mask=written, other=0.0), axis=0)
+        product = tl.sum(tl.load(partials_ptr + at + channels, mask=written, other=0.0), axis=0)
     else:
         plain, product = gradient_sums_of(
             x_ptr, grad_ptr, first, last, channel, channels, mean, invstd, weight, bias, ROWS
