@@ -142,7 +142,9 @@ def _forward_kernel(
                 # Counted before this launch, since no program may read what another one writes.
                 factor = 1.0 / tl.load(counter_ptr).to(tl.float32)
             elif counter_ptr is not None:
-                tl.store(counter_ptr, tl.load(counter_ptr) + 1, mask=tl.program_id(0) == 0)
+                # No other program may read what this one writes.
+                counts = tl.program_id(0) == 0
+                tl.store(counter_ptr, tl.load(counter_ptr, mask=counts, other=0) + 1, mask=counts)
             if running_mean_ptr is not None:
                 old = tl.load(running_mean_ptr + channel, mask=exists, other=0.0).to(tl.float32)
                 tl.store(running_mean_ptr + channel, (1.0 - factor) * old + factor * mean, mask=exists)
