@@ -213,7 +213,7 @@ def worse(row: Row, before: Row | None) -> list[str]:
         return [*reports, f"{case} is not in the table; run without --check"]
     if before.sources != row.sources:
         reports.append(f"{case}: the table is of other sources; run without --check")
-    if "-" not in (row.error, before.error) and float(row.error) > 2 * float(before.error) + 1e-7:
+    if "-" not in (row.error, before.error) and float(row.error) > 2 * float(before.error) + 1e-6:
         reports.append(f"{case}: {row.quantity} is off by {row.error}, before {before.error}")
     return reports
 
