@@ -5,6 +5,7 @@
 #   make lint    ruff, mypy, file sizes  make resources   registers, stack and shared memory of every kernel
 #   make docs    the documentation site in build/site
 #   make hub     the kernels in build/hub, in the layout of Hugging Face's kernel-builder (kernels/README.md)
+#   make proof   every kernel by the IR that Triton compiles, without a GPU: writes kernels/PROOF.md; hours, proof-share minutes
 #   make faults  break it on purpose: writes docs/faults.md; hours, and as root, for full disks and other users
 #
 # Without an NVIDIA driver PyTorch 2.13.0 is installed, else the newest. PyPI's wheel holds CUDA and is several times as large
@@ -22,7 +23,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench lint docs resources hub faults clean
+.PHONY: demo test bench lint docs resources proof proof-share hub faults clean
 .DELETE_ON_ERROR:
 # A training that was interrupted is resumed; without its options it could not be.
 .PRECIOUS: $(RUN)/options.json
@@ -49,6 +50,14 @@ docs: $(VENV)/installed-docs
 
 resources: $(VENV)/installed-test
 	$(BIN)/python -m vglann_kernels.resources
+
+proof: $(VENV)/proof
+	PYTHONPATH=$(VENV)/proof OMP_NUM_THREADS=1 $(BIN)/python -m vglann_kernels.proof
+
+# What CI repeats of it. The tests show first that faults are found.
+proof-share: $(VENV)/proof
+	PYTHONPATH=$(VENV)/proof OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels/test_proof.py
+	PYTHONPATH=$(VENV)/proof OMP_NUM_THREADS=1 $(BIN)/python -m vglann_kernels.proof --share --check
 
 # The builder writes a _ops.py of its own.
 hub:
@@ -90,4 +99,11 @@ $(VENV)/torch:
 
 $(VENV)/installed-%: pyproject.toml | $(VENV)/torch
 	$(PIP) install -q -e '.[$*]'
+	touch $@
+
+# A folder of its own, which nothing else imports.
+$(VENV)/proof: kernels/proof.txt | $(VENV)/installed-test
+	rm -rf $@ $@.new
+	$(PIP) install -q --target $@.new --no-deps --ignore-requires-python --require-hashes -r $<
+	mv $@.new $@
 	touch $@

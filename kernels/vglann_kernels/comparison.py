@@ -38,7 +38,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, and the loss's options.
+    """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, a database of `rows`
+    rows to search (500 in the interpreter), and the loss's options.
 
     `dtype` is the one dtype of the videos to verify; "" stands for all. `impl` is what is compared with float64:
     "triton", or "reference" alone. `seed` draws the random inputs.
@@ -50,6 +51,7 @@ class Shapes:
     levels: int = 3
     blur: str = "binomial"
     latent_dim: int = 100
+    rows: int = 10_000
     device: str = "cuda"
     impl: str = "triton"
     seed: int = 0

@@ -15,7 +15,7 @@ from .upsample_conv.op import upsample_convolution_statistics
 
 # Dimensions, channels in and out: of transposed convolutions of the generator, each of which compiles for seconds.
 LAYERS = ((3, 256, 128), (3, 128, 64), (3, 64, 4), (2, 128, 64), (2, 64, 3))
-# Without a GPU: one of each kind.
+# Without a GPU, and where planes are small: one of each kind.
 FEW_LAYERS = ((3, 16, 9), (2, 8, 3))
 # Relative L2 of values that are rounded to the dtype once.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
@@ -29,7 +29,7 @@ def upsample_conv(shapes: Shapes) -> Iterator[Line]:
     """
     on_gpu = torch.device(shapes.device).type == "cuda"
     for dtype in dtypes(shapes):
-        for dims, channels, outputs in LAYERS if on_gpu else FEW_LAYERS:
+        for dims, channels, outputs in LAYERS if on_gpu and shapes.size > 32 else FEW_LAYERS:
             case = f"{str(dtype).removeprefix('torch.')} {dims}-D {channels} to {outputs}"
             yield from _layer(shapes, dtype, dims, channels, outputs, case)
 

@@ -138,7 +138,10 @@ def test_every_op_has_its_four_files_and_its_test():
         for name in ("README.md", "reference.py", "kernel.py", "op.py"):
             assert (op / name).is_file(), op / name
         assert (ROOT / "tests" / "kernels" / f"test_{op.name}.py").is_file(), op.name
-        assert (ROOT / "bench" / f"bench_{op.name}.py").is_file(), op.name
+        bench = ROOT / "bench" / f"bench_{op.name}.py"
+        assert bench.is_file(), op.name
+        # A group of `pytest --benchmark-only`.
+        assert re.search(r"^def test_\w+\(benchmark\b", bench.read_text(), re.MULTILINE), op.name
 
 
 def test_no_file_over_400_lines():

@@ -1,8 +1,8 @@
 """Runs each file of interpreted/ in a process of its own, where Triton interprets the kernels on the CPU.
 
 Triton reads TRITON_INTERPRET when it is imported, so the tests of a kernel cannot share a process with others.
-Each file is one test here, so the workers of `make test` share the files. Not shown by any: bfloat16, whose products
-and rounding the interpreter does not compute right; a GPU shows it (`python -m vglann_kernels.verify`).
+Each file is one test here, so the workers of `make test` share the files. None shows bfloat16, whose products
+and rounding the interpreter does not compute right; `python -m vglann_kernels.proof` does, by the compiler's IR.
 """
 
 import os

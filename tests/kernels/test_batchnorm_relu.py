@@ -157,3 +157,19 @@ def test_activations_are_accessed_16_bytes_at_a_time_and_never_ahead():
         # 2-byte accesses would be of single bfloat16 values.
         assert not any(opcode.startswith(("LDG.E.U16", "STG.E.U16")) for opcode in opcodes), name
         assert ("STG.E.128" in opcodes) == name.startswith(("forward", "backward")), name
+
+
+def test_the_backward_pass_compiles_for_any_number_of_parts():
+    """256 channels have 33 parts on a GPU of 132 multiprocessors, and a tile of another number of rows."""
+    code = (
+        "from dataclasses import replace\n"
+        "from vglann_kernels import resources\n"
+        "from vglann_kernels.configurations import configurations\n"
+        "(c,) = [c for c in configurations(90) if c.name == 'backward bf16 64 channels']\n"
+        "resources.compile_kernel(replace(c, constants={**c.constants, 'PARTS': 64}), 90)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

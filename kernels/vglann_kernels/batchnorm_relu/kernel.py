@@ -142,7 +142,9 @@ def _forward_kernel(
                 # Counted before this launch, since no program may read what another one writes.
                 factor = 1.0 / tl.load(counter_ptr).to(tl.float32)
             elif counter_ptr is not None:
-                tl.store(counter_ptr, tl.load(counter_ptr) + 1, mask=tl.program_id(0) == 0)
+                # No other program may read what this one writes.
+                counts = tl.program_id(0) == 0
+                tl.store(counter_ptr, tl.load(counter_ptr, mask=counts, other=0) + 1, mask=counts)
             if running_mean_ptr is not None:
                 old = tl.load(running_mean_ptr + channel, mask=exists, other=0.0).to(tl.float32)
                 tl.store(running_mean_ptr + channel, (1.0 - factor) * old + factor * mean, mask=exists)
@@ -231,10 +233,10 @@ def _backward_kernel(
     last = tl.minimum(first + rows_each, rows)
     if PARTS > 0:
         each = tl.arange(0, PARTS)
-        inside = (each < parts)[:, None] & exists[None, :]
+        written = (each < parts)[:, None] & exists[None, :]
         at = each[:, None] * 2 * channels + channel[None, :]
-        plain = tl.sum(tl.load(partials_ptr + at, mask=inside, other=0.0), axis=0)
-        product = tl.sum(tl.load(partials_ptr + at + channels, mask=inside, other=0.0), axis=0)
+        plain = tl.sum(tl.load(partials_ptr + at, mask=written, other=0.0), axis=0)
+        product = tl.sum(tl.load(partials_ptr + at + channels, mask=written, other=0.0), axis=0)
     else:
         plain, product = gradient_sums_of(
             x_ptr, grad_ptr, first, last, channel, channels, mean, invstd, weight, bias, ROWS

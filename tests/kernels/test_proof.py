@@ -1,0 +1,126 @@
+"""`vglann_kernels.proof`: its arithmetic, its table, and that it finds faults where ttsem is installed."""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from vglann_kernels import proof, semantics
+from vglann_kernels.sectors import Sectors
+
+ROWS = proof.read_table()
+
+
+def rounded(exact):
+    """The float32 nearest to a fraction, ties to even, by whole numbers."""
+    exponent = max(math.frexp(abs(float(exact)))[1] - 24, -149) if exact else 0
+    return math.ldexp(round(exact / Fraction(2) ** exponent), exponent)
+
+
+def test_a_product_and_a_sum_are_rounded_once():
+    a, b, c = semantics.hard_cases()
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    a, b, c = (x[finite] for x in (a, b, c))
+    rows = zip(*(map(Fraction, x.tolist()) for x in (a, b, c)), strict=True)
+    exact = [rounded(x * y + z) for x, y, z in rows]
+    small = np.abs(exact) < 3.4e38
+    ours = semantics.fma(a, b, c)
+    assert (ours[small] == np.array(exact)[small]).all()
+    with np.errstate(over="ignore"):
+        twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert (ours != twice).any(), "the cases do not tell it from rounding twice"
+
+
+def test_special_values_are_those_of_the_formula():
+    a, b, c = semantics.hard_cases()
+    with np.errstate(all="ignore"):
+        plain = a * b + c
+    ours = semantics.fma(a, b, c)
+    assert (np.isnan(ours) == np.isnan(plain.astype(np.float64)))[~np.isinf(plain)].all()
+    assert semantics.fma(np.float32(np.inf), np.float32(1), np.float32(0)) == np.inf
+
+
+def test_without_ttsem_it_is_skipped_and_not_green(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(proof, "find_spec", lambda name: None)
+    assert proof.main(["--share"]) == 2
+    said = capsys.readouterr().err
+    assert "ttsem is not installed" in said
+    assert "make proof" in said
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert proof.main([]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_what_ci_repeats_is_in_the_table_and_right():
+    shared = [
+        case for case in proof.cases() if proof.shared(case) and case.op in {row.op for row in ROWS.values()}
+    ]
+    assert {case.dtype for case in shared} == set(proof.DTYPES)
+    for case in shared:
+        assert ROWS[str(case)].verdict.startswith("right"), case
+        assert ROWS[str(case)].sources == proof.sources(case.op), f"{case}: run make proof"
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    row = ROWS["composite bfloat16 ttir"]
+    proof.write_table({str(row.case): row}, tmp_path / "table.md")
+    assert proof.read_table(tmp_path / "table.md") == {str(row.case): row}
+    assert "| composite | float16 | - | ttir | not run |" in (tmp_path / "table.md").read_text()
+
+
+def test_what_got_worse_is_reported():
+    row = ROWS["composite bfloat16 ttir"]
+    assert not proof.worse(row, row)
+    assert proof.worse(row, None)
+    assert proof.worse(replace(row, verdict="WRONG 90: a fault"), row)
+    assert proof.worse(row, replace(row, sources="0"))
+    assert proof.worse(replace(row, error="1.0e+00"), row)
+
+
+@triton.jit
+def _shared_place_kernel(out_ptr, x_ptr, last):
+    first = tl.program_id(0) * 16
+    x = tl.load(x_ptr + first + tl.arange(0, 16))
+    tl.store(out_ptr + tl.minimum(first, last) + tl.arange(0, 16), x)
+
+
+@pytest.mark.parametrize(("last", "races"), [(16, set()), (8, {("_shared_place_kernel", "out_ptr")})])
+def test_a_write_where_another_program_writes_is_found(last, races):
+    pytest.importorskip("ttsem", reason="make proof-share installs it")
+    with semantics.executed("ttir", 90) as launches:
+        _shared_place_kernel[(2,)](torch.zeros(32), torch.arange(32.0), last)
+    assert (launches.count, launches.several, launches.unchecked) == (1, 1, 0)
+    assert launches.races == races
+
+
+def test_a_write_behind_a_tensor_is_found():
+    sanitize = pytest.importorskip("ttsem.sanitize", reason="make proof-share installs it")
+    with pytest.raises(sanitize.KernelFault, match="past the end"), semantics.executed("ttir", 90):
+        _shared_place_kernel[(2,)](torch.zeros(31), torch.arange(32.0), 16)
+
+
+@triton.jit
+def _strided_copy_kernel(out_ptr, x_ptr, STRIDE: tl.constexpr):
+    place = tl.arange(0, 512)
+    tl.store(out_ptr + place, tl.load(x_ptr + place * STRIDE))
+
+
+@pytest.mark.parametrize(("stride", "loads", "sectors"), [(1, 4, 64), (8, 16, 512)])
+def test_sectors_are_those_that_the_lanes_of_a_warp_touch(stride, loads, sectors):
+    """512 float32: four accesses of 16 bytes a lane, or one sector for each value."""
+    pytest.importorskip("ttsem", reason="make proof-share installs it")
+    counted = Sectors()
+    with semantics.executed("ttgir", 90, counted):
+        _strided_copy_kernel[(1,)](torch.zeros(512), torch.zeros(512 * stride), stride)
+    load, store = (("_strided_copy_kernel", kind) for kind in ("load", "store"))
+    assert (counted.requests[load], counted.sectors[load]) == (loads, sectors)
+    assert (counted.requests[store], counted.sectors[store]) == (4, 64)
+    assert counted.unique_bytes(load) == counted.unique_bytes(store) == 2048
