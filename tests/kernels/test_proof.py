@@ -9,8 +9,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from vglann_kernels import impl as switch
 from vglann_kernels import proof, semantics
+from vglann_kernels.batchnorm_relu import op as batchnorm_relu
 from vglann_kernels.sectors import Sectors
+
+from vglann_fast.glo.generator import TwoStreamGenerator
 
 ROWS = proof.read_table()
 
@@ -126,3 +130,28 @@ def test_sectors_are_those_that_the_lanes_of_a_warp_touch(stride, loads, sectors
     assert (counted.requests[load], counted.sectors[load]) == (loads, sectors)
     assert (counted.requests[store], counted.sectors[store]) == (4, 64)
     assert counted.unique_bytes(load) == counted.unique_bytes(store) == 2048
+
+
+def test_the_whole_generator_by_its_kernels_is_the_one_without(monkeypatch):
+    """Convolutions, norms and composite, forward and backward, on the IR; the convolutions hand over statistics."""
+    pytest.importorskip("ttsem", reason="make proof-share installs it")
+    monkeypatch.setattr(batchnorm_relu, "FEW_ROWS", 100)
+    torch.manual_seed(0)
+    generator = TwoStreamGenerator("original", 8, 2, frames=16, size=16).channels_last()
+    z, results = torch.randn(2, 8), []
+    with semantics.executed("ttir", 90) as launches:
+        results.append(video_and_gradients(generator, z, "triton"))
+    results.append(video_and_gradients(generator.double(), z.double(), "reference"))
+    assert launches.count > 40
+    assert not launches.unchecked
+    assert not launches.races
+    for ours, exact in zip(*results, strict=True):
+        assert 0 < (ours.double() - exact).norm() <= 1e-4 * exact.norm()
+
+
+def video_and_gradients(generator, z, impl):
+    generator.zero_grad()
+    with switch.using_impl(impl):
+        video = generator(z)
+        video.square().mean().backward()
+    return [video.detach(), *(parameter.grad.clone() for parameter in generator.parameters())]
