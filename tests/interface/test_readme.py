@@ -41,7 +41,7 @@ def test_the_script_runs_as_it_stands(tmp_path, monkeypatch):
     assert shown.shape == (16, 3, 16, 32, 32)
     assert "data:image/gif" in shown._repr_html_()
     assert (tmp_path / "samples.gif").stat().st_size > 1000
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "small-run" / "metrics.jsonl").read_text().splitlines()]
     assert names["run"].step == max(line["step"] for line in lines if line["stage"] == "glo") == 20
 
 
