@@ -22,7 +22,7 @@ import platform
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,21 @@ class Entry:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The choices by name; the defaults, where the choices together were not faster."""
+        """The choices by name; the defaults, where the choices together were not faster, or were not measured."""
+        contests = {name: contest for name, contest in self.contests.items() if name != TOGETHER}
+        changes = sum(contest.choice != contest.default for contest in contests.values())
         together = self.contests.get(TOGETHER)
-        chosen = together is None or together.choice != together.default
-        contests = [(name, contest) for name, contest in self.contests.items() if name != TOGETHER]
-        return {name: contest.choice if chosen else contest.default for name, contest in contests}
+        chosen = changes <= 1 if together is None else together.choice != together.default
+        return {name: contest.choice if chosen else contest.default for name, contest in contests.items()}
 
-    def only(self, names: Collection[str]) -> "Entry":
-        """Return the entry with these contests, and the one of all together, alone."""
-        kept = {name: found for name, found in self.contests.items() if name in (*names, TOGETHER)}
-        return replace(self, contests=kept)
-
-    def __str__(self) -> str:
-        """Return in one line the choices that differ from the rules of the program, and their factors."""
-        contests = [(name, self.contests[name], choice) for name, choice in self.choices.items()]
-        changes = [f"{name} {contest}" for name, contest, choice in contests if choice != contest.default]
+    def changes(self, names: Collection[str]) -> str:
+        """Say in one line which choices, of these names, differ from the rules of the program, and their factors."""
+        chosen = {name: choice for name, choice in self.choices.items() if name in names}
+        changes = [
+            f"{name} {self.contests[name]}"
+            for name, choice in chosen.items()
+            if choice != self.contests[name].default
+        ]
         return ", ".join(changes) or "nothing is faster than the defaults"
 
 
