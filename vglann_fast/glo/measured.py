@@ -65,7 +65,7 @@ def choices_of_new_run(
         _suggest(reason, run, device)
         return {}
     chosen = _open(entry.choices, options, device, given)
-    # A program that has called torch.set_num_threads computes with other threads than those of the measurement.
+    # A program that has called torch.set_num_threads has other threads than the measurement began with.
     if THREADS in chosen and entry.contests[THREADS].default != str(torch.get_num_threads()):
         del chosen[THREADS]
     log.info(
@@ -86,23 +86,24 @@ def choices_of_run(
 ) -> Choices:
     """Return the choices that a run began with, as far as they hold here.
 
-    On another device, or in several processes, only the precision does, which decides the digits of a run. With other
-    versions the execution is the one of the options: a CUDA graph or a compiled step was compared with the versions it
-    was measured with.
+    On another device, or in several processes, only the precision does, which decides the digits of a run. With
+    other versions the execution is the one of the options: a CUDA graph or a compiled step was compared with the
+    versions it was measured with.
 
-    choices: those of a part of the training. Default: those of the newest part.
+    choices: what a part of the training took. Default: what the newest part took.
     """
     measured = run.options.get("measured")
     if measured is None:
         return {}
     ranks, here = ranks or Ranks(), machine(device)
-    chosen = _open(measured["choices"] if choices is None else choices, options, device, given, ranks)
+    choices = measured["choices"] if choices is None else choices
+    chosen = _open(choices, options, device, given, ranks)
     elsewhere = measured["machine"].get("device") != here["device"]
     if elsewhere or ranks.size > 1:
         chosen = {name: choice for name, choice in chosen.items() if name == "precision"}
         reason = "were measured on another machine" if elsewhere else "are for one process"
         kept = "".join(f", except for precision {precision}" for precision in chosen.values())
-        if ranks.rank == 0:
+        if ranks.rank == 0 and chosen.keys() != choices.keys():
             log.warning("the choices of this run %s and do not count here%s", reason, kept)
     elif measured["machine"] != here:
         chosen.pop("execution", None)
