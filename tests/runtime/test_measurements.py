@@ -68,6 +68,15 @@ def test_several_choices_that_were_never_compared_together_are_the_defaults():
     assert found.choices == {"precision": "bf16", "data": "mmap"}
 
 
+def test_what_is_written_can_be_read_and_the_oldest_are_left_out(monkeypatch):
+    monkeypatch.setattr(measurements, "MAX_BYTES", 10_000)
+    entries = [entry(shapes={"width": width}) for width in range(40)]
+    write(place(), entries)
+    there = read(place())
+    assert 2 < len(there) < 40
+    assert there == entries[-len(there) :]
+
+
 def test_nothing_measured_is_no_entry_and_no_reason():
     assert lookup(CPU, SHAPES) == (None, "")
 
