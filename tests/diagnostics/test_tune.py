@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,17 +17,25 @@ from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.diagnostics import contenders, doctor
 from vglann_fast.diagnostics import tune as module
 from vglann_fast.diagnostics.contest import contest
-from vglann_fast.diagnostics.tune import rows_near, tune
+from vglann_fast.diagnostics.tune import import_, rows_near, tune
+from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.glo import assemble
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.training import Training
-from vglann_fast.runtime.measurements import place, read
+from vglann_fast.runtime import measurements
+from vglann_fast.runtime.measurements import Contest, Entry, machine, place, read, write
 
 CPU = torch.device("cpu")
 # A step of these is a matter of milliseconds.
 PRESET = "modern-2026a"
 TINY = {"width": 2, "latent_dim": 8, "batch_size": 3, "levels": 2}
+AN_ENTRY = Entry(
+    {**machine(CPU), "device": "Z80"},
+    {"width": 1},
+    "2026-03-01",
+    {"precision": Contest("fp32", "bf16", {"bf16": 1.0}, {"fp32": 1.0, "bf16": 2.0}, {})},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -160,18 +169,69 @@ def test_no_time_left_keeps_what_was_measured_and_names_the_rest(clips, clock, c
     assert "--minutes" in caplog.text
 
 
-def test_a_tune_killed_half_way_leaves_the_file_as_it_was(clips, clock):
-    one = {"precision": "fp32", "data": "mmap"}
-    tuned(clips, clock, **one)
-    before = place().read_bytes()
-    clock.dies_at = clock.now + 12
+def killed_after_a_contest(clips, clock):
+    clock.dies_at = clock.now + 20
     with pytest.raises(KeyboardInterrupt):
-        tuned(clips, clock, width=4, **one)
-    assert place().read_bytes() == before
-    assert {file.name for file in place().parent.iterdir()} == {"tune.json", "tune.lock"}
+        tuned(clips, clock, precision="fp32")
     clock.dies_at = float("inf")
-    tuned(clips, clock, width=4, **one)
+    assert {file.name for file in place().parent.iterdir()} == {"tune.json", "tune.lock"}
+
+
+def test_a_tune_killed_half_way_leaves_what_it_has_measured_beside_the_rest(clips, clock):
+    write(place(), [AN_ENTRY])
+    killed_after_a_contest(clips, clock)
+    there, measured = read(place())
+    assert there == AN_ENTRY
+    assert list(measured.contests) == ["memory_format"]
+    # An earlier measurement of the same training stays as it is.
+    earlier = replace(measured, when="2020-01-01", contests=AN_ENTRY.contests)
+    write(place(), [earlier])
+    killed_after_a_contest(clips, clock)
+    assert read(place()) == [earlier]
+
+
+def test_what_another_machine_has_written_meanwhile_is_kept(clips, clock):
+    def write_meanwhile(training):
+        if not place().exists():
+            write(place(), [AN_ENTRY])
+        return 1.0
+
+    clock.__init__(write_meanwhile)
+    tuned(clips, clock, precision="fp32", data="mmap")
+    assert read(place())[0] == AN_ENTRY
     assert len(read(place())) == 2
+
+
+def test_a_reference_that_does_not_fit_is_one_line_with_the_option_that_helps(clips, monkeypatch):
+    def full(training, **options):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(Training, "train_step", full)
+    with pytest.raises(VglannError, match="--batch-size"):
+        tuned(clips, None)
+
+
+def test_an_import_evicts_no_measurement_of_this_machine_and_replaces_no_newer_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(measurements, "MAX_ENTRIES", 3)
+    file = tmp_path / "file.json"
+
+    def own(when, width=1):
+        return replace(AN_ENTRY, machine=machine(CPU), shapes={"width": width}, when=when)
+
+    write(file, [replace(AN_ENTRY, shapes={"width": width}) for width in (1, 2, 3)])
+    write(place(), [own("2026-02-01")])
+    assert "measurements: 2, 0 of them" in import_(file, CPU)
+    assert own("2026-02-01") in read(place())
+    write(file, [own("2026-01-31"), own("2026-01-31", width=2)])
+    assert "measurements: 1, 1 of them" in import_(file, CPU)
+    assert [entry for entry in read(place()) if entry.machine == machine(CPU)] == [
+        own("2026-01-31", width=2),
+        own("2026-02-01"),
+    ]
+    write(file, [own("2026-02-02")])
+    import_(file, CPU)
+    assert own("2026-02-02") in read(place())
+    assert own("2026-02-01") not in read(place())
 
 
 def test_a_damaged_file_is_replaced_with_a_warning(clips, clock, caplog):
@@ -289,3 +349,14 @@ def test_the_doctor_says_what_was_chosen_how_much_faster_and_when(clips, clock, 
     place().write_text("[]")
     main(["doctor"])
     assert "WARN vglann tune" in capsys.readouterr().out
+
+
+def test_the_doctor_says_the_default_where_the_choices_were_not_faster_together(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "self_test", lambda: doctor.Finding("self-test", "PASS"))
+    together = Contest("defaults", "defaults", {"defaults": 1.0}, {"defaults": 1.0}, {})
+    found = {**AN_ENTRY.contests, "together": together}
+    write(place(), [replace(AN_ENTRY, machine=machine(CPU), contests=found)])
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured precision")]
+    assert "fp32" in line
+    assert "bf16" not in line

@@ -149,7 +149,14 @@ def test_training_after_a_resume_from_an_older_step_is_left_out():
     rates = [(30, [1, 2]), (100, [2, 3]), (50, [3, 4])]
     resumed = [{"step": step, "changed": {"lr_latents": pair}} for step, pair in rates]
     found = list(_stretches({"train": {"lr_latents": 4}, "resumed": resumed}, 200))
-    assert found == [(30, {"lr_latents": 1}), (50, {"lr_latents": 2}), (200, {"lr_latents": 4})]
+    assert found == [(30, {"lr_latents": 1}, {}), (50, {"lr_latents": 2}, {}), (200, {"lr_latents": 4}, {})]
+
+
+def test_each_part_of_a_training_has_the_choices_that_it_took():
+    both, precision = {"precision": "bf16", "data": "resident"}, {"precision": "bf16"}
+    resumed = [{"step": 10, "changed": {}}, {"step": 20, "changed": {}, "choices": [both, precision]}]
+    options = {"train": {}, "resumed": resumed, "measured": {"choices": precision}}
+    assert list(_stretches(options, 30)) == [(10, {}, both), (20, {}, both), (30, {}, precision)]
 
 
 RESUME = {"step": 7, "changed": {}, "environment": {}}

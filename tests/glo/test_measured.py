@@ -19,6 +19,7 @@ from vglann_fast.options.choices import left_open, read_choices, settled
 from vglann_fast.options.fields import options_to_json
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.measurements import Contest, Entry, machine, place, write
 from vglann_fast.runtime.numerics import numerics
 
@@ -46,6 +47,9 @@ def keep_choices(choices, **here):
     contests = {
         name: Contest("plain", value, {value: 1.0}, {value: 2.0}, {}) for name, value in choices.items()
     }
+    contests["together"] = Contest("defaults", "choices", {"choices": 1.0}, {"choices": 2.0}, {})
+    if "threads" in contests:
+        contests["threads"] = replace(contests["threads"], default=str(torch.get_num_threads()))
     shapes = training_shapes(OPTIONS, 16, 16, 3)
     write(place(), [Entry({**machine(CPU), **here}, shapes, "2026-01-02T03:04:05+00:00", contests)])
 
@@ -143,10 +147,17 @@ def test_where_nothing_was_measured_one_line_says_what_would_if_it_matters(
     assert "vglann tune" not in caplog.text
 
 
-def test_a_run_that_moved_keeps_no_choices_of_the_other_machine(clips, tmp_path, caplog):
-    run = new_run(tmp_path / "run", clips, OPTIONS)
+@pytest.fixture
+def run(clips, tmp_path):
+    """A run whose choices are to be set."""
+    made = new_run(tmp_path / "run", clips, OPTIONS)
+    made.options["measured"] = {"machine": machine(CPU), "when": "today", "choices": {}}
+    return made
+
+
+def test_a_run_that_moved_keeps_no_choices_of_the_other_machine_but_its_precision(run, caplog):
     choices = {"data": "resident", "execution": "graph"}
-    run.options["measured"] = {"machine": machine(CPU), "when": "today", "choices": choices}
+    run.options["measured"]["choices"] = choices
     assert choices_of_run(run, OPTIONS, CPU) == choices
     run.options["measured"]["choices"] = {**choices, "threads": "1024"}
     assert choices_of_run(run, OPTIONS, CPU) == choices
@@ -154,7 +165,58 @@ def test_a_run_that_moved_keeps_no_choices_of_the_other_machine(clips, tmp_path,
     assert choices_of_run(run, OPTIONS, CPU) == {"data": "resident"}
     run.options["measured"]["machine"]["device"] = "Z80"
     assert choices_of_run(run, OPTIONS, CPU) == {}
-    assert "another machine" in caplog.text
+    run.options["measured"]["choices"] = {**choices, "precision": "bf16"}
+    caplog.clear()
+    assert choices_of_run(run, OPTIONS, CPU) == {"precision": "bf16"}
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "another machine" in warning.message
+    assert "bf16" in warning.message
+    # No CPU has it.
+    run.options["measured"]["choices"] = {"precision": "fp16"}
+    assert choices_of_run(run, OPTIONS, CPU) == {}
+
+
+def test_several_processes_take_no_choice_of_a_run_but_its_precision(run, caplog):
+    run.options["measured"]["choices"] = {"data": "resident", "threads": "2", "precision": "bf16"}
+    assert choices_of_run(run, OPTIONS, CPU, ranks=Ranks(0, 2)) == {"precision": "bf16"}
+    assert "one process" in caplog.text
+
+
+def test_a_choice_that_does_not_go_with_a_changed_option_is_dropped(run):
+    run.options["measured"]["choices"] = {"execution": "compile", "data": "resident"}
+    changed = replace(OPTIONS, checkpoint_activations=True)
+    assert choices_of_run(run, OPTIONS, CPU) == {"execution": "compile", "data": "resident"}
+    assert choices_of_run(run, changed, CPU) == {"data": "resident"}
+
+
+@pytest.mark.parametrize(("kernels", "kept"), [("auto", True), ("reference", True), ("triton", False)])
+def test_a_kernel_asked_for_by_name_gets_the_format_that_it_needs(kernels, kept, run, monkeypatch):
+    run.options["measured"]["choices"] = {"memory_format": "contiguous"}
+    monkeypatch.setenv("VGLANN_KERNELS", kernels)
+    assert bool(choices_of_run(run, OPTIONS, CPU)) is kept
+
+
+def test_what_a_resume_does_not_take_stays_away_and_is_recorded(clips, tmp_path):
+    both, kept = {"execution": "graph", "data": "resident"}, {"data": "resident"}
+    keep_choices(both)
+    run, training = trained(tmp_path / "run", clips)
+    for given in (["compile"], []):
+        train(ClipSet.open(clips, "train"), run, resume=True, given=given)
+        run = RunDir.open(run.path)
+        assert run.options["measured"]["choices"] == kept
+    (resume,) = run.options["resumed"]
+    assert (resume["step"], resume["choices"]) == (training.step, [both, kept])
+
+
+def test_the_threads_that_a_program_has_set_are_not_replaced(clips, tmp_path):
+    keep_choices({"threads": "1", "data": "resident"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        run, _ = trained(tmp_path / "run", clips)
+    finally:
+        torch.set_num_threads(before)
+    assert run.options["measured"]["choices"] == {"data": "resident"}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +234,14 @@ def test_damaged_choices_of_a_run_are_refused_when_it_is_opened(value, clips, tm
     run = new_run(tmp_path / "run", clips, OPTIONS)
     (run.path / "options.json").write_text(json.dumps({**run.options, "measured": value}))
     with pytest.raises(VglannError, match="measured missing or damaged"):
+        RunDir.open(run.path)
+
+
+@pytest.mark.parametrize("choices", [None, [{}], [{}, {"data": "moon"}], {"a": {}, "b": {}}])
+def test_damaged_choices_of_a_resume_are_refused_when_the_run_is_opened(choices, run):
+    resumed = [{"step": 1, "changed": {}, "environment": {}, "choices": choices}]
+    (run.path / "options.json").write_text(json.dumps({**run.options, "resumed": resumed}))
+    with pytest.raises(VglannError, match="resumed missing or damaged"):
         RunDir.open(run.path)
 
 

@@ -3,11 +3,13 @@
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from tiny import new_run, tiny_options
 from torch import nn
+from vglann_kernels.impl import implementations, preferring, requested, resolve, using_impl
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
@@ -174,6 +176,29 @@ def test_activation_checkpointing_changes_no_number(variant):
         ]
         results.append([z.grad, *(p.grad for p in generator.parameters()), *statistics])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("block", [using_impl("reference"), preferring({"step_guard": "triton"})])
+def test_a_layer_that_runs_again_in_another_thread_takes_the_same_kernels(block, monkeypatch):
+    """As on a GPU, where the backward pass has a thread of its own."""
+    monkeypatch.setitem(implementations("step_guard"), "triton", lambda device: None)
+    generator = TwoStreamGenerator("original", 2, 2, frames=16, size=16)
+    checkpoint_activations(generator)
+    seen = []
+
+    def layer(x):
+        seen.append((requested("nearest"), resolve("step_guard", device="cpu")))
+        return x.square()
+
+    x = torch.ones(2, requires_grad=True)
+    with block:
+        y = generator.video.run(layer, x).sum()
+    backward = threading.Thread(target=y.backward)
+    backward.start()
+    backward.join()
+    assert len(seen) == 2
+    assert seen[0] == seen[1] != (requested("nearest"), resolve("step_guard", device="cpu"))
+    assert x.grad.tolist() == [2.0, 2.0]
 
 
 def test_activation_checkpointing_keeps_less():

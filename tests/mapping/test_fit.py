@@ -11,14 +11,19 @@ import torch.nn.functional as F
 from vglann_fast.cli.main import main
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.glo import measured
 from vglann_fast.mapping import fit
 from vglann_fast.mapping.fit import KINDS, fit_mapping, load_mapping
 from vglann_fast.mapping.gaussian import Gaussian
 from vglann_fast.mapping.generalization import describe_gap, measure_gap
+from vglann_fast.mapping.imle import IMLE
 from vglann_fast.options.mapping import MAP_KINDS, map_options
 from vglann_fast.options.presets import PRESETS
+from vglann_fast.run.files import write_json
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
+from vglann_fast.runtime.measurements import machine
+from vglann_fast.runtime.numerics import numerics
 
 TINY = ["--width", "4", "--latent-dim", "8", "--levels", "2", "--batch-size", "3"]
 SHORT = {
@@ -69,6 +74,32 @@ def test_a_fit_to_few_latents_takes_few_threads(run, monkeypatch, few, threads):
         assert (seen, torch.get_num_threads()) == ([threads], 6)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "processes", "taken"), [(False, 1, True), (True, 1, False), (False, 2, False)]
+)
+def test_a_fit_takes_the_measured_threads_of_the_run_unless_it_must_not(
+    run, tmp_path, monkeypatch, deterministic, processes, taken
+):
+    copy = RunDir.open(shutil.copytree(run, tmp_path / "run"))
+    before = torch.get_num_threads()
+    choices = {"threads": str(before + 1)}
+    copy.options["measured"] = {"machine": machine(torch.device("cpu")), "when": "today", "choices": choices}
+    write_json(copy.path / "options.json", copy.options)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(measured, "allowed", lambda: before + 1)
+    monkeypatch.setattr(fit, "FEW_LATENTS", 0)
+    seen = []
+
+    def stopped(*args, **options):
+        seen.append(torch.get_num_threads())
+        raise InterruptedError
+
+    monkeypatch.setattr(IMLE, "fit", stopped)
+    with numerics(deterministic=deterministic), pytest.raises(InterruptedError):
+        fit_mapping(copy.path, "imle", PRESETS["modern"].map["imle"], ranks=Ranks(0, processes))
+    assert seen == [before + taken]
 
 
 def test_nothing_set_aside_still_tells_the_distance(run, capsys):

@@ -50,11 +50,31 @@ def test_an_entry_comes_back_and_a_later_one_of_the_same_shapes_replaces_it():
 def test_choices_that_are_not_faster_together_are_the_defaults():
     found = entry("bf16")
     assert found.choices == {"precision": "bf16"}
-    assert "bf16 (2.00 times as fast)" in str(found)
+    assert "bf16 (2.00 times as fast)" in found.changes(["precision"])
     slower = Contest("defaults", "defaults", {"defaults": 1.0, "choices": 1.0}, {"choices": 1.0}, {})
     found = replace(found, contests={**found.contests, "together": slower})
-    assert found.choices == found.only(["precision"]).choices == {"precision": "fp32"}
-    assert "bf16" not in str(found.only(["precision"]))
+    assert found.choices == {"precision": "fp32"}
+    assert "bf16" not in found.changes(["precision"])
+
+
+def test_several_choices_that_were_never_compared_together_are_the_defaults():
+    contests = {"precision": entry("bf16").contests["precision"]}
+    contests["data"] = Contest("mmap", "resident", {"resident": 1.0}, {"resident": 1.2}, {})
+    found = replace(entry("bf16"), contests=contests)
+    assert found.choices == {"precision": "fp32", "data": "mmap"}
+    # The defaults hold for what is left of them, too.
+    assert "bf16" not in found.changes(["precision"])
+    contests["data"] = replace(contests["data"], choice="mmap")
+    assert found.choices == {"precision": "bf16", "data": "mmap"}
+
+
+def test_what_is_written_can_be_read_and_the_oldest_are_left_out(monkeypatch):
+    monkeypatch.setattr(measurements, "MAX_BYTES", 10_000)
+    entries = [entry(shapes={"width": width}) for width in range(40)]
+    write(place(), entries)
+    there = read(place())
+    assert 2 < len(there) < 40
+    assert there == entries[-len(there) :]
 
 
 def test_nothing_measured_is_no_entry_and_no_reason():

@@ -90,7 +90,13 @@ class Contenders:
         self._step_seconds = 0.0
         with ExitStack() as closed, using_impl("reference"):
             exact = replace(self.options, precision="fp32", compile=False, cuda_graph="off")
-            self._right = self._observed(*self._training(exact, {}, closed), {})
+            try:
+                self._right = self._observed(*self._training(exact, {}, closed), {})
+            except torch.OutOfMemoryError as error:
+                raise VglannError(
+                    "out of memory: contenders are compared with float32 by plain PyTorch, and with --batch-size "
+                    f"{options.batch_size} that does not fit; try `vglann tune CLIPS` with a smaller --batch-size"
+                ) from error
 
     def contests(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each choice that is open, and its values; the first one is what the rules of the program take."""

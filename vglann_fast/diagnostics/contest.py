@@ -51,9 +51,9 @@ def contest(
     A contender that is refused or raises is left out with its reason, and the others are timed. If the default is
     left out, the fastest of the others is chosen, without factors. If all are left out, the choice is "".
 
-    deadline: on `clock`. least: factor from which on the default is replaced.
+    deadline: on `clock`; no round begins after it. least: factor from which on the default is replaced.
 
-    Raises `NoTime` where the deadline comes before the third round.
+    Raises `NoTime` where fewer than three rounds were held before the deadline.
     """
     default = next(iter(contenders))
     laps, left_out = _prepared(contenders, clock, deadline)

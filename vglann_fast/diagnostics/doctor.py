@@ -161,8 +161,9 @@ def _measured() -> Iterator[dict[str, Any]]:
     here = measurements.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for entry in entries:
         for name, contest in entry.contests.items() if entry.machine == here else ():
-            choice, factor = contest.choice, contest.factors.get(contest.choice)
-            row = {"name": name, "choice": choice, "factor": factor, "when": entry.when}
+            # The contest of all choices together is not a choice itself.
+            choice = entry.choices.get(name, contest.choice)
+            row = {"name": name, "choice": choice, "factor": contest.factors.get(choice), "when": entry.when}
             yield {**row, "shapes": dict(entry.shapes)}
 
 

@@ -5,14 +5,14 @@ format, where the clips wait, the implementation of each op, and eager, compiled
 choices together against the defaults. For a run with latents the search for nearest rows follows, on its latents:
 rows in tight clusters want another implementation than rows that are spread out.
 
-The result goes to the cache when all is measured, see `runtime/measurements.py`. A tune that is killed before leaves
-the file as it was.
+The result goes to the cache after each contest, see `runtime/measurements.py`, so a tune that is killed leaves what
+it has measured. Only an earlier measurement of the same training stays until all is measured.
 """
 
 import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -99,7 +99,7 @@ def tune(
         target: run folder, clip folder, or None for clips of noise of 32 frames of 64 x 64.
         name: preset of a training on clips.
         given: its options that differ from the preset.
-        minutes: after which no contest is begun; one that is under way ends.
+        minutes: no round begins after these minutes, and a contest with fewer than three rounds is dropped.
 
     Returns the table of what was measured. Raises `VglannError` for a target or options that do not fit, where the
     cache cannot be written, and where another process measures.
@@ -112,22 +112,41 @@ def tune(
             )
         subject, before = _subject(target, name, given, device), _readable()
         deadline = clock() + 60 * minutes
-        measured = [_training_entry(subject, device, clock, deadline)]
+        measured = [_keep(_training_entries(subject, device, clock, deadline), before)]
         if subject.latents is not None:
-            measured.append(_mapping_entry(subject.latents, subject.rows, device, clock, deadline))
-        entries = [entry for entry in measured if entry.contests]
-        if not entries:
+            entries = _mapping_entries(subject.latents, subject.rows, device, clock, deadline)
+            measured.append(_keep(entries, before))
+        tables = [table(entry) for entry in measured if entry is not None]
+        if not tables:
             raise VglannError(
                 "nothing was measured: every choice is made, or no time was left; see the lines above"
             )
-        tables = "\n\n".join(map(table, entries))
-        try:
-            measurements.write(place(), [*before, *entries])
-        except VglannError:
-            # What took minutes is shown, even if it cannot be kept.
-            log.warning("%s", tables)
-            raise
-    return f"{tables}\n\nwritten: {place()}"
+    return "\n\n".join([*tables, f"written: {place()}"])
+
+
+def _keep(growing: Iterable[Entry], before: Sequence[Entry]) -> Entry | None:
+    """Write a measurement whenever it has grown, and return the whole; None where it has nothing.
+
+    before: what the cache held. Of these, one of the same training or mapping stays until the whole replaces it.
+    """
+    entry, written = None, None
+    for entry in growing:
+        if not any(entry.measures_the_same(other) for other in before):
+            _write(entry)
+            written = entry
+    if entry is not written and entry is not None:
+        _write(entry)
+    return entry
+
+
+def _write(entry: Entry) -> None:
+    """Add a measurement to what the cache holds by now: on a file system without locks others may have written."""
+    try:
+        measurements.write(place(), [*_readable(), entry])
+    except VglannError:
+        # What took minutes is shown, even if it cannot be kept.
+        log.warning("%s", table(entry))
+        raise
 
 
 def show() -> str:
@@ -145,12 +164,20 @@ def export(file: str | Path) -> str:
 
 
 def import_(file: str | Path, device: torch.device) -> str:
-    """Add the measurements in a file to the cache. Raises `VglannError` for a file that is not of `tune`."""
+    """Add the measurements in a file to the cache. Raises `VglannError` for a file that is not of `tune`.
+
+    Of two for the same machine and training the newer one stays. Where there are too many, the oldest ones of other
+    machines are left out.
+    """
     entries, here = _some(Path(file)), machine(device)
     with only_tune():
-        measurements.write(place(), [*_readable(), *entries])
-    own = sum(entry.machine == here for entry in entries)
-    return f"imported: {file}, measurements: {len(entries)}, {own} of them of this machine and its versions"
+        # `write` lets later ones win, and leaves out the first.
+        together = sorted([*entries, *_readable()], key=lambda entry: (entry.machine == here, entry.when))
+        measurements.write(place(), together)
+        there = measurements.read(place())
+    kept = [entry for entry in entries if entry in there]
+    own = sum(entry.machine == here for entry in kept)
+    return f"imported: {file}, measurements: {len(kept)}, {own} of them of this machine and its versions"
 
 
 def table(entry: Entry) -> str:
@@ -202,44 +229,46 @@ def _of_training(clips: ClipSet | None, options: TrainOptions, frames: int = 32,
     return Subject(some, options, batch_size_for(wanted if clips is None else len(clips), options, Ranks()))
 
 
-def _training_entry(subject: Subject, device: torch.device, clock: Clock, deadline: float) -> Entry:
-    """Contest the choices of a training one after the other."""
+def _training_entries(
+    subject: Subject, device: torch.device, clock: Clock, deadline: float
+) -> Iterator[Entry]:
+    """Contest the choices of a training one after the other; yield after each what is measured by then."""
     options, clips = subject.options, subject.clips
     contenders = Contenders(clips, options, device, clock)
     chosen: dict[str, str] = {}
     contests: dict[str, Contest] = {}
+    shapes = training_shapes(options, clips.frames, clips.size, subject.batch_size)
 
-    def hold(name: str, ways: Mapping[str, Choices]) -> None:
+    def hold(name: str, ways: Mapping[str, Choices]) -> Iterator[Entry]:
         with ExitStack() as closed:
             prepared = {way: partial(contenders.prepare, ways[way], name, closed) for way in ways}
             found = _contest(name, prepared, clock, deadline)
         _forget(device)
         if found is not None:
             contests[name] = found
+            yield Entry(machine(device), shapes, _now(), dict(contests))
 
     waiting = list(contenders.contests())
     try:
         while waiting:
             name, values = waiting[0]
-            hold(name, {value: {**chosen, name: value} for value in values})
+            yield from hold(name, {value: {**chosen, name: value} for value in values})
             if name in contests:
                 chosen[name] = contests[name].choice
             del waiting[0]
         if any(found.choice != found.default for found in contests.values()):
-            hold(TOGETHER, {"defaults": {}, "choices": chosen})
+            yield from hold(TOGETHER, {"defaults": {}, "choices": chosen})
     except NoTime:
-        log.warning(
-            "no time left for %s; raise --minutes", ", ".join(name for name, _ in waiting) or TOGETHER
-        )
-    shapes = training_shapes(options, clips.frames, clips.size, subject.batch_size)
-    return Entry(machine(device), shapes, _now(), contests)
+        rest = ", ".join([*(name for name, _ in waiting), TOGETHER])
+        log.warning("no time left for %s; raise --minutes. Without %s only one choice counts", rest, TOGETHER)
 
 
-def _mapping_entry(latents: Tensor, rows: int, device: torch.device, clock: Clock, deadline: float) -> Entry:
+def _mapping_entries(
+    latents: Tensor, rows: int, device: torch.device, clock: Clock, deadline: float
+) -> Iterator[Entry]:
     """Contest the searches for nearest rows on a run's latents, among rows that are spread as they are."""
-    entry = Entry(machine(device), mapping_shapes(*latents.shape), _now(), {})
     if requested("nearest")[0] != "auto":
-        return entry
+        return
     queries = latents[:: -(-len(latents) // MOST_LATENTS)].contiguous()
     database = rows_near(latents, min(rows, MOST_ROWS))
     default = resolve("nearest", device=device).impl
@@ -249,8 +278,9 @@ def _mapping_entry(latents: Tensor, rows: int, device: torch.device, clock: Cloc
         found = _contest("nearest", ways, clock, deadline)
     except NoTime:
         log.warning("no time left for nearest; raise --minutes")
-        return entry
-    return replace(entry, contests={} if found is None else {"nearest": found})
+        return
+    if found is not None:
+        yield Entry(machine(device), mapping_shapes(*latents.shape), _now(), {"nearest": found})
 
 
 def rows_near(latents: Tensor, count: int) -> Tensor:

@@ -149,10 +149,10 @@ def _train_again(run: RunDir, folder: Path, device: Any) -> RunDir:
     check_same_clips(state["ids"], clips.ids)
     every = min([row["step"] for row in run.logs.metrics("glo")], default=10)
     device, seed = torch.device(device), run.options["seed"]
-    for until, train in stretches:
+    for until, train, kept in stretches:
         options: TrainOptions = options_from_json(TrainOptions, train)
         check_saved_size(run, options)
-        choices = choices_of_run(run, options, device)
+        choices = choices_of_run(run, options, device, choices=kept)
         options = settled(options, choices)
         with as_chosen(choices), training_numerics(options, device):
             training = new_training(clips, options, second, seed=seed, device=device, choices=choices)
@@ -178,23 +178,26 @@ def _check_repeatable(run: RunDir, processes: int) -> None:
             )
 
 
-def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step up to which, options) of each part of the training, between resumes that changed something.
+def _stretches(options: Mapping[str, Any], last: int) -> Iterator[tuple[int, dict[str, Any], dict[str, str]]]:
+    """(step up to which, options, measured choices) of each part of the training, between resumes that changed
+    something.
 
     What was trained after a resume is not part of it if a later resume went on from an earlier step.
     """
     resumes = options.get("resumed", [])
-    train, before = dict(options["train"]), []
+    train, choices, before = dict(options["train"]), options.get("measured", {}).get("choices", {}), []
     for entry in reversed(resumes):
-        before.append(dict(train))
+        before.append((dict(train), choices))
+        choices = entry.get("choices", [choices])[0]
         for name, (old, _) in entry["changed"].items():
             train.pop(name, None)
             if name != "clips" and old is not None:
                 train[name] = old
     parts, end = [], last
-    for start, part in zip([e["step"] for e in reversed(resumes)] + [0], [*before, train], strict=True):
+    begun = [*before, (train, choices)]
+    for start, part in zip([e["step"] for e in reversed(resumes)] + [0], begun, strict=True):
         if start <= end:
-            parts.append((end, part))
+            parts.append((end, *part))
             end = start
     yield from reversed(parts)
 

@@ -2,6 +2,7 @@
 
 The run keeps them in options.json as "measured": {"machine", "when", "choices"}, so a resume or a replay computes as
 the run began, whatever was measured since. Options that the user states win over them, and so does --deterministic.
+What a resume does not take is gone for the resumes after it, and "resumed" says so.
 """
 
 import logging
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 from vglann_kernels.impl import OPS, preferring, requested
 
-from vglann_fast.options.choices import THREADS, Choices, kernels, left_open
+from vglann_fast.errors import VglannError
+from vglann_fast.glo.compatibility import check_compatibility
+from vglann_fast.glo.precision import resolve_precision
+from vglann_fast.options.choices import THREADS, Choices, kernels, left_open, settled
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
+from vglann_fast.runtime.distributed import Ranks
 from vglann_fast.runtime.measurements import lookup, machine, switched_off
 from vglann_fast.runtime.numerics import numerics, threads_given
 from vglann_fast.runtime.processors import allowed, bfloat16_units
@@ -60,40 +65,68 @@ def choices_of_new_run(
         _suggest(reason, run, device)
         return {}
     chosen = _open(entry.choices, options, device, given)
-    log.info("measured here on %s: %s; `vglann tune --show` lists all", entry.when[:10], entry.only(chosen))
+    # A program that has called torch.set_num_threads has other threads than the measurement began with.
+    if THREADS in chosen and entry.contests[THREADS].default != str(torch.get_num_threads()):
+        del chosen[THREADS]
+    log.info(
+        "measured here on %s: %s; `vglann tune --show` lists all", entry.when[:10], entry.changes(chosen)
+    )
     run.options["measured"] = {"machine": dict(entry.machine), "when": entry.when, "choices": chosen}
     return chosen
 
 
 def choices_of_run(
-    run: RunDir, options: TrainOptions, device: torch.device, given: Collection[str] = ()
+    run: RunDir,
+    options: TrainOptions,
+    device: torch.device,
+    given: Collection[str] = (),
+    *,
+    ranks: Ranks | None = None,
+    choices: Choices | None = None,
 ) -> Choices:
-    """Return the choices that a run began with, as far as they hold on this machine.
+    """Return the choices that a run began with, as far as they hold here.
 
-    On another device none do. With other versions the execution is the one of the options: a CUDA graph or a compiled
-    step was compared with the versions it was measured with.
+    On another device, or in several processes, only the precision does, which decides the digits of a run. With
+    other versions the execution is the one of the options: a CUDA graph or a compiled step was compared with the
+    versions it was measured with.
+
+    choices: what a part of the training took. Default: what the newest part took.
     """
     measured = run.options.get("measured")
     if measured is None:
         return {}
-    chosen, here = _open(measured["choices"], options, device, given), machine(device)
-    if measured["machine"].get("device") != here["device"]:
-        log.info("the choices of this run were measured on another machine and are not used on this one")
-        return {}
-    if measured["machine"] != here:
+    ranks, here = ranks or Ranks(), machine(device)
+    choices = measured["choices"] if choices is None else choices
+    chosen = _open(choices, options, device, given, ranks)
+    elsewhere = measured["machine"].get("device") != here["device"]
+    if elsewhere or ranks.size > 1:
+        chosen = {name: choice for name, choice in chosen.items() if name == "precision"}
+        reason = "were measured on another machine" if elsewhere else "are for one process"
+        kept = "".join(f", except for precision {precision}" for precision in chosen.values())
+        if ranks.rank == 0 and chosen.keys() != choices.keys():
+            log.warning("the choices of this run %s and do not count here%s", reason, kept)
+    elif measured["machine"] != here:
         chosen.pop("execution", None)
     return chosen
 
 
+def choices_of_resume(
+    run: RunDir, options: TrainOptions, device: torch.device, given: Collection[str], ranks: Ranks
+) -> Choices:
+    """Return what `choices_of_run` does and note in the run that from now on it has these choices."""
+    choices = choices_of_run(run, options, device, given, ranks=ranks)
+    if "measured" in run.options:
+        run.options["measured"] = {**run.options["measured"], "choices": choices}
+    return choices
+
+
 def choices_of_mapping(device: torch.device, latents: int, latent_dim: int) -> Choices:
     """Return the fastest search for nearest rows that was measured here for a run's latents, and say so."""
-    if torch.are_deterministic_algorithms_enabled():
-        return {}
     entry, _ = lookup(device, mapping_shapes(latents, latent_dim))
     if entry is None:
         return {}
     chosen = _open(entry.choices, None, device, ())
-    log.info("measured here on %s: %s", entry.when[:10], entry.only(chosen))
+    log.info("measured here on %s: %s", entry.when[:10], entry.changes(chosen))
     return chosen
 
 
@@ -106,16 +139,37 @@ def as_chosen(choices: Choices) -> Iterator[None]:
 
 
 def _open(
-    choices: Choices, options: TrainOptions | None, device: torch.device, given: Collection[str]
+    choices: Choices,
+    options: TrainOptions | None,
+    device: torch.device,
+    given: Collection[str],
+    ranks: Ranks | None = None,
 ) -> dict[str, str]:
     """Return the choices that the user has left open. Without options, implementations and threads alone."""
-    names = set() if options is None else left_open(options, given)
+    names: set[str] = set()
+    if options is not None:
+        opened = left_open(options, given) & choices.keys()
+        names = {name for name in opened if _fits(name, choices[name], options, device, ranks)}
+    # A kernel that was asked for by name does not fall back where it needs channels-last tensors.
+    if requested("upsample_conv")[0] not in ("auto", "reference"):
+        names.discard("memory_format")
     if options is None or not options.deterministic:
         names |= {op for op in OPS if requested(op)[0] == "auto"}
         # A file may say any number, and more threads than processors may end the process.
         if device.type == "cpu" and not threads_given() and int(choices.get(THREADS, 1)) <= allowed():
             names.add(THREADS)
     return {name: choice for name, choice in choices.items() if name in names}
+
+
+def _fits(name: str, choice: str, options: TrainOptions, device: torch.device, ranks: Ranks | None) -> bool:
+    """Return True if a training with these options and this choice is not refused."""
+    options = settled(options, {name: choice})
+    try:
+        precision = resolve_precision(options.precision, device)
+        check_compatibility(options, ranks or Ranks(), precision, device)
+    except VglannError:
+        return False
+    return True
 
 
 def _suggest(reason: str, run: RunDir, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 
 import torch
 from torch import Tensor
@@ -30,7 +31,11 @@ def checkpoint_activations(generator: TwoStreamGenerator) -> None:
     def run_again(layer: Layer, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return layer(x)
-        return checkpoint(layer, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+        # On a GPU a thread of autograd computes again, and the choice of kernels belongs to this thread.
+        here = copy_context()
+        return checkpoint(
+            here.run, layer, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+        )
 
     generator.video.run = run_again
 

@@ -9,7 +9,7 @@ from vglann_fast.glo import memory
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.checkpoint import KEEP
 from vglann_fast.glo.compatibility import batch_size_for
-from vglann_fast.glo.measured import as_chosen, choices_of_new_run, choices_of_run, training_shapes
+from vglann_fast.glo.measured import as_chosen, choices_of_new_run, choices_of_resume, training_shapes
 from vglann_fast.glo.precision import (
     self_test,
     training_numerics,
@@ -43,7 +43,7 @@ def train(
     The run folder is created only after all checks pass. No other process may write to the run meanwhile.
     A new run in one process takes the choices that were measured on this machine for what the options leave open,
     and keeps them; see `glo/measured.py`. `given` names the options that the user has stated.
-    With `resume`, options or a clip folder that differ from those on disk are recorded in options.json.
+    With `resume`, options, a clip folder or choices that differ from those on disk are recorded in options.json.
 
     Raises as `Training` and `Training.loop`; with `resume` also when the clips are not those the run began with;
     when another process writes to the run; and when the device's memory is full.
@@ -52,7 +52,7 @@ def train(
     device, ranks = torch.device(device), ranks or Ranks()
     choices: Choices = {}
     if resume:
-        choices = choices_of_run(run, options, device, given)
+        choices = choices_of_resume(run, options, device, given, ranks)
     elif ranks.size == 1:
         batch_size = batch_size_for(len(clips), options, ranks)
         shapes = training_shapes(options, clips.frames, clips.size, batch_size)

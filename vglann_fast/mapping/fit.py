@@ -18,7 +18,7 @@ from vglann_fast.mapping.gmm import GMM
 from vglann_fast.mapping.imle import IMLE
 from vglann_fast.mapping.split import run_shots, set_aside
 from vglann_fast.mapping.vae import VAE
-from vglann_fast.options.choices import THREADS
+from vglann_fast.options.choices import THREADS, Choices
 from vglann_fast.options.mapping import MapOptions
 from vglann_fast.progress import Progress
 from vglann_fast.run.destinations import atomic_dir
@@ -55,23 +55,26 @@ def fit_mapping(
     are not finite.
 
     On a CPU a fit to fewer than 4,096 latents takes at most 4 threads, however many there may be. The search for
-    nearest rows is the one that `vglann tune` found to be the fastest for these latents, which changes no digit.
+    nearest rows is the one that `vglann tune` found to be the fastest for these latents, which changes no digit. With
+    deterministic algorithms, and in several processes, nothing measured counts.
     """
-    run = RunDir.open(run_path)
-    if ranks is not None and ranks.size > 1 and kind != IMLE.kind:
+    run, ranks = RunDir.open(run_path), ranks or Ranks()
+    if ranks.size > 1 and kind != IMLE.kind:
         raise VglannError(f"--kind {kind}: only imle runs in several processes; start this one alone")
     trained = load_trained(run, device)
     latents = trained.latents
-    # Threads as the run took them, whatever was measured since: digits depend on their number.
-    choices = choices_of_run(run, trained.options, latents.device)
-    choices = {name: value for name, value in choices.items() if name == THREADS}
-    choices |= choices_of_mapping(latents.device, *latents.shape)
+    choices: Choices = {}
+    if ranks.size == 1 and not torch.are_deterministic_algorithms_enabled():
+        # Threads as the run took them, whatever was measured since: digits depend on their number.
+        of_run = choices_of_run(run, trained.options, latents.device)
+        choices = {name: value for name, value in of_run.items() if name == THREADS}
+        choices |= choices_of_mapping(latents.device, *latents.shape)
     small = latents.device.type == "cpu" and len(latents) < FEW_LATENTS
     with (
         as_chosen(choices),
         numerics(threads=min(FEW_THREADS, torch.get_num_threads()) if small else None),
     ):
-        return _fit(run, kind, options, trained, seed, ranks or Ranks())
+        return _fit(run, kind, options, trained, seed, ranks)
 
 
 def _fit(run: RunDir, kind: str, options: MapOptions, trained: Trained, seed: int, ranks: Ranks) -> Path:

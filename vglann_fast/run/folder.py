@@ -4,9 +4,9 @@
                        "frames", "size", "train": {...}}; null for a run that was imported without clips. As they
                        are now; a resume that changed some of them is in "resumed": [{"step": it went on from,
                        "changed": {name: [before, after]}, "environment": {name: [before, after]},
-                       "latents_on_mismatch": "keep" or "init" where given}]. A run that took measured choices, see
-                       `glo/measured.py`, has "measured": {"machine", "when", "choices"}. Names that earlier versions
-                       wrote are read, see `options/aliases.py`
+                       "latents_on_mismatch": "keep" or "init" where given, "choices": [before, after] where they
+                       differ}]. A run that took measured choices, see `glo/measured.py`, has "measured": {"machine",
+                       "when", "choices"}. Names that earlier versions wrote are read, see `options/aliases.py`
     environment.json   versions and hardware of the machine that started the run
     history.jsonl, metrics.jsonl, tensorboard/    see `logs.py`
     checkpoints/       see `checkpoints.py`
@@ -174,7 +174,10 @@ class RunDir:
             for name in now
             if name not in ("command", "started") and then.get(name) != now[name]
         }
-        asked = {} if on_mismatch == "error" else {"latents_on_mismatch": on_mismatch}
+        asked: dict[str, Any] = {} if on_mismatch == "error" else {"latents_on_mismatch": on_mismatch}
+        choices = [options.get("measured", {}).get("choices") for options in (saved, self.options)]
+        if choices[0] != choices[1]:
+            asked["choices"] = choices
         if changed or moved or asked:
             entry = {"step": step, "changed": changed, "environment": moved, **asked}
             self.options["resumed"] = [*saved.get("resumed", []), entry]
@@ -233,6 +236,17 @@ def _is_measured(value: Any) -> bool:
         return False
 
 
+def _are_choices(pair: Any) -> bool:
+    """Return True if these are measured choices before and after a resume."""
+    try:
+        before, after = pair
+        read_choices(before)
+        read_choices(after)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _are_resumes(entries: Any) -> bool:
     """Return True if this is what `RunDir.resumed` writes."""
     return isinstance(entries, list) and all(
@@ -243,5 +257,6 @@ def _are_resumes(entries: Any) -> bool:
             and all(isinstance(pair, list) and len(pair) == 2 for pair in entry[part].values())
             for part in ("changed", "environment")
         )
+        and ("choices" not in entry or _are_choices(entry["choices"]))
         for entry in entries
     )

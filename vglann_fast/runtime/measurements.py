@@ -22,7 +22,7 @@ import platform
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from typing import Any
 from vglann_fast import __version__
 from vglann_fast.errors import UnreadableError, VglannError
 from vglann_fast.options.choices import is_text, read_choices
+from vglann_fast.run.destinations import atomic_file
 from vglann_fast.run.environment import default_cache
-from vglann_fast.run.files import open_regular, write_json
+from vglann_fast.run.files import open_regular
 from vglann_fast.run.temporary import make_folder
 from vglann_fast.runtime.processors import available
 
@@ -39,6 +40,8 @@ FORMAT, VERSION = "vglann-tune", 1
 VARIABLE = "VGLANN_TUNE"
 MAX_BYTES, MAX_ENTRIES, MAX_NAMES = 4 << 20, 1000, 50
 MAX_SECONDS = 1e6
+# A line for each entry, so that the size of a file is the sum of its lines; the rest is shorter than the margin.
+_BETWEEN, _MARGIN = ",\n", 1000
 TOGETHER = "together"
 PROCESSORS, DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
 
@@ -78,21 +81,25 @@ class Entry:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The choices by name; the defaults, where the choices together were not faster."""
+        """The choices by name; the defaults, where the choices together were not faster, or were not measured."""
+        contests = {name: contest for name, contest in self.contests.items() if name != TOGETHER}
+        changes = sum(contest.choice != contest.default for contest in contests.values())
         together = self.contests.get(TOGETHER)
-        chosen = together is None or together.choice != together.default
-        contests = [(name, contest) for name, contest in self.contests.items() if name != TOGETHER]
-        return {name: contest.choice if chosen else contest.default for name, contest in contests}
+        chosen = changes <= 1 if together is None else together.choice != together.default
+        return {name: contest.choice if chosen else contest.default for name, contest in contests.items()}
 
-    def only(self, names: Collection[str]) -> "Entry":
-        """Return the entry with these contests, and the one of all together, alone."""
-        kept = {name: found for name, found in self.contests.items() if name in (*names, TOGETHER)}
-        return replace(self, contests=kept)
+    def measures_the_same(self, other: "Entry") -> bool:
+        """Return True if both are of one machine and one training or mapping."""
+        return (self.machine, self.shapes) == (other.machine, other.shapes)
 
-    def __str__(self) -> str:
-        """Return in one line the choices that differ from the rules of the program, and their factors."""
-        contests = [(name, self.contests[name], choice) for name, choice in self.choices.items()]
-        changes = [f"{name} {contest}" for name, contest, choice in contests if choice != contest.default]
+    def changes(self, names: Collection[str]) -> str:
+        """Say in one line which choices, of these names, differ from the rules of the program, and their factors."""
+        chosen = {name: choice for name, choice in self.choices.items() if name in names}
+        changes = [
+            f"{name} {self.contests[name]}"
+            for name, choice in chosen.items()
+            if choice != self.contests[name].default
+        ]
         return ", ".join(changes) or "nothing is faster than the defaults"
 
 
@@ -202,12 +209,24 @@ def read(path: Path) -> list[Entry]:
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
-    """Write the entries, whole or not at all; of two with equal machine and shapes the later one stays."""
+    """Write the entries, whole or not at all; of two with equal machine and shapes the later one stays.
+
+    The first ones are left out where the file would be larger than `read` allows.
+    """
     newest: list[Entry] = []
     for entry in entries:
-        newest = [e for e in newest if (e.machine, e.shapes) != (entry.machine, entry.shapes)] + [entry]
-    rows = [asdict(entry) for entry in newest[-MAX_ENTRIES:]]
-    write_json(path, {"format": FORMAT, "version": VERSION, "entries": rows})
+        newest = [e for e in newest if not e.measures_the_same(entry)] + [entry]
+    lines: list[str] = []
+    room = MAX_BYTES - _MARGIN
+    for entry in reversed(newest[-MAX_ENTRIES:]):
+        line = json.dumps(asdict(entry))
+        room -= len(line) + len(_BETWEEN)
+        if room < 0:
+            break
+        lines.insert(0, line)
+    head = json.dumps({"format": FORMAT, "version": VERSION, "entries": []}).removesuffix("]}")
+    with atomic_file(path) as temporary:
+        temporary.write_text(f"{head}{_BETWEEN.join(lines)}]}}")
 
 
 @contextmanager

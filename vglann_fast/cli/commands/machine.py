@@ -78,7 +78,7 @@ def add_tune(parser: Parser) -> None:
         metavar="MINUTES",
         type=positive,
         default=10.0,
-        help="after which nothing more is measured [%(default)g]",
+        help="no round begins after these minutes [%(default)g]",
     )
     add_preset(parser, "modern")
     add_train_options(parser, show=False)
