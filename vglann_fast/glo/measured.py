@@ -177,4 +177,7 @@ def _suggest(reason: str, run: RunDir, device: torch.device) -> None:
     if reason:
         log.info("%s, so the defaults are used; `vglann tune %s` measures this training", reason, run.path)
     elif device.type == "cuda" or bfloat16_units():
-        log.info("nothing was measured here, so the defaults are used; `vglann tune %s` measures", run.path)
+        log.info(
+            "nothing was measured here, so the defaults are used; for later trainings `vglann tune %s` measures",
+            run.path,
+        )

@@ -235,7 +235,7 @@ def _mappings(run: Artifacts) -> list[tuple[str, list[Chart], list[tuple[int, st
                 rows,
                 "epoch",
                 "match_diversity",
-                "Distinct matches per latent",
+                "Distinct matches per latent, in the pool of the fit",
                 "fraction",
                 cover=(0, 1),
             ),
