@@ -19,8 +19,9 @@ RUN := runs/demo
 CLIPS := runs/demo-clips
 HUB ?= build/hub
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
-# Processes that share the tests: one a processor, four at most, since each of them loads PyTorch.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Processes that share the tests: one more than processors, since some tests wait, and four at most, since each of them
+# loads PyTorch.
+WORKERS ?= $(shell n=$$(($$(nproc) + 1)); echo $$((n < 4 ? n : 4)))
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 .PHONY: demo test bench lint docs resources proof proof-share hub faults clean

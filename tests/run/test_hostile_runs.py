@@ -93,7 +93,7 @@ def test_a_mapping_of_another_run_is_named(made, changed):
     mapping = KINDS["gaussian"](5, map_options(PRESETS["demo"].map, "gaussian", {}))
     mapping.mean, mapping.factor = torch.zeros(5), torch.eye(5)
     mapping.save(folder)
-    with pytest.raises(VglannError, match="no latents of this run"):
+    with pytest.raises(VglannError, match="not latents of this run"):
         sample(made, n=2, kind="gaussian")
 
 
