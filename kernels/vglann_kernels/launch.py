@@ -53,10 +53,14 @@ def device_guard(value: Tensor) -> AbstractContextManager:
     return torch.cuda.device(value.device) if value.is_cuda else nullcontext()
 
 
+def channels_last_of(x: Tensor) -> torch.memory_format:
+    """Return the channels-last format of images [N,C,H,W] or of videos [N,C,T,H,W]."""
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Return True if a 4-D or 5-D tensor is channels-last (and not also contiguous)."""
-    form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=form) and not x.is_contiguous()
+    return x.is_contiguous(memory_format=channels_last_of(x)) and not x.is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -66,9 +70,7 @@ def dense(x: Tensor) -> Tensor:
 
 def laid_out_as(x: Tensor, channels: int) -> Tensor:
     """Return an uninitialized tensor like `x` with `channels` channels: channels-last if `x` is, else contiguous."""
-    form = torch.contiguous_format
-    if is_channels_last(x):
-        form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    form = channels_last_of(x) if is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import impl as switch
 from ..checks import FLOATS, check_same_device, check_shape, check_tensor, compute_dtype, not_contiguous
-from ..launch import operator, why_no_triton, without_second_derivative
+from ..launch import channels_last_of, operator, why_no_triton, without_second_derivative
 from . import reference
 
 switch.register("batchnorm_relu", "reference")
@@ -86,10 +86,6 @@ _backward = operator(
 )
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
 def _one_program(x: Tensor, processes: int) -> bool:
     """Return True if a single program takes all rows of a block of channels."""
     return processes == 1 and x.numel() // x.shape[1] <= FEW_ROWS
@@ -141,7 +137,7 @@ class _BatchNormRelu(torch.autograd.Function):
             return (None,) * 12
         x, *saved = ctx.saved_tensors
         processes, training = ctx.processes, ctx.training
-        grad = grad.contiguous(memory_format=_memory_format(x))
+        grad = grad.contiguous(memory_format=channels_last_of(x))
         sums = own = None
         if not _one_program(x, processes):
             sums = _gradient_sums(x, grad, *saved)
@@ -250,7 +246,7 @@ def batch_norm_relu(
             counter.add_(1)
     if training and momentum == 0:
         running_mean = running_var = None
-    x = x.contiguous(memory_format=_memory_format(x))
+    x = x.contiguous(memory_format=channels_last_of(x))
     weight, bias = weight.contiguous(), bias.contiguous()
     rest = (running_mean, running_var, counter, processes, training, momentum, eps, partials, rows_of_part)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):

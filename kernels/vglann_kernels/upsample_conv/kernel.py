@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..batchnorm_relu.kernel import joined
-from ..launch import LAUNCH, device_guard
+from ..launch import LAUNCH, channels_last_of, device_guard
 from .tiles import forward_tiles, input_gradient_tiles, tile_rows
 
 # Programs that join the statistics of the tiles, and parts that they leave for `batch_norm_relu`.
@@ -287,11 +287,6 @@ def _join_kernel(
     tl.store(out + outputs, m2, mask=exists)
 
 
-def form_of(x: Tensor) -> torch.memory_format:
-    """Return the channels-last format of an image or a video."""
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
 def sizes_of(x: Tensor) -> tuple[int, int, int, int]:
     """Return (positions, depth, height, width) of x; an image has a depth of 1."""
     depth, height, width = (1, *x.shape[2:])[-3:]
@@ -326,7 +321,9 @@ def forward(
     options = forward_tiles(dims, channels, outputs, x.dtype == torch.float32)
     positions, *grid = sizes_of(x)
     tiles = tiles_of(x)
-    y = torch.empty(output_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=form_of(x))
+    y = torch.empty(
+        output_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=channels_last_of(x)
+    )
     joined_parts = torch.empty(PARTS if statistics else 0, 2, outputs, dtype=torch.float32, device=x.device)
     partials = joined_parts.new_empty(tiles, 2**dims, 2, outputs) if statistics else None
     blocks = 1 if options["JOINED"] else -(-outputs // options["N"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import impl as switch
 from ..batchnorm_relu import op as batchnorm_relu
 from ..checks import FLOATS, check_same_device, check_shape, check_tensor, compute_dtype
-from ..launch import operator, why_no_triton, without_second_derivative
+from ..launch import channels_last_of, operator, why_no_triton, without_second_derivative
 from . import reference
 
 switch.register("upsample_conv", "reference")
@@ -51,7 +51,7 @@ def _fake_forward(
     from . import kernel
 
     shape = kernel.output_shape(x, weight)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=kernel.form_of(x))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last_of(x))
     parts = kernel.PARTS if statistics else 0
     return y, x.new_empty(parts, 2, weight.shape[1], dtype=torch.float32)
 
@@ -103,10 +103,6 @@ _weight_gradient = operator(
 )
 
 
-def _form(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
 class _UpsampleConv(torch.autograd.Function):
     """The convolution; it saves its input, and rectifies it again in the backward pass."""
 
@@ -129,7 +125,7 @@ class _UpsampleConv(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         x, weight, scale, shift = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_form(x))
+        grad = grad.contiguous(memory_format=channels_last_of(x))
         by_x, by_weight, by_bias, by_scale, by_shift, _ = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * 5
         if by_x or by_scale or by_shift:
@@ -174,7 +170,7 @@ def _check(
 def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "x: expected a 16- or 32-bit float, got float64"
-    if not x.is_contiguous(memory_format=_form(x)):
+    if not x.is_contiguous(memory_format=channels_last_of(x)):
         return f"x: expected a channels-last tensor, got strides {x.stride()}"
     if x.numel() // max(1, x.shape[1]) > MAX_COUNT:
         return f"x: expected at most {MAX_COUNT} positions, got shape {tuple(x.shape)}"
@@ -263,7 +259,7 @@ def _convolved(
         return y, Statistics(parts, y.numel() // max(1, y.shape[1]))
     if cast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    weight = weight.to(x.dtype).contiguous(memory_format=_form(x))
+    weight = weight.to(x.dtype).contiguous(memory_format=channels_last_of(x))
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, scale, shift)]
     tensors = [x, weight, *vectors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
