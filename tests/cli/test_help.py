@@ -11,6 +11,7 @@ import pytest
 from vglann_fast.cli.main import main
 from vglann_fast.cli.parser import COMMANDS, command_parser
 from vglann_fast.cli.words import GROUPS, parse
+from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.options.training import TrainOptions
 
@@ -71,16 +72,21 @@ def test_an_option_shows_the_defaults_of_the_presets(monkeypatch, capsys):
         assert re.search(rf"{flag} [^\[]*(\[BOOL\])?(\[-1, 1\]|\[0, 1\]|[^\[])*\[{shown}[\];]", text), flag
 
 
-def test_a_plan_does_not_load_the_compiler_of_torch(tmp_path):
-    """It takes longer than the rest of torch; setting PyTorch's algorithms to what they are would load it."""
+def test_a_training_without_compile_does_not_load_the_compiler_of_torch(tmp_path):
+    """It takes longer than the rest of torch. What loads it: PyTorch's algorithms set to what they are, and the
+    optimizers of torch.optim as they are made."""
+    write_clip_folder(tmp_path / "clips", moving_squares(3, frames=16, size=32))
+    options = "--width 4 --latent-dim 8 --batch-size 3 --epochs 1 --levels 2 --background-share 0"
+    words = ["train", "clips", "--out", "run", *options.split()]
     code = (
         "import sys; from vglann_fast.cli.main import main\n"
-        "main(['train', 'clips', '--out', 'run', '--dry-run'])\n"
+        f"main({words} + ['--dry-run']); main({words})\n"
         "print('heavy:', sorted({'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
+    assert "trained: " in done.stdout
     assert "heavy: []" in done.stdout
 
 

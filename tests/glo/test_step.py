@@ -57,9 +57,9 @@ class ReferenceTwin:
                         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, 0.1, norm.eps
                     )
                 )
-        for parameter in generator.parameters():
+        for name, parameter in generator.named_parameters():
             parameter.data = parameter.data.contiguous()
-            state = training.optimizer.adam.state.get(parameter, {})
+            state = training.optimizer.state.get(name, {})
             for moment in state.keys() & {"exp_avg", "exp_avg_sq"}:
                 state[moment] = state[moment].contiguous()
         table = torch.from_numpy(training.clips.read())

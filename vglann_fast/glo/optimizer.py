@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from vglann_fast.glo.generator import TwoStreamGenerator
 from vglann_fast.glo.latents import BETAS
@@ -12,8 +13,6 @@ from vglann_fast.glo.muon import Muon, matrix_parameters
 from vglann_fast.glo.precision import LossScale
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.runtime.distributed import Ranks
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class GeneratorOptimizer:
@@ -41,15 +40,14 @@ class GeneratorOptimizer:
         self.loss_scale = loss_scale
         self.share = 1.0 / (ranks.size * options.accumulate)
         self.lr = torch.tensor(options.lr_generator, dtype=first.dtype, device=first.device)
-        self.adam = torch.optim.Adam(
-            self.parameters.values(), self.lr, betas=BETAS, fused=True, capturable=first.is_cuda
-        )
-        for parameter in self.parameters.values():
-            self.adam.state[parameter] = {
+        self.state = {
+            name: {
                 "step": torch.zeros((), dtype=torch.float32, device=first.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+            for name, parameter in self.parameters.items()
+        }
 
     def zero_grad(self) -> None:
         """Forget the gradients of the update before."""
@@ -73,11 +71,28 @@ class GeneratorOptimizer:
         gradients = [p.grad for p in self.every if p.grad is not None]
         return loss, self.loss_scale.unscale([*gradients, latent_gradient])
 
+    @torch.no_grad()
     def step(self, skip: Tensor, found_inf: Tensor | None = None) -> None:
         """Update the parameters; nothing at all where `skip` [] is true. `found_inf` [] is the same as float32."""
-        # Fused Adam skips its update where this is 1.
-        self.adam.found_inf = skip.float() if found_inf is None else found_inf  # type: ignore[attr-defined]
-        self.adam.step()
+        names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        # As a function: to construct the class imports torch.compile, which takes a second and is not used.
+        adam(
+            [self.parameters[name] for name in names],
+            [self.parameters[name].grad for name in names],  # type: ignore[misc]
+            *([self.state[name][key] for name in names] for key in ("exp_avg", "exp_avg_sq")),
+            [],
+            [self.state[name]["step"] for name in names],
+            fused=True,
+            # Where this is 1, the update is skipped.
+            found_inf=skip.float() if found_inf is None else found_inf,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=self.lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
         if self.muon is not None:
             self.muon.step(skip)
 
@@ -90,14 +105,14 @@ class GeneratorOptimizer:
         if forget:
             if self.muon is not None:
                 self.muon.forget()
-            for name in self.parameters:
-                for tensor in self._state(name).values():
+            for state in self.state.values():
+                for tensor in state.values():
                     tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: "<moment>.<parameter>", "lr", for Muon "momentum.<parameter>" and "lr_muon", and
         for float16 "loss_scale.<name>"."""
-        found = {f"{key}.{name}": t for name in self.parameters for key, t in self._state(name).items()}
+        found = {f"{key}.{name}": t for name, state in self.state.items() for key, t in state.items()}
         muon = self.muon.tensors() if self.muon is not None else {}
         scale = self.loss_scale.tensors() if self.loss_scale is not None else {}
         return {**found, "lr": self.lr, **muon, **{f"loss_scale.{name}": t for name, t in scale.items()}}
@@ -113,12 +128,7 @@ class GeneratorOptimizer:
 
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
         """Adam's two moments of a parameter, each of its shape."""
-        state = self._state(name)
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    def _state(self, name: str) -> dict[str, Tensor]:
-        state = self.adam.state[self.parameters[name]]
-        return {key: state[key] for key in MOMENTS}
+        return self.state[name]["exp_avg"], self.state[name]["exp_avg_sq"]
 
 
 def learning_rate_factor(options: TrainOptions, epoch: int) -> float:
