@@ -172,9 +172,9 @@ SHORT = ["kills", "operations", "full_disk", "permissions", "fuzz_options"]
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A few hundredths of `make faults`."""
+    """A hundredth of `make faults`."""
     folder = tmp_path_factory.mktemp("faults")
-    words = ["--share", "0.02", "--json", folder / "faults.json", "--markdown", folder / "faults.md", *SHORT]
+    words = ["--share", "0.01", "--json", folder / "faults.json", "--markdown", folder / "faults.md", *SHORT]
     command = [sys.executable, "-m", "faults.report", *map(str, words)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     return done, json.loads((folder / "faults.json").read_text()), (folder / "faults.md").read_text()

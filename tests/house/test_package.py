@@ -1,6 +1,5 @@
 """The distribution: what the wheel holds, and what pytest collects from the root."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_process import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,17 +70,24 @@ def test_the_citation_names_the_paper_of_the_readme():
     assert all(f"{author['family-names']}, {author['given-names']}" in bibtex for author in paper["authors"])
 
 
+# pytest-benchmark refuses to time anything inside a worker of pytest-xdist.
+COLLECT = """
+import os, sys, pytest
+os.chdir(sys.argv[1])
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+    del os.environ[name]
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted", "unwanted"), [([], "tests/", "bench/"), (["--benchmark-only"], "bench/", "tests/")]
 )
-def test_pytest_collects_tests_or_benchmarks(flags, wanted, unwanted):
+def test_pytest_collects_tests_or_benchmarks(flags, wanted, unwanted, tmp_path):
     # A few files of each: importing all of them is what pytest does anyway.
     few = ["--ignore-glob", "*/test_[!ab]*.py", "--ignore-glob", "*/bench_[!c]*.py"]
-    command = [sys.executable, "-m", "pytest", "--collect-only", *few, *flags]
-    # pytest-benchmark refuses to time anything inside a worker of pytest-xdist.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    collected = [line for line in done.stdout.splitlines() if "::" in line]
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = Forked(COLLECT, [str(ROOT), "--collect-only", *few, *flags], tmp_path / "said.txt")
+    assert process.wait(120) == 0, process.said()
+    collected = [line for line in process.said().splitlines() if "::" in line]
     assert collected
     assert all(line.startswith(wanted) and not line.startswith(unwanted) for line in collected)
