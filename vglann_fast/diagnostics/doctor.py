@@ -196,14 +196,15 @@ def _versions() -> Iterator[Finding]:
     yield _judged("torch", _numbers(torch.__version__) < (2, 10), advice, "FAIL", torch.__version__)
     triton = _installed("triton") or "none"
     advice = f"{triton} is older than 3.6; pip install 'triton>=3.6'"
-    fine = "not installed" if triton == "none" else f"{triton}{'' if on_gpu else ', unused without a GPU'}"
+    fine = "not installed, optional" if triton == "none" else f"{triton}{'' if on_gpu else ', unused without a GPU'}"
     yield _judged("triton", () < _numbers(triton) < (3, 6), advice, fine=fine)
-    old = on_gpu and torch.cuda.get_device_capability() < (8, 0)
-    fine = "" if on_gpu else "no GPU"
-    yield _judged("compute capability", old, "under 8.0: every op takes its reference", fine=fine)
+    if not on_gpu:
+        return
+    old = torch.cuda.get_device_capability() < (8, 0)
+    yield _judged("compute capability", old, "under 8.0: every op takes its reference")
     cudnn = _cudnn() or 0
     advice = f"{cudnn}: contiguous bfloat16 conv3d is wrong or slow in 9.8 to 9.14; channels-last avoids it"
-    yield _judged("cuDNN", BAD_CUDNN[0] <= cudnn < BAD_CUDNN[1], advice, fine=fine)
+    yield _judged("cuDNN", BAD_CUDNN[0] <= cudnn < BAD_CUDNN[1], advice)
 
 
 def _installations() -> Iterator[Finding]:
@@ -212,11 +213,13 @@ def _installations() -> Iterator[Finding]:
     cuda = _numbers(torch.version.cuda or "0")
     faiss = [name for name in FAISS if _installed(name)]
     advice = f"{' and '.join(faiss)} share a folder and lose the GPU silently; pip uninstall all, install one"
-    yield _judged("faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss) or "not installed")
-    advice = "faiss-gpu is built for CUDA 12; pip install faiss-gpu-cu13-cuvs"
-    yield _judged("faiss-gpu and CUDA", "faiss-gpu" in faiss and cuda >= (13,), advice)
-    advice = "faiss-gpu-cuvs needs CUDA 13.2; faiss-gpu-cu13-cuvs is built for 13.0"
-    yield _judged("faiss-gpu-cuvs and CUDA", "faiss-gpu-cuvs" in faiss and (0, 0) < cuda < (13, 2), advice)
+    yield _judged("faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss) or "not installed, optional")
+    if "faiss-gpu" in faiss:
+        advice = "faiss-gpu is built for CUDA 12; pip install faiss-gpu-cu13-cuvs"
+        yield _judged("faiss-gpu and CUDA", cuda >= (13,), advice)
+    if "faiss-gpu-cuvs" in faiss:
+        advice = "faiss-gpu-cuvs needs CUDA 13.2; faiss-gpu-cu13-cuvs is built for 13.0"
+        yield _judged("faiss-gpu-cuvs and CUDA", (0, 0) < cuda < (13, 2), advice)
     two = bool(_installed("opencv-python") and _installed("opencv-python-headless"))
     advice = "opencv-python and opencv-python-headless share a folder; pip uninstall both, install the second"
     yield _judged("opencv alone", two, advice)
