@@ -14,8 +14,10 @@ import pytest
 from tiny_study import PAIRS, fresh_copy, keys, make_run, served, tiny_study
 
 from vglann_fast.cli.main import main
+from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.errors import VglannError
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.run.folder import RunDir
 from vglann_fast.study.database import Answer, Study
 from vglann_fast.study.make import CHECKS, make_study
 from vglann_fast.study.server import HOST, listening
@@ -223,6 +225,16 @@ def test_a_study_needs_samples_and_test_clips_that_fit(made, tmp_path, capsys):
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_run_that_was_trained_on_the_real_clips_is_warned_of(made, tmp_path, caplog):
+    runs = [make_run(tmp_path / name, moving_squares(5, frames=8)) for name in ("knows", "does-not", "new")]
+    ids = ClipSet.open(made.parent / "clips", "test").ids
+    for run, trained in zip(runs, ([*ids[:2], "another"], ["another"]), strict=False):
+        RunDir.open(run).checkpoints.save(1, {}, {"ids": trained})
+    make_study(runs, made.parent / "clips", tmp_path / "study", pairs=2)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{runs[0]} was trained on 2 of the 6 real clips" in said
 
 
 def test_runs_of_one_name_are_told_apart(made, tmp_path):

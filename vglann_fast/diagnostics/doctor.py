@@ -196,7 +196,11 @@ def _versions() -> Iterator[Finding]:
     yield _judged("torch", _numbers(torch.__version__) < (2, 10), advice, "FAIL", torch.__version__)
     triton = _installed("triton") or "none"
     advice = f"{triton} is older than 3.6; pip install 'triton>=3.6'"
-    fine = "not installed, optional" if triton == "none" else f"{triton}{'' if on_gpu else ', unused without a GPU'}"
+    fine = (
+        "not installed, optional"
+        if triton == "none"
+        else f"{triton}{'' if on_gpu else ', unused without a GPU'}"
+    )
     yield _judged("triton", () < _numbers(triton) < (3, 6), advice, fine=fine)
     if not on_gpu:
         return
@@ -213,7 +217,9 @@ def _installations() -> Iterator[Finding]:
     cuda = _numbers(torch.version.cuda or "0")
     faiss = [name for name in FAISS if _installed(name)]
     advice = f"{' and '.join(faiss)} share a folder and lose the GPU silently; pip uninstall all, install one"
-    yield _judged("faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss) or "not installed, optional")
+    yield _judged(
+        "faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss) or "not installed, optional"
+    )
     if "faiss-gpu" in faiss:
         advice = "faiss-gpu is built for CUDA 12; pip install faiss-gpu-cu13-cuvs"
         yield _judged("faiss-gpu and CUDA", cuda >= (13,), advice)

@@ -92,6 +92,15 @@ class CheckpointFolders:
         )
         raise VglannError(f"{self.path} has no checkpoint that can be read: {hint}")
 
+    def ids(self) -> list[str]:
+        """Return the clip ids in the newest checkpoint that has them, without its tensors; none without one."""
+        for folder in reversed(self.folders()):
+            try:
+                return list(map(str, read_json(folder / STATE_FILE)["ids"]))
+            except _DAMAGE:  # the one before may do
+                continue
+        return []
+
     def exist(self) -> bool:
         """Return True if any checkpoint was completed."""
         return bool(self.folders())

@@ -14,6 +14,7 @@ A study folder holds
 and, once there are answers, results.json and results.html.
 """
 
+import logging
 import os
 import secrets
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ from vglann_fast.samples.write import write_mp4
 from vglann_fast.study.database import FILE, Source, Study, Trial, Video, create
 from vglann_fast.study.page import study_page
 
+log = logging.getLogger("vglann_fast")
+
 CHECKS = 8
 NOISE = 80  # standard deviation, of 255: nobody who looks takes the noised copy for the more realistic
 MIN_SIDE = 128  # small clips are stored enlarged, so that 4:2:0 chroma loses none of their color
@@ -51,7 +54,7 @@ def make_study(
 
     Args:
         runs: run folders that `vglann sample` has written samples to.
-        real: clip folder; its test split is used, which no run was trained on.
+        real: clip folder; its test split is used. A run that was trained on some of these clips is warned of.
         pairs: pairs of each comparison, even.
         seed: draws the pairs; the ids are random whatever the seed, or the key could be computed.
 
@@ -63,7 +66,10 @@ def make_study(
         raise VglannError(f"--pairs: expected an even number from 2 on, got {pairs}: sides are balanced")
     if content_of(out, FILE, ["page.html"]):
         raise VglannError(f"{out} is there already, perhaps with answers; choose another --out")
-    clips = ClipSet.open(real, "test").read()
+    held_out = ClipSet.open(real, "test")
+    for run in runs:
+        _warn_of_known_clips(RunDir.open(run), held_out)
+    clips = held_out.read()
     arrays = {"real": clips} | {label: _samples(run) for label, run in _labels(runs).items()}
     _check_alike(arrays, str(real), pairs)
     rng = np.random.default_rng(seed)
@@ -105,6 +111,18 @@ def _labels(runs: Sequence[str | Path]) -> dict[str, Path]:
 def _as_text(name: str) -> str:
     """Return the name of a file as text that can be stored and shown: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _warn_of_known_clips(run: RunDir, held_out: ClipSet) -> None:
+    known = set(run.checkpoints.ids()) & set(held_out.ids)
+    if known:
+        log.warning(
+            "%s was trained on %d of the %d real clips, and raters would see what it has learned; train again "
+            "without them",
+            run.path,
+            len(known),
+            len(held_out),
+        )
 
 
 def _samples(run: Path) -> np.ndarray:
