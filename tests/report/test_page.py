@@ -97,6 +97,15 @@ def test_page_shows_every_clip_and_number(tmp_path: Path) -> None:
     assert "could not be shown" not in page.text
 
 
+def test_the_curves_say_where_the_background_alone_was_trained(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "background alone" not in page_of(run).text
+    options = json.loads((run / "options.json").read_text())
+    options["train"]["background_share"] = 0.15
+    (run / "options.json").write_text(json.dumps(options))
+    assert page_of(run).text.count("background alone") == 2
+
+
 def test_pictures_are_the_clips_in_order_and_color(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", clips=2, samples=2, frames=11, size=32)
     page = page_of(run)

@@ -4,7 +4,6 @@ Videos, styles and the script are inside the page; its content security policy f
 else. Sections whose artifacts a run does not have say which command makes them.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from vglann_fast.errors import VglannError
 from vglann_fast.metrics.feature_tables import DOUBTFUL_NOTE, at, shown
 from vglann_fast.metrics.record import RECONSTRUCTION, verdicts
 from vglann_fast.report.ablation import ablation
-from vglann_fast.report.artifacts import Artifacts, Media, number, numbers, read_artifacts
+from vglann_fast.report.artifacts import Artifacts, Media, number, read_artifacts
+from vglann_fast.report.curves import by_id, curve, training_charts
 from vglann_fast.report.evaluation import Table, distance_charts, motion_charts, number_tables
 from vglann_fast.report.filmstrip import filmstrip
 from vglann_fast.report.gallery import MAX_CARDS, Card, Gallery, View, view
 from vglann_fast.report.headline import figures, outcome
 from vglann_fast.report.mappings import Comparison, compare_mappings
-from vglann_fast.report.plots import Chart, Series, chart, scatter
+from vglann_fast.report.plots import Chart, Series, scatter
 from vglann_fast.report.rendering import render_page
 from vglann_fast.report.table_page import distance_tables, paper_note, read_table
 from vglann_fast.run.destinations import atomic_file
@@ -74,7 +74,7 @@ def render(name: str, run: Artifacts, comparison: Comparison | None, beside: dic
         sample_note=_sample_note(run.samples.record),
         interpolation=_interpolation(run.interpolation),
         interpolation_ends=_ends(run.interpolation.record),
-        training=_training_charts(run),
+        training=training_charts(run),
         mappings=_mappings(run),
         comparison=_comparison_table(comparison, run.mappings),
         scatters=_scatters(comparison),
@@ -124,8 +124,8 @@ def _reconstructions(media: Media) -> Gallery:
         return Gallery()
     shown = media.record.get("shown")
     per_clip = media.record.get("per_clip")
-    psnr, motion = _by_id(per_clip, "psnr"), _by_id(per_clip, "motion_r2")
-    baselines = {name: _by_id(per_clip, key) for name, key in (("still", "psnr_still"), ("PCA", "psnr_pca"))}
+    psnr, motion = by_id(per_clip, "psnr"), by_id(per_clip, "motion_r2")
+    baselines = {name: by_id(per_clip, key) for name, key in (("still", "psnr_still"), ("PCA", "psnr_pca"))}
     cards = []
     for i in range(min(len(media.video), MAX_CARDS)):
         clip = _text_at(shown, i)
@@ -191,35 +191,6 @@ def _interpolation(media: Media) -> Gallery:
     return Gallery(cards, len(media.video))
 
 
-def _clip_chart(record: dict[str, Any]) -> Chart | None:
-    """PSNR of every clip, worst first, against its baselines."""
-    per_clip = record.get("per_clip")
-    psnr = _by_id(per_clip, "psnr")
-    order = sorted(psnr, key=lambda clip: psnr[clip])
-    if len(order) < 2:
-        return None
-    ranks = {clip: float(i + 1) for i, clip in enumerate(order)}
-    series = [Series("reconstruction", list(ranks.values()), [psnr[clip] for clip in order])]
-    for label, key in (("mean color", "psnr_mean_color"), ("still", "psnr_still"), ("PCA", "psnr_pca")):
-        values = _by_id(per_clip, key)
-        if known := [clip for clip in order if clip in values]:
-            series.append(Series(label, [ranks[c] for c in known], [values[c] for c in known]))
-    few = len(order) <= 200
-    svg = _drawn(series, x_label="clips, worst first", y_label="PSNR, dB", line=not few)
-    last = f"{psnr[order[-1]]:.2f} dB"
-    return Chart("PSNR by clip", [one.label for one in series], last, svg) if svg else None
-
-
-def _training_charts(run: Artifacts) -> list[Chart]:
-    rows = [row for row in run.metrics if row.get("stage") == "glo"]
-    charts = [
-        _curve(rows, "step", "loss", "Loss", "loss", log=True),
-        _curve(rows, "step", "psnr", "PSNR of the training batches", "PSNR, dB", levels=_levels(run)),
-        _clip_chart(run.reconstruction.record),
-    ]
-    return [one for one in charts if one is not None]
-
-
 def _mappings(run: Artifacts) -> list[tuple[str, list[Chart], list[tuple[int, str, str | None]]]]:
     """Per fitted mapping: its kind, curves over the epochs, and what else its record says."""
     found = []
@@ -229,9 +200,9 @@ def _mappings(run: Artifacts) -> list[tuple[str, list[Chart], list[tuple[int, st
             epochs = [row for row in run.metrics if row.get("stage") == kind]
         rows = [row for row in epochs if isinstance(row, dict)]
         charts = [
-            _curve(rows, "epoch", "loss", "Regression loss", "loss", log=True),
-            _curve(rows, "epoch", "match_distance", "Distance from a latent to its match", "mean distance"),
-            _curve(
+            curve(rows, "epoch", "loss", "Regression loss", "loss", log=True),
+            curve(rows, "epoch", "match_distance", "Distance from a latent to its match", "mean distance"),
+            curve(
                 rows,
                 "epoch",
                 "match_diversity",
@@ -286,45 +257,6 @@ def _scatters(found: Comparison | None) -> list[Chart]:
     return charts
 
 
-def _levels(run: Artifacts) -> dict[str, float]:
-    """Return the PSNR of the baselines of a reconstruction, as far as it is known and says something."""
-    record = run.reconstruction.record
-    names = {"still": "psnr_still"} | ({} if record.get("pca_exact") is True else {"PCA": "psnr_pca"})
-    values = {label: number(record.get(name)) for label, name in names.items()}
-    return {label: value for label, value in values.items() if value is not None}
-
-
-def _curve(
-    rows: list[dict[str, Any]],
-    x: str,
-    y: str,
-    title: str,
-    y_label: str,
-    levels: dict[str, float] | None = None,
-    **options: Any,
-) -> Chart | None:
-    """Return the chart of row[y] against row[x], or None without any such rows.
-
-    Args:
-        levels: values by name to draw as horizontal lines.
-        options: as `chart` has them.
-    """
-    xs, ys = numbers(rows, x, y)
-    if not xs:
-        return None
-    series = [Series(y.upper() if y == "psnr" else y.replace("_", " "), xs, ys)]
-    series += [Series(label, [min(xs), max(xs)], [value] * 2) for label, value in (levels or {}).items()]
-    svg = _drawn(series, x_label=x, y_label=y_label, **options)
-    return Chart(title, [one.label for one in series], f"{ys[-1]:.4g}", svg) if svg else None
-
-
-def _drawn(series: Sequence[Series], **options: Any) -> str | None:
-    try:
-        return chart(series, **options)
-    except ValueError:  # nothing in it can be drawn, e.g. a log scale of zeros
-        return None
-
-
 def setting_rows(value: dict[str, Any], depth: int = 0) -> list[tuple[int, str, str | None]]:
     """Nested settings as lines (depth, name, value); the value of a group's own line is None. Groups come last."""
     rows: list[tuple[int, str, str | None]] = []
@@ -347,17 +279,6 @@ def _shown(value: Any) -> str:
         return "yes" if value else "no"
     text = str(value)
     return text if len(text) <= _MOST_TEXT else text[:_MOST_TEXT] + " …"
-
-
-def _by_id(per_clip: Any, key: str) -> dict[str, float]:
-    """id -> finite number, from {"id": [...], key: [...]}; empty for anything else."""
-    if not isinstance(per_clip, dict):
-        return {}
-    ids, values = per_clip.get("id"), per_clip.get(key)
-    if not isinstance(ids, list) or not isinstance(values, list):
-        return {}
-    pairs = zip(ids, map(number, values), strict=False)
-    return {str(clip): value for clip, value in pairs if value is not None}
 
 
 def _text_at(values: Any, i: int) -> str:
