@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     """A run that knows its 12 clips a little."""
     folder = tmp_path_factory.mktemp("invert")
     clips = write_clip_folder(folder / "clips", moving_squares(12))
-    options = tiny_options(epochs=40, width=8, lr_generator=0.005, batch_size=4)
+    options = tiny_options(epochs=20, width=8, lr_generator=0.005, batch_size=4)
     run = new_run(folder / "run", clips, options)
     from vglann_fast.clips.dataset import ClipSet
 
@@ -35,7 +35,7 @@ def test_latents_of_its_own_videos_come_back(run):
     trained = load_trained(run)
     latents = torch.cat([great_circle(*trained.latents[[i, i + 5]], 3)[1:2] for i in range(2)])
     videos = render(trained, latents).video
-    found = invert(trained, videos, starts=3, steps=80)
+    found = invert(trained, videos, starts=3, steps=50)
     assert found.psnr.min() > 34
     torch.testing.assert_close(found.latents.norm(dim=1), torch.ones(2))
     again = psnr(torch.from_numpy(render(trained, found.latents).video), torch.from_numpy(videos))
@@ -45,7 +45,7 @@ def test_latents_of_its_own_videos_come_back(run):
 def test_held_out_clips_come_closer_than_the_nearest_training_clip(run, tmp_path, capsys):
     held_out = write_clip_folder(tmp_path / "held", moving_squares(4, seed=99), split="test")
     before = RunDir.open(run.path).checkpoints.load()[1]
-    assert main(["invert", str(run.path), str(held_out), "--starts", "3", "--steps", "40"]) == 0
+    assert main(["invert", str(run.path), str(held_out), "--starts", "3", "--steps", "20"]) == 0
     folder = run.path / "media" / "inversion"
     record = json.loads((folder / "inversion.json").read_text())
     video, original = np.load(folder / "video.npy"), np.load(folder / "original.npy")
@@ -67,7 +67,7 @@ def test_held_out_clips_come_closer_than_the_nearest_training_clip(run, tmp_path
 def test_more_steps_and_starts_do_not_harm(run):
     clips = moving_squares(2, seed=7)
     trained = load_trained(run)
-    few, many = (invert(trained, clips, starts=s, steps=n).psnr for s, n in ((1, 1), (3, 40)))
+    few, many = (invert(trained, clips, starts=s, steps=n).psnr for s, n in ((1, 1), (2, 20)))
     assert (many > few).all()
 
 
