@@ -14,7 +14,8 @@ explicitly that cannot run raises and says why, so `VGLANN_KERNELS=triton` makes
 Under `torch.compile` the choice is made once, when the graph is traced.
 
 In a block `with preferring({"nearest": "faiss"})` the choice of `auto` is the implementation named there, if that
-can run.
+can run. An op that computes layers of several sizes takes a choice for each: `{"upsample_conv 3d 128-64": "triton"}`
+holds for the layer `3d 128-64` alone, before a choice for the whole op.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class ImplUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for one op: `impl` is the implementation's name, `reason` one readable clause."""
+    """The implementation chosen for one op: `impl` is the implementation's name, `reason` one readable clause.
+
+    `op` names the layer, too, if the choice was made for one layer.
+    """
 
     op: str
     impl: str
@@ -144,7 +148,7 @@ def using_impl(spec: str | None) -> Iterator[list[Choice]]:
 
 @contextmanager
 def preferring(names: Mapping[str, str]) -> Iterator[None]:
-    """Let `auto` take these implementations in a `with` block, by op, where they exist and can run.
+    """Let `auto` take these implementations in a `with` block, by op or layer, where they exist and can run.
 
     For choices that were measured: unlike a name that was asked for, one that cannot run here is passed over.
     """
@@ -178,10 +182,13 @@ def requested(op: str, impl: str | None = None) -> tuple[str, str]:
     return names.get("", "auto"), source
 
 
-def resolve(op: str, impl: str | None = None, device: Any = None, unsupported: str | None = None) -> Choice:
+def resolve(
+    op: str, impl: str | None = None, device: Any = None, unsupported: str | None = None, layer: str = ""
+) -> Choice:
     """Return the implementation that runs `op` on `device`, and the reason.
 
     `unsupported` is the op's own reason why its Triton kernel does not take these arguments (None: it does).
+    `layer` says what a layer computes, in the op's own words, for a choice that holds for such layers alone.
     Raises ValueError for a name the op does not have or arguments that an explicit `triton` does not take,
     and `ImplUnavailable` for a name that cannot run on the device.
     """
@@ -193,7 +200,7 @@ def resolve(op: str, impl: str | None = None, device: Any = None, unsupported: s
     device = torch.device(device)
     name, source = requested(op, impl)
     if name == "auto":
-        return _automatic(op, device, unsupported, known)
+        return _automatic(op, device, unsupported, known, layer)
     if name not in known:
         raise ValueError(f"{op}: no implementation {name!r} ({source}); it has {', '.join(['auto', *known])}")
     why_not = known[name](device)
@@ -204,11 +211,12 @@ def resolve(op: str, impl: str | None = None, device: Any = None, unsupported: s
     return Choice(op, name, f"asked for by {source}")
 
 
-def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, WhyNot]) -> Choice:
-    preferred = _preferred.get().get(op, "")
-    refused = preferred == "triton" and unsupported
-    if preferred in known and not refused and not known[preferred](device):
-        return Choice(op, preferred, "measured to be the fastest here")
+def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, WhyNot], layer: str) -> Choice:
+    for name in (f"{op} {layer}", op):
+        preferred = _preferred.get().get(name, "")
+        refused = preferred == "triton" and unsupported
+        if preferred in known and not refused and not known[preferred](device):
+            return Choice(name, preferred, "measured to be the fastest here")
     if device.type == "cpu":
         return Choice(op, "reference", "CPU tensors")
     if op in ONLY_WHEN_ASKED:
@@ -221,12 +229,12 @@ def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, W
     return Choice(op, "triton", f"runs on {device}")
 
 
-def chosen(op: str, impl: str | None, device: Any, unsupported: str | None = None) -> str:
+def chosen(op: str, impl: str | None, device: Any, unsupported: str | None = None, layer: str = "") -> str:
     """Return `resolve(...).impl`, for the ops: reports each new choice once, to the logger `vglann_kernels`.
 
     Under `torch.compile` its result is a constant, so nothing is logged from inside a graph.
     """
-    choice = resolve(op, impl, device, unsupported)
+    choice = resolve(op, impl, device, unsupported, layer)
     _report(choice)
     return choice.impl
 

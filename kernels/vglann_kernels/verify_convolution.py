@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .batchnorm_relu.op import batch_norm_relu
 from .comparison import Line, Shapes, dtypes, gradients_of, leaf, lines, relative_l2
 from .upsample_conv import reference
-from .upsample_conv.op import upsample_convolution_statistics
+from .upsample_conv.op import Statistics, upsample_convolution_statistics
 
 # Dimensions, channels in and out: of transposed convolutions of the generator, each of which compiles for seconds.
 LAYERS = ((3, 256, 128), (3, 128, 64), (3, 64, 4), (2, 128, 64), (2, 64, 3))
@@ -31,14 +31,19 @@ def upsample_conv(shapes: Shapes) -> Iterator[Line]:
     for dtype in dtypes(shapes):
         for dims, channels, outputs in LAYERS if on_gpu and shapes.size > 32 else FEW_LAYERS:
             case = f"{str(dtype).removeprefix('torch.')} {dims}-D {channels} to {outputs}"
-            yield from _layer(shapes, dtype, dims, channels, outputs, case)
+            grid, few = (2, 3, 5)[-dims:], outputs < 8
+            y, given = yield from layer(shapes, case, dtype, channels, outputs, grid, rectifying=few)
+            off = relative_l2(norm(y, given), norm(y.double(), None))
+            yield Line("upsample_conv", case, "BatchNorm", off, 0.0, ROUNDING[dtype])
 
 
-def _layer(
-    shapes: Shapes, dtype: torch.dtype, dims: int, channels: int, outputs: int, case: str
-) -> Iterator[Line]:
+def layer(
+    shapes: Shapes, case: str, dtype: torch.dtype, channels: int, outputs: int, grid: tuple[int, ...],
+    rectifying: bool = False,
+) -> Generator[Line, None, tuple[Tensor, Statistics]]:  # fmt: skip
+    """`upsample_convolution` of videos or images [batch, channels, *grid]; returns its output and statistics."""
+    dims = len(grid)
     form = torch.channels_last if dims == 2 else torch.channels_last_3d
-    grid = (2, 3, 5)[-dims:]
     x = torch.randn(shapes.batch, channels, *grid)
     # Far from where rounding decides the rectification.
     x = x.sign() * (x.abs() + 0.05)
@@ -47,9 +52,9 @@ def _layer(
     images = [v.to(shapes.device, dtype).contiguous(memory_format=form) for v in (x, weight, upstream)]
     scale = torch.tensor([0.5, 1.0, 2.0])[torch.randint(3, (channels,))]
     vectors = [v.to(shapes.device) for v in (torch.randn(outputs), scale, torch.zeros(channels))]
-    given = [*images[:2], *vectors][: 5 if outputs < 8 else 3]
+    given = [*images[:2], *vectors][: 5 if rectifying else 3]
 
-    left = []
+    left: list[tuple[Tensor, Statistics]] = []
 
     def run(impl: str, exact: Any) -> list[Tensor]:
         leaves = [leaf(value, exact) for value in given]
@@ -68,9 +73,9 @@ def _layer(
     for quantity, off, limit in (
         ("mean", ((mean - exact_mean).abs() / deviation).max().item(), 1e-5),
         ("M2", relative_l2(m2, exact_m2), 2e-6),
-        ("BatchNorm", relative_l2(norm(y, statistics), norm(y.double(), None)), ROUNDING[dtype]),
     ):
         yield Line("upsample_conv", case, quantity, off, 0.0, limit)
+    return y, statistics
 
 
 def norm(y: Tensor, statistics: Any) -> Tensor:

@@ -1,8 +1,10 @@
 """Contests between ways to compute: what is chosen, what is left out, and what the clock has to do with it."""
 
+import weakref
 from collections import Counter
 
 import pytest
+import torch
 
 from vglann_fast.diagnostics.contest import NoTime, Refused, contest
 
@@ -25,7 +27,7 @@ class Machine:
             self.order.append(name)
             self.now += count * (left.pop(0) if len(left) > 1 else left[0])
 
-        def ready():
+        def ready(held):
             self.now += prepare
             if error is not None:
                 raise error
@@ -95,7 +97,7 @@ def test_a_contender_out_of_memory_is_one_line_and_the_others_are_timed(machine)
 
 
 def test_a_contender_that_fails_while_it_is_timed_is_left_out(machine):
-    def failing():
+    def failing(held):
         laps = iter([None, None])
 
         def lap(count):
@@ -149,3 +151,67 @@ def test_the_time_may_end_between_rounds_but_not_before_the_third(machine):
         contest(
             {"a": machine.way("a", 1.0, prepare=9.0), "b": machine.way("b", 1.0)}, machine.clock, deadline=5.0
         )
+
+
+class Holding:
+    """Contenders that hold something, and in which order they begin and end."""
+
+    def __init__(self, machine):
+        self.machine, self.events, self.alive = machine, [], []
+
+    def way(self, name, *seconds, error=None):
+        lap = self.machine.way(name, *seconds)
+
+        def prepare(held):
+            self.events.append(f"begin {name}")
+            held.callback(self.events.append, f"end {name}")
+            something = Machine()
+            self.alive.append(weakref.ref(something))
+            if error is not None:
+                # One that is kept elsewhere would hold this function's variables.
+                raise error("tried to allocate 80 GiB")
+            run = lap(held)
+            return lambda count: (run(count), something)
+
+        return prepare
+
+    def release(self):
+        self.events.append(f"release {sum(ref() is not None for ref in self.alive)}")
+
+
+def test_a_refused_contender_is_free_before_the_next_one_begins(machine):
+    holding = Holding(machine)
+    ways = {
+        "plain": holding.way("plain", 1.0),
+        "full": holding.way("full", 1.0, error=torch.OutOfMemoryError),
+        "quick": holding.way("quick", 0.5),
+    }
+    found = contest(ways, machine.clock, release=holding.release)
+    assert found.choice == "quick"
+    assert holding.events == [
+        "begin plain", "begin full", "end full", "release 1", "begin quick",
+        "end plain", "end quick", "release 0",
+    ]  # fmt: skip
+
+
+def test_a_contender_that_fails_or_is_hopeless_is_free_while_the_others_are_timed(machine):
+    holding = Holding(machine)
+
+    def failing(held):
+        lap = holding.way("failing", 0.1)(held)
+        laps = iter([1, 1])
+        return lambda count: (next(laps), lap(count))
+
+    ways = {"plain": holding.way("plain", 1.0), "failing": failing, "slow": holding.way("slow", 3.0)}
+    contest(ways, machine.clock, rounds=3, release=holding.release)
+    begun = [f"begin {name}" for name in ways]
+    left = ["end slow", "release 2", "end failing", "release 1", "end plain", "release 0"]
+    assert holding.events == begun + left
+    assert machine.order[-2:] == ["plain", "plain"]
+
+
+def test_what_contenders_hold_is_free_when_no_time_is_left(machine):
+    holding = Holding(machine)
+    with pytest.raises(NoTime):
+        contest({name: holding.way(name, 1.0) for name in "ab"}, machine.clock, deadline=3.0)
+    assert {"end a", "end b"} <= set(holding.events)

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from vglann_fast.experiments.step_rows import ROWS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -95,6 +98,16 @@ def test_the_limits_of_the_parts_are_less_than_all_they_may_take():
     assert tune <= total
     assert total <= 9 * 60 - 20
     assert layers == max(limits)
+
+
+def test_the_rows_of_the_step_exist_and_are_in_its_document():
+    names = re.findall(r'--rows (.*?) "\$convolutions"\)', SCRIPT.read_text())
+    (last,) = re.findall(r'^convolutions="(.*?)"', SCRIPT.read_text(), re.MULTILINE)
+    rows = {name for line in names for name in shlex.split(line)} | {last}
+    assert len(names) == 2
+    assert rows <= ROWS.keys()
+    (head,) = [line for line in (ROOT / "docs" / "step.md").read_text().splitlines() if "| group |" in line]
+    assert rows <= {cell.strip() for cell in head.split("|")}
 
 
 def test_the_counters_are_of_the_kernels_that_there_are():

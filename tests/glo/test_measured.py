@@ -92,6 +92,19 @@ def test_a_resume_and_a_replay_keep_the_choices_whatever_was_measured_since(clip
     assert choices_of_run(RunDir.open(run.path), OPTIONS, CPU)["data"] == "resident"
 
 
+def test_a_choice_for_an_op_or_layer_that_does_not_exist_is_harmless(clips, tmp_path, monkeypatch):
+    names = ("upsample_conv 9d 3-3", "upsample_conv 3d 4-2", "upsample_conv 3d", "upsample_conv")
+    choices = dict.fromkeys(names, "from another version")
+    keep_choices({**choices, "fusion 3d 4-2": "triton", "data": "resident"})
+    run, training = trained(tmp_path / "run", clips)
+    assert run.options["measured"]["choices"] == {**choices, "data": "resident"}
+    assert training.source.name == "resident"
+    # What was asked for wins, for every layer.
+    for kernels in ("reference", "auto,upsample_conv=reference"):
+        monkeypatch.setenv("VGLANN_KERNELS", kernels)
+        assert choices_of_run(run, OPTIONS, CPU) == {"data": "resident"}
+
+
 def test_options_of_the_user_and_deterministic_win(clips, tmp_path):
     keep_choices({**CHOICES, "precision": "bf16", "execution": "compile"})
     with numerics(threads=1):

@@ -211,3 +211,33 @@ def test_a_preferred_kernel_is_passed_over_for_arguments_that_it_does_not_take(m
     with switch.preferring({"nearest": "triton"}):
         assert resolve("nearest").impl == "triton"
         assert resolve("nearest", unsupported="too wide").impl == "reference"
+
+
+def test_a_layer_takes_its_own_choice_where_it_can_run_and_other_layers_the_choice_of_the_op(monkeypatch):
+    for name in ("one", "other"):
+        monkeypatch.setitem(switch.implementations("upsample_conv"), name, lambda device: None)
+    monkeypatch.setitem(switch.implementations("upsample_conv"), "broken", lambda device: "no such library")
+
+    def taken(layer, **given):
+        return resolve("upsample_conv", device="cpu", layer=layer, **given).impl
+
+    with switch.preferring({"upsample_conv 3d 8-4": "one", "upsample_conv 2d 8-4": "broken"}):
+        assert [taken(layer) for layer in ("3d 8-4", "2d 8-4", "3d 4-4")] == ["one", "reference", "reference"]
+        assert resolve("upsample_conv", device="cpu", layer="3d 8-4").op == "upsample_conv 3d 8-4"
+        assert taken("3d 8-4", impl="reference") == "reference"
+        with using_impl("reference"):
+            assert taken("3d 8-4") == "reference"
+        with using_impl("auto,upsample_conv=reference"):
+            assert taken("3d 8-4") == "reference"
+    with switch.preferring(
+        {"upsample_conv 3d 8-4": "one", "upsample_conv": "other", "upsample_conv 9d": "x"}
+    ):
+        assert [taken(layer) for layer in ("3d 8-4", "3d 4-4", "")] == ["one", "other", "other"]
+
+
+def test_a_layer_whose_kernel_does_not_take_the_arguments_falls_back(monkeypatch):
+    monkeypatch.setitem(switch.implementations("upsample_conv"), "triton", lambda device: None)
+    with switch.preferring({"upsample_conv 3d 8-4": "triton"}):
+        assert resolve("upsample_conv", device="cpu", layer="3d 8-4").impl == "triton"
+        found = resolve("upsample_conv", device="cpu", layer="3d 8-4", unsupported="not channels-last")
+        assert found.impl == "reference"

@@ -22,6 +22,7 @@ from vglann_kernels.verify import Shapes, verify
 
 from vglann_fast.clips.dataset import ClipSet
 from vglann_fast.diagnostics.contest import Clock, Lap, Refused
+from vglann_fast.diagnostics.layers import CONVOLUTION, MOST_COMPARED, layers_of, prepare_layer
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.compatibility import why_no_graph
@@ -45,8 +46,6 @@ QUANTITIES = ("loss", "gradient", "latents")
 # A first step on a CPU that takes longer than these seconds, and than so many steps of the reference, is the last.
 PATIENCE, TOO_SLOW = 2.0, 3.0
 _NOISE = 64
-# Videos of the comparison with float64, which takes many times the memory of a step.
-MOST_VERIFIED = 16
 
 
 class SomeClips:
@@ -91,7 +90,9 @@ class Contenders:
         with ExitStack() as closed, using_impl("reference"):
             exact = replace(self.options, precision="fp32", compile=False, cuda_graph="off")
             try:
-                self._right = self._observed(*self._training(exact, {}, closed), {})
+                training, exact = self._training(exact, {}, closed)
+                self._layers, self._videos = layers_of(training.generator), training.batch_size
+                self._right = self._observed(training, exact, {})
             except torch.OutOfMemoryError as error:
                 raise VglannError(
                     "out of memory: contenders are compared with float32 by plain PyTorch, and with --batch-size "
@@ -115,26 +116,32 @@ class Contenders:
             yield "data", ["resident", "pinned", "mmap"] if gpu else ["mmap", "resident"]
         for op in OPS:
             # The search for nearest rows belongs to the mapping.
-            if op != "nearest" and requested(op)[0] == "auto":
-                yield op, _first(resolve(op, device=self.device).impl, runnable(op, self.device))
+            if op == "nearest" or requested(op)[0] != "auto":
+                continue
+            values = _first(resolve(op, device=self.device).impl, runnable(op, self.device))
+            for name in self._layers if op == CONVOLUTION else (op,):
+                yield name, values
         if gpu and "execution" in opened:
             yield "execution", ["eager", "compile", "graph"]
 
-    def prepare(self, choices: Choices, op: str, closed: ExitStack) -> Lap:
+    def prepare(self, choices: Choices, name: str, closed: ExitStack) -> Lap:
         """Check a training with these choices against the twin and return steps of it.
 
-        op: the op in which the choices differ from others, or "". closed: what ends when the contest does.
+        name: the contest, in whose choice a contender differs from the others. In the contest of a layer the steps
+        are convolutions of that layer alone. closed: what ends when the contender leaves.
         """
-        if op in VERIFIED and choices[op] != "reference":
-            self._verify(op, choices)
+        if name in self._layers:
+            layer, impl = self._layers[name], choices[name]
+            return prepare_layer(layer, impl, self._videos, self.options, choices, self.device)
+        if name in VERIFIED and choices[name] != "reference":
+            self._verify(name, choices)
         training, options = self._training(self.options, choices, closed)
         right, found = self._right, self._observed(training, options, choices)
-        for name, limit in zip(QUANTITIES, TOLERANCES[training.precision], strict=True):
-            error = _apart(getattr(found, name), getattr(right, name))
+        for quantity, limit in zip(QUANTITIES, TOLERANCES[training.precision], strict=True):
+            error = _apart(getattr(found, quantity), getattr(right, quantity))
             if not error <= limit:  # also NaN
-                raise Refused(
-                    f"its {name} differs from float32 by {error:.2g} after {self._steps} steps (at most {limit:g})"
-                )
+                off = f"{error:.2g} after {self._steps} steps (at most {limit:g})"
+                raise Refused(f"its {quantity} differs from float32 by {off}")
 
         def lap(steps: int) -> None:
             with as_chosen(choices), training_numerics(options, self.device):
@@ -196,7 +203,7 @@ class Contenders:
         """Compare an implementation with float64. Raises `Refused` with the first quantity that is off."""
         precision = resolve_precision(settled(self.options, choices).precision, self.device)
         shapes = Shapes(
-            batch=min(MOST_VERIFIED, self.options.batch_size, len(self.clips)),
+            batch=min(MOST_COMPARED, self.options.batch_size, len(self.clips)),
             frames=self.clips.frames,
             size=self.clips.size,
             levels=self.options.levels,

@@ -4,10 +4,17 @@ Rounds are interleaved, so what else the machine does meets all contenders alike
 over the rounds of the default's time divided by its own. It is chosen in place of the default if it is faster by more
 than noise, and in all rounds but one: on a busy machine the median alone would choose by chance. The clock is an
 argument, so all of this can be tested.
+
+All contenders that are still timed are in memory together: interleaved rounds need every one of them in each round.
+Making them again for each round would take longer than the rounds, since they compile, warm up or capture a graph.
+Pairs of the default and one contender would need two at a time, but then contenders are compared across minutes, in
+which the machine does other things. So a contender is freed as early as it can be: when it is refused, when it fails,
+and when it is too slow to be timed again.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from statistics import median
 
 from vglann_fast.errors import VglannError
@@ -24,8 +31,9 @@ MAX_REASON = 200
 
 # Computes the given number of times.
 Lap = Callable[[int], object]
-# Checks that a contender computes the right thing and warms it up. Raises `Refused`, or whatever stops it.
-Prepare = Callable[[], Lap]
+# Checks that a contender computes the right thing and warms it up. Raises `Refused`, or whatever stops it. The stack
+# is closed when the contender leaves.
+Prepare = Callable[[ExitStack], Lap]
 # Seconds, after everything that was started before has ended.
 Clock = Callable[[], float]
 
@@ -38,6 +46,62 @@ class NoTime(Exception):
     """The time is over before all contenders of a contest were timed often enough."""
 
 
+class _Present:
+    """Contenders that are still timed: their laps, and all that they hold.
+
+    release: called after a contender has left, with nothing holding it any more.
+    """
+
+    def __init__(self, release: Callable[[], object]) -> None:
+        self.laps: dict[str, Lap] = {}
+        self.left_out: dict[str, str] = {}
+        self._held: dict[str, ExitStack] = {}
+        self._release = release
+
+    def enter(self, name: str, prepare: Prepare) -> None:
+        """Prepare a contender; one that raises is left out."""
+        self._held[name] = ExitStack()
+        reason = ""
+        try:
+            self.laps[name] = prepare(self._held[name])
+        except Exception as error:  # the others may run
+            reason = _reason(error)
+        # Here the error is gone, whose traceback holds what was prepared.
+        if reason:
+            self.leave(name, reason)
+
+    def seconds(self, name: str, calls: int, clock: Clock) -> float | None:
+        """Return the seconds of one call, of `calls` in a row; never 0, as a coarse clock may have it.
+
+        A contender that raises is left out, without a time.
+        """
+        try:
+            started = clock()
+            self.laps[name](calls)
+            return max(1e-9, (clock() - started) / calls)
+        except Exception as error:  # the others may run
+            reason = _reason(error)
+        self.leave(name, reason)
+        return None
+
+    def leave(self, name: str, reason: str = "") -> None:
+        """Free what a contender holds. reason: the reason why it is left out, if it is."""
+        if reason:
+            self.left_out[name] = reason
+        self._drop(name)
+        self._release()
+
+    def leave_all(self) -> None:
+        """Free what all contenders hold."""
+        for name in list(self._held):
+            self._drop(name)
+        self._release()
+
+    def _drop(self, name: str) -> None:
+        self.laps.pop(name, None)
+        self._held.pop(name).close()
+
+
 def contest(
     contenders: Mapping[str, Prepare],
     clock: Clock,
@@ -45,6 +109,7 @@ def contest(
     rounds: int = ROUNDS,
     deadline: float = math.inf,
     least: float = LEAST_FACTOR,
+    release: Callable[[], object] = lambda: None,
 ) -> Contest:
     """Return the outcome among contenders by name, the default first.
 
@@ -52,12 +117,20 @@ def contest(
     left out, the fastest of the others is chosen, without factors. If all are left out, the choice is "".
 
     deadline: on `clock`; no round begins after it. least: factor from which on the default is replaced.
+    release: called whenever a contender has left; it gives memory back that nothing holds any more.
 
     Raises `NoTime` where fewer than three rounds were held before the deadline.
     """
     default = next(iter(contenders))
-    laps, left_out = _prepared(contenders, clock, deadline)
-    times = _timed(laps, left_out, clock, rounds, deadline)
+    present = _Present(release)
+    with ExitStack() as ended:
+        ended.callback(present.leave_all)
+        for name, prepare in contenders.items():
+            if clock() >= deadline:
+                raise NoTime
+            present.enter(name, prepare)
+        times = _timed(present, clock, rounds, deadline)
+    left_out = present.left_out
     if not times:
         return Contest(default, "", {}, {}, left_out)
     seconds = {name: median(own) for name, own in times.items()}
@@ -70,50 +143,29 @@ def contest(
     return Contest(default, choice, seconds, factors, left_out)
 
 
-def _prepared(
-    contenders: Mapping[str, Prepare], clock: Clock, deadline: float
-) -> tuple[dict[str, Lap], dict[str, str]]:
-    """Return the laps of those that compute right, and the reasons of the others."""
-    laps: dict[str, Lap] = {}
-    left_out: dict[str, str] = {}
-    for name, prepare in contenders.items():
-        if clock() >= deadline:
-            raise NoTime
-        try:
-            laps[name] = prepare()
-        except Exception as error:  # the others may run
-            left_out[name] = _reason(error)
-    return laps, left_out
-
-
-def _timed(
-    laps: Mapping[str, Lap], left_out: dict[str, str], clock: Clock, rounds: int, deadline: float
-) -> dict[str, list[float]]:
-    """Return the seconds of a call, one for each round; contenders without hope have fewer.
-
-    A contender that raises is moved to `left_out`.
-    """
+def _timed(present: _Present, clock: Clock, rounds: int, deadline: float) -> dict[str, list[float]]:
+    """Return the seconds of a call by contender, one for each round; contenders without hope have fewer."""
     # Before the rounds, one call each says how many fill a lap.
-    calls = dict.fromkeys(laps, 1)
-    times: dict[str, list[float]] = {name: [] for name in laps}
-    racing = list(laps)
+    calls = dict.fromkeys(present.laps, 1)
+    times: dict[str, list[float]] = {name: [] for name in present.laps}
+    racing = list(present.laps)
     for number in range(rounds + 1):
         if clock() >= deadline:
             if number <= FEWEST_ROUNDS:
                 raise NoTime
             break
         for name in racing:
-            try:
-                seconds = _seconds(laps[name], calls[name], clock)
-            except Exception as error:  # the others may run
-                left_out[name] = _reason(error)
+            seconds = present.seconds(name, calls[name], clock)
+            if seconds is None:
                 del times[name]
-                continue
-            if number == 0:
+            elif number == 0:
                 calls[name] = _calls(seconds)
             else:
                 times[name].append(seconds)
-        racing = [name for name in racing if name in times and _has_hope(times[name], times)]
+        racing = [name for name in racing if name in times]
+        for name in [name for name in racing if not _has_hope(times[name], times)]:
+            racing.remove(name)
+            present.leave(name)
         # Another one begins each round: none always follows the same one.
         if number:
             racing = [*racing[1:], *racing[:1]]
@@ -124,13 +176,6 @@ def _has_hope(own: list[float], times: Mapping[str, list[float]]) -> bool:
     """Return True for the default, which is first and is always timed, and for what is not far slower."""
     default = next(iter(times.values()))
     return own is default or not own or default[0] / own[0] >= HOPELESS
-
-
-def _seconds(lap: Lap, calls: int, clock: Clock) -> float:
-    """Return the seconds of one call, of `calls` in a row; never 0, as a coarse clock may have it."""
-    started = clock()
-    lap(calls)
-    return max(1e-9, (clock() - started) / calls)
 
 
 def _calls(seconds: float) -> int:

@@ -39,6 +39,7 @@ from vglann_fast.diagnostics.contest import (
     Refused,
     contest,
 )
+from vglann_fast.diagnostics.tune_file import readable, table
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.compatibility import batch_size_for
@@ -110,7 +111,7 @@ def tune(
             log.warning(
                 "other programs are running, so times are uncertain; measure again on an idle machine"
             )
-        subject, before = _subject(target, name, given, device), _readable()
+        subject, before = _subject(target, name, given, device), readable()
         deadline = clock() + 60 * minutes
         measured = [_keep(_training_entries(subject, device, clock, deadline), before)]
         if subject.latents is not None:
@@ -142,63 +143,11 @@ def _keep(growing: Iterable[Entry], before: Sequence[Entry]) -> Entry | None:
 def _write(entry: Entry) -> None:
     """Add a measurement to what the cache holds by now: on a file system without locks others may have written."""
     try:
-        measurements.write(place(), [*_readable(), entry])
+        measurements.write(place(), [*readable(warn=False), entry])
     except VglannError:
         # What took minutes is shown, even if it cannot be kept.
         log.warning("%s", table(entry))
         raise
-
-
-def show() -> str:
-    """Return the tables of all measurements in the cache. Raises `VglannError` where there are none."""
-    return "\n\n".join(map(table, _some(place())))
-
-
-def export(file: str | Path) -> str:
-    """Copy the measurements in the cache to a file. Raises `VglannError` where there are none, or `file` exists."""
-    if Path(file).exists():
-        raise VglannError(f"--export {file}: it is there already; remove it, or choose another name")
-    entries = _some(place())
-    measurements.write(Path(file), entries)
-    return f"exported: {file}, measurements: {len(entries)}"
-
-
-def import_(file: str | Path, device: torch.device) -> str:
-    """Add the measurements in a file to the cache. Raises `VglannError` for a file that is not of `tune`.
-
-    Of two for the same machine and training the newer one stays. Where there are too many, the oldest ones of other
-    machines are left out.
-    """
-    entries, here = _some(Path(file)), machine(device)
-    with only_tune():
-        # `write` lets later ones win, and leaves out the first.
-        together = sorted([*entries, *_readable()], key=lambda entry: (entry.machine == here, entry.when))
-        measurements.write(place(), together)
-        there = measurements.read(place())
-    kept = [entry for entry in entries if entry in there]
-    own = sum(entry.machine == here for entry in kept)
-    return f"imported: {file}, measurements: {len(kept)}, {own} of them of this machine and its versions"
-
-
-def table(entry: Entry) -> str:
-    """Return a measurement as text: a line for each contender, with its speed in units of the default's."""
-    facts = ", ".join(f"{name} {value}" for name, value in entry.machine.items() if value is not None)
-    shapes = ", ".join(f"{name} {value}" for name, value in entry.shapes.items() if value is not False)
-    lines = [facts, shapes, f"measured {entry.when}"]
-    for name, found in entry.contests.items():
-        for contender in (*found.seconds, *found.left_out):
-            lines.append(f"{name:19} {contender:15} {_judged(contender, found)}".rstrip())
-            name = ""
-    return "\n".join(lines)
-
-
-def _judged(contender: str, found: Contest) -> str:
-    """Return what a line of the table says of a contender: its time and factor, and what became of it."""
-    words = ["default"] * (contender == found.default) + ["chosen"] * (contender == found.choice)
-    if contender in found.left_out:
-        return f"{'':20} {', '.join([*words, found.left_out[contender]])}"
-    factor = f"{found.factors[contender]:6.2f}" if contender in found.factors else ""
-    return f"{1e3 * found.seconds[contender]:10.3f} ms {factor:6} {', '.join(words)}"
 
 
 def _subject(target: str | Path | None, name: str, given: Mapping[str, Any], device: torch.device) -> Subject:
@@ -235,15 +184,15 @@ def _training_entries(
     """Contest the choices of a training one after the other; yield after each what is measured by then."""
     options, clips = subject.options, subject.clips
     contenders = Contenders(clips, options, device, clock)
+    # The reference training is compared with, and not timed.
+    _release(device)
     chosen: dict[str, str] = {}
     contests: dict[str, Contest] = {}
     shapes = training_shapes(options, clips.frames, clips.size, subject.batch_size)
 
     def hold(name: str, ways: Mapping[str, Choices]) -> Iterator[Entry]:
-        with ExitStack() as closed:
-            prepared = {way: partial(contenders.prepare, ways[way], name, closed) for way in ways}
-            found = _contest(name, prepared, clock, deadline)
-        _forget(device)
+        prepared = {way: partial(contenders.prepare, ways[way], name) for way in ways}
+        found = _contest(name, prepared, device, clock, deadline)
         if found is not None:
             contests[name] = found
             yield Entry(machine(device), shapes, _now(), dict(contests))
@@ -275,7 +224,7 @@ def _mapping_entries(
     names = dict.fromkeys([default, *runnable("nearest", device)])
     ways = {name: partial(_search, name, queries, database) for name in names}
     try:
-        found = _contest("nearest", ways, clock, deadline)
+        found = _contest("nearest", ways, device, clock, deadline)
     except NoTime:
         log.warning("no time left for nearest; raise --minutes")
         return
@@ -294,7 +243,7 @@ def rows_near(latents: Tensor, count: int) -> Tensor:
     return torch.nn.functional.normalize(near, dim=1)
 
 
-def _search(name: str, queries: Tensor, database: Tensor) -> Lap:
+def _search(name: str, queries: Tensor, database: Tensor, _: ExitStack) -> Lap:
     """Check an implementation of `nearest_rows` and return searches by it. Raises `Refused` where a row is wrong."""
     shapes = Shapes(latent_dim=queries.shape[1], device=str(queries.device))
     for line in verify(shapes, ["nearest"]):
@@ -312,38 +261,24 @@ def _search(name: str, queries: Tensor, database: Tensor) -> Lap:
     return lap
 
 
-def _contest(name: str, ways: Mapping[str, Prepare], clock: Clock, deadline: float) -> Contest | None:
+def _contest(
+    name: str, ways: Mapping[str, Prepare], device: torch.device, clock: Clock, deadline: float
+) -> Contest | None:
     """Hold a contest and say how it ended."""
     if len(ways) < 2:
         return None
     log.info("%s: %s", name, ", ".join(ways))
     least = LEAST_FACTOR_OF_PRECISION if name == "precision" else LEAST_FACTOR
-    found = contest(ways, clock, deadline=deadline, least=least)
+    found = contest(ways, clock, deadline=deadline, least=least, release=partial(_release, device))
     for contender, reason in found.left_out.items():
         log.warning("%s %s is left out: %s", name, contender, reason)
     return found if found.choice else None
 
 
-def _readable() -> list[Entry]:
-    """Return what the cache holds. A damaged file counts as none, with a warning, and is replaced."""
-    try:
-        return measurements.read(place())
-    except measurements.DamagedError as error:
-        log.warning("%s", error)
-        return []
-
-
-def _some(path: Path) -> Sequence[Entry]:
-    """Return the entries of a file. Raises `VglannError` where there are none."""
-    entries = measurements.read(path)
-    if not entries:
-        raise VglannError(f"{path}: nothing was measured there; run `vglann tune`, or give another file")
-    return entries
-
-
-def _forget(device: torch.device) -> None:
-    """Release what a contest held on a GPU, which another one may need as a whole."""
+def _release(device: torch.device) -> None:
+    """Give memory of a GPU back that nothing holds any more, so that another contender may have all of it."""
     if device.type == "cuda":
+        # A training refers to itself.
         gc.collect()
         torch.cuda.empty_cache()
 

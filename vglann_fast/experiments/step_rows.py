@@ -20,8 +20,9 @@ from vglann_fast.interop.glann_video import load_generator
 from vglann_fast.options.presets import PRESETS
 from vglann_fast.run.folder import RunDir
 
-# Every kernel where `auto` takes one.
+# Every kernel where `auto` takes one; and the convolutions, too.
 KERNELS = "triton,upsample_conv=reference"
+ALL_KERNELS = "triton"
 # Row -> (options of the training, kernels). The author's row is not one of ours.
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "author": ({}, ""),
@@ -32,6 +33,10 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "bf16 kernels": ({"precision": "bf16"}, KERNELS),
     "bf16 compile kernels": ({"precision": "bf16", "compile": True}, KERNELS),
     "bf16 kernels graph": ({"precision": "bf16", "cuda_graph": "on", "data": "resident"}, KERNELS),
+    "bf16 kernels convolutions graph": (
+        {"precision": "bf16", "cuda_graph": "on", "data": "resident"},
+        ALL_KERNELS,
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from vglann_kernels.impl import OPS, preferring, requested
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.compatibility import check_compatibility
 from vglann_fast.glo.precision import resolve_precision
-from vglann_fast.options.choices import THREADS, Choices, kernels, left_open, settled
+from vglann_fast.options.choices import THREADS, Choices, kernels, left_open, op_of, settled
 from vglann_fast.options.training import TrainOptions
 from vglann_fast.run.folder import RunDir
 from vglann_fast.runtime.distributed import Ranks
@@ -154,7 +154,7 @@ def _open(
     if requested("upsample_conv")[0] not in ("auto", "reference"):
         names.discard("memory_format")
     if options is None or not options.deterministic:
-        names |= {op for op in OPS if requested(op)[0] == "auto"}
+        names |= {name for name in choices if (op := op_of(name)) in OPS and requested(op)[0] == "auto"}
         # A file may say any number, and more threads than processors may end the process.
         if device.type == "cpu" and not threads_given() and int(choices.get(THREADS, 1)) <= allowed():
             names.add(THREADS)

@@ -1,8 +1,9 @@
 """Choices of the machine that a user leaves open: how a training computes, not what.
 
 `vglann tune` measures them, a new training reads them, and a run keeps those that it began with. They are a mapping
-from names to values: the keys of `VALUES`, "threads" (a number of CPU threads), and the names of ops, whose values
-are implementations. A name that is missing was not measured; then the rules of the program decide.
+from names to values: the keys of `VALUES`, "threads" (a number of CPU threads), and the names of ops and of layers,
+whose values are implementations. "upsample_conv 3d 128-64" is a layer of the op "upsample_conv": a choice for it
+counts before a choice for the op. A name that is missing was not measured; then the rules of the program decide.
 """
 
 from collections.abc import Collection, Mapping
@@ -47,8 +48,13 @@ def read_choices(value: Any) -> dict[str, str]:
 
 
 def kernels(choices: Choices) -> dict[str, str]:
-    """Return the choices of implementations, by op."""
+    """Return the choices of implementations, by op or layer."""
     return {name: choice for name, choice in choices.items() if name not in VALUES and name != THREADS}
+
+
+def op_of(name: str) -> str:
+    """Return the op of a choice, which may be for one of its layers alone."""
+    return name.partition(" ")[0]
 
 
 def left_open(options: TrainOptions, given: Collection[str] = ()) -> set[str]:

@@ -15,10 +15,7 @@ from . import reference
 
 switch.register("upsample_conv", "reference")
 switch.register("upsample_conv", "triton", why_no_triton)
-switch.register("upsample_conv", "narrow", why_no_triton)
 
-# "narrow" takes Triton up to these channels in and out; public measurements favor a kernel there.
-NARROW = (128, 64)
 # Positions and weights are counted in 32 bits, with room for a tile behind the last one.
 MAX_COUNT = 2**31 - 1024
 
@@ -179,15 +176,15 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _takes_kernel(x: Tensor, weight: Tensor, impl: str | None) -> bool:
-    unsupported = _unsupported(x, weight)
-    chosen = switch.chosen("upsample_conv", impl, x.device, unsupported)
-    if chosen == "narrow":
-        fits = weight.shape[0] <= NARROW[0] and weight.shape[1] <= NARROW[1]
-        if fits and unsupported and switch.requested("upsample_conv", impl)[0] == "narrow":
-            raise ValueError(f"upsample_conv: narrow: {unsupported}; 'reference' takes it")
-        chosen = "triton" if fits and not unsupported else "reference"
-    return chosen != "reference" and x.numel() > 0 and weight.numel() > 0
+def layer_of(weight: Tensor) -> str:
+    """Return what a layer computes, as the switch names it: "3d 128-64", with its channels in and out."""
+    return f"{weight.ndim - 2}d {weight.shape[0]}-{weight.shape[1]}"
+
+
+def _implementation(x: Tensor, weight: Tensor, impl: str | None) -> str:
+    """Return the name of the implementation that convolves; without values that is the reference."""
+    name = switch.chosen("upsample_conv", impl, x.device, _unsupported(x, weight), layer_of(weight))
+    return name if x.numel() > 0 and weight.numel() > 0 else "reference"
 
 
 def statistics_pay(x: Tensor, weight: Tensor) -> bool:
@@ -196,7 +193,7 @@ def statistics_pay(x: Tensor, weight: Tensor) -> bool:
     That is where both are Triton's, and the norm would read its input twice.
     """
     rows = x.numel() // max(1, x.shape[1]) * 2 ** (x.ndim - 2)
-    if rows <= batchnorm_relu.FEW_ROWS or not _takes_kernel(x, weight, None):
+    if rows <= batchnorm_relu.FEW_ROWS or _implementation(x, weight, None) != "triton":
         return False
     return switch.chosen("batchnorm_relu", None, x.device) == "triton"
 
@@ -219,8 +216,8 @@ def upsample_convolution(
     rounds weights to the dtype of x. Products are summed in float32. Autocast casts as for PyTorch's convolution.
     Differentiable in all tensors, once with Triton: a second derivative raises RuntimeError. The Triton kernels take
     a channels-last x and give a channels-last y; weights in another layout are copied.
-    `impl`: "reference", the framework's convolution; "triton"; "narrow", which is "triton" up to 128 channels in and
-    64 out and else the reference; "auto", the reference. None takes the process default (see `vglann_kernels.impl`).
+    `impl`: "reference", the framework's convolution; "triton"; "auto", the reference, unless another one is preferred
+    for this layer. None takes the process default (see `vglann_kernels.impl`).
     Raises TypeError on a wrong dtype, ValueError on a wrong shape, mixed devices, scale without shift, and, where
     Triton is asked for by name, a float64 x or one that is not channels-last.
     """
@@ -247,17 +244,30 @@ def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     statistics: bool, impl: str | None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
-    cast = (
-        isinstance(x, Tensor)
-        and x.device.type in ("cpu", "cuda")
-        and torch.is_autocast_enabled(x.device.type)
-    )
-    _check(x, weight, bias, scale, shift, cast)
-    if not _takes_kernel(x, weight, impl):
-        y = reference.upsample_conv(x, weight, bias, scale, shift)
-        parts = reference.statistics(y) if statistics else y.new_empty(0)
-        return y, Statistics(parts, y.numel() // max(1, y.shape[1]))
-    if cast:
+    _check(x, weight, bias, scale, shift, isinstance(x, Tensor) and _is_cast(x))
+    compute = IMPLEMENTATIONS[_implementation(x, weight, impl)]
+    return compute(x, weight, bias, scale, shift, statistics)
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Return True if autocast casts tensors on the device of x."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
+def _by_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    y = reference.upsample_conv(x, weight, bias, scale, shift)
+    parts = reference.statistics(y) if statistics else y.new_empty(0)
+    return y, Statistics(parts, y.numel() // max(1, y.shape[1]))
+
+
+def _by_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    if _is_cast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight = weight.to(x.dtype).contiguous(memory_format=channels_last_of(x))
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, scale, shift)]
@@ -273,3 +283,6 @@ def _rows_of_a_part(x: Tensor) -> int:
     from . import kernel
 
     return kernel.rows_of_a_part(x)
+
+
+IMPLEMENTATIONS = {"reference": _by_reference, "triton": _by_triton}

@@ -167,33 +167,25 @@ def test_two_runs_are_equal_bit_for_bit():
         assert torch.equal(first, second)
 
 
-def test_narrow_is_the_kernel_for_few_channels_alone():
-    x, weight, *_ = inputs((1, 128, 1, 1), 1)
-    assert upsample_convolution(x, weight, impl="narrow").is_contiguous(memory_format=torch.channels_last)
-    with Traffic() as narrow:
-        upsample_convolution(x, weight, impl="narrow")
-    wide, weights, *_ = inputs((1, 129, 1, 1), 1)
-    with Traffic() as framework:
-        y = upsample_convolution(wide, weights, impl="narrow")
-    assert narrow.bytes > 0 == framework.bytes
-    assert torch.equal(y, upsample_convolution(wide, weights, impl="reference"))
-
-
 def test_what_is_refused_where_the_kernel_is_asked_for():
     x, weight, bias, _ = inputs((2, 5, 3, 4), 4)
-    for impl in ("triton", "narrow"):
-        with pytest.raises(ValueError, match="x: expected a channels-last tensor, got strides"):
-            upsample_convolution(x.contiguous(), weight, impl=impl)
-        with pytest.raises(ValueError, match="x: expected a 16- or 32-bit float, got float64"):
-            upsample_convolution(x.double(), weight.double(), impl=impl)
+    with pytest.raises(ValueError, match="x: expected a channels-last tensor, got strides"):
+        upsample_convolution(x.contiguous(), weight, impl="triton")
+    with pytest.raises(ValueError, match="x: expected a 16- or 32-bit float, got float64"):
+        upsample_convolution(x.double(), weight.double(), impl="triton")
     empty = upsample_convolution(x[:0], weight, bias, impl="triton")
     assert empty.shape == (0, 4, 6, 8)
 
 
-def test_a_measured_choice_falls_back_where_one_that_was_asked_for_raises(monkeypatch):
+def test_a_measured_choice_is_for_its_layer_alone_and_falls_back_where_one_that_was_asked_for_raises():
     x, weight, *_ = inputs((1, 3, 2, 2), 2)
-    monkeypatch.setattr(switch, "chosen", lambda *given: "narrow")
-    y = upsample_convolution(x.contiguous(), weight)
+    bytes_of = []
+    with switch.preferring({"upsample_conv 2d 3-2": "triton"}):
+        for image, weights in ((x, weight), (x, weight[:, :1]), (x.contiguous(), weight)):
+            with Traffic() as traffic:
+                y = upsample_convolution(image, weights)
+            bytes_of.append(traffic.bytes)
+    assert bytes_of[0] > 0 == bytes_of[1] == bytes_of[2]
     assert torch.equal(y, reference.upsample_conv(x.contiguous(), weight, None, None, None))
 
 

@@ -91,7 +91,7 @@ def add_tune(parser: Parser) -> None:
 
 
 def _tune(a: Namespace) -> None:
-    from vglann_fast.diagnostics import tune
+    from vglann_fast.diagnostics import tune, tune_file
 
     actions = [flag for flag in a.given if flag in ("--show", "--export", "--import")]
     others = [name for name in a.given if name not in (*actions, "--device")]
@@ -102,11 +102,11 @@ def _tune(a: Namespace) -> None:
         )
     device = device_and_kernels(a)
     if a.show:
-        print(tune.show())
+        print(tune_file.show())
     elif a.export is not None:
-        print(tune.export(a.export))
+        print(tune_file.export(a.export))
     elif a.import_from is not None:
-        print(tune.import_(a.import_from, device))
+        print(tune_file.import_(a.import_from, device))
     else:
         given = given_options(a, TrainOptions)
         name = a.preset or "modern"

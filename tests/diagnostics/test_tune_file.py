@@ -1,0 +1,111 @@
+"""The measurements of `vglann tune` as users see them: the table, what an import keeps, and what the doctor says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vglann_fast.cli.main import main
+from vglann_fast.diagnostics import doctor, tune_file
+from vglann_fast.diagnostics.tune_file import import_, table
+from vglann_fast.runtime import measurements
+from vglann_fast.runtime.measurements import Contest, Entry, machine, place, read, write
+
+CPU = torch.device("cpu")
+AN_ENTRY = Entry(
+    {**machine(CPU), "device": "Z80"},
+    {"width": 1},
+    "2026-03-01",
+    {"precision": Contest("fp32", "bf16", {"fp32": 2.0, "bf16": 1.0}, {"fp32": 1.0, "bf16": 2.0}, {})},
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VGLANN_TUNE")
+
+
+def test_an_import_evicts_no_measurement_of_this_machine_and_replaces_no_newer_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(measurements, "MAX_ENTRIES", 3)
+    file = tmp_path / "file.json"
+
+    def own(when, width=1):
+        return replace(AN_ENTRY, machine=machine(CPU), shapes={"width": width}, when=when)
+
+    write(file, [replace(AN_ENTRY, shapes={"width": width}) for width in (1, 2, 3)])
+    write(place(), [own("2026-02-01")])
+    assert "measurements: 2, 0 of them" in import_(file, CPU)
+    assert own("2026-02-01") in read(place())
+    write(file, [own("2026-01-31"), own("2026-01-31", width=2)])
+    assert "measurements: 1, 1 of them" in import_(file, CPU)
+    assert [entry for entry in read(place()) if entry.machine == machine(CPU)] == [
+        own("2026-01-31", width=2),
+        own("2026-02-01"),
+    ]
+    write(file, [own("2026-02-02")])
+    import_(file, CPU)
+    assert own("2026-02-02") in read(place())
+    assert own("2026-02-01") not in read(place())
+
+
+def test_an_import_of_many_newer_ones_of_an_equal_machine_leaves_what_was_measured_here(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measurements, "MAX_ENTRIES", 3)
+    file = tmp_path / "file.json"
+
+    def equal(width, when):
+        return replace(AN_ENTRY, machine=machine(CPU), shapes={"width": width}, when=when)
+
+    own = [equal(1, "2026-01-01"), equal(2, "2026-01-02")]
+    write(place(), own)
+    for first in (10, 20):
+        write(file, [equal(first + n, "2026-06-01") for n in range(3)])
+        import_(file, CPU)
+        assert len(read(place())) == 3
+        assert read(place())[1:] == own
+    # The next one that is measured here pushes out the imported one.
+    write(place(), [*read(place()), equal(3, "2026-01-03")])
+    assert read(place()) == [*own, equal(3, "2026-01-03")]
+
+
+def test_an_import_for_the_gpu_leaves_what_was_measured_on_the_processor(tmp_path, monkeypatch):
+    monkeypatch.setattr(measurements, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(tune_file, "machine", lambda device: {**machine(CPU), "device": device.type})
+    file, of_gpu = tmp_path / "file.json", {**machine(CPU), "device": "cuda"}
+    own = replace(AN_ENTRY, machine={**machine(CPU), "device": "cpu"}, when="2026-01-01")
+    write(place(), [own])
+    write(file, [replace(AN_ENTRY, machine=of_gpu, shapes={"width": width}) for width in (1, 2, 3)])
+    assert "measurements: 2, 2 of them" in import_(file, torch.device("cuda"))
+    assert own in read(place())
+
+
+def test_the_table_marks_as_chosen_what_a_training_takes():
+    contenders = {"fp32", "bf16", "mmap", "resident", "defaults", "choices"}
+
+    def marked(entry):
+        return {
+            word for line in table(entry).splitlines() if "chosen" in line for word in line.split()
+        } & contenders
+
+    assert marked(AN_ENTRY) == {"bf16"}
+    together = Contest("defaults", "defaults", {"defaults": 1.0, "choices": 1.1}, {"choices": 0.9}, {})
+    slower = replace(AN_ENTRY, contests={**AN_ENTRY.contests, "together": together})
+    assert marked(slower) == {"fp32", "defaults"}
+    (line,) = [line for line in table(slower).splitlines() if "bf16" in line]
+    assert "fastest" in line
+    # Two choices that were never compared together.
+    data = Contest("mmap", "resident", {"mmap": 2.0, "resident": 1.0}, {"mmap": 1.0, "resident": 2.0}, {})
+    assert marked(replace(AN_ENTRY, contests={**AN_ENTRY.contests, "data": data})) == {"fp32", "mmap"}
+
+
+def test_the_doctor_says_the_default_where_the_choices_were_not_faster_together(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "self_test", lambda: doctor.Finding("self-test", "PASS"))
+    together = Contest("defaults", "defaults", {"defaults": 1.0}, {"defaults": 1.0}, {})
+    found = {**AN_ENTRY.contests, "together": together}
+    write(place(), [replace(AN_ENTRY, machine=machine(CPU), contests=found)])
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured precision")]
+    assert "fp32" in line
+    assert "bf16" not in line
