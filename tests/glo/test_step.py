@@ -4,12 +4,14 @@ import logging
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
 from tiny import new_run, tiny_options
 from torch import nn
 from vglann_kernels.impl import implementations, preferring, requested, resolve, using_impl
+from vglann_kernels.upsample_conv import op as upsample_conv
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
@@ -380,6 +382,28 @@ def test_a_resumed_run_may_choose_its_machine_anew_and_nothing_else(clips, tmp_p
     assert entry["step"] == 0
     assert entry["changed"] == {"data": ["auto", "resident"], "checkpoint_activations": [False, True]}
     assert run.checkpoints.load()[0]["finished"]
+
+
+def test_a_compiled_generator_takes_the_kernels_of_its_own_training(clips, tmp_path, monkeypatch):
+    """torch.compile keeps what it traced by the code of a function, which all generators share."""
+    taken = []
+
+    def convolve(name, x, weight, *rest):
+        taken.append(name)
+        return reference(x, weight, *rest)
+
+    reference = upsample_conv.IMPLEMENTATIONS["reference"]
+    for name in ("reference", "other"):
+        monkeypatch.setitem(upsample_conv.IMPLEMENTATIONS, name, partial(convolve, name))
+    monkeypatch.setitem(implementations("upsample_conv"), "other", lambda device: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for kernels in ("reference", "reference,upsample_conv=other"):
+        with using_impl(kernels):
+            training = training_of(clips, tmp_path / kernels, compile=True)
+            training.train_step()
+            taken.clear()
+            training.train_step()
+        assert set(taken) == {kernels.rpartition("=")[2]}
 
 
 def test_a_compiled_generator_trains_the_same(clips, tmp_path):

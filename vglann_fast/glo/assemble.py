@@ -1,5 +1,8 @@
 """Makes a training of its parts: checks what goes together, then builds generator, latents, optimizer and data."""
 
+from types import FunctionType, MethodType
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -112,7 +115,7 @@ def _wrapped_logits(
         checkpoint_activations(generator)
     if options.sync_bn:
         sync_batch_norms(generator, ranks)
-    logits = torch.compile(generator.logits) if options.compile else generator.logits
+    logits = compiled_anew(generator.logits) if options.compile else generator.logits
     return in_precision(logits, precision, device)
 
 
@@ -121,8 +124,26 @@ def _background_logits(
 ) -> StepLogits:
     """The same for the background alone, which takes too little memory to be checkpointed."""
     logits = generator.background_logits
-    background = in_precision(torch.compile(logits) if options.compile else logits, precision, device)
+    background = in_precision(compiled_anew(logits) if options.compile else logits, precision, device)
     return lambda z: (None, background(z))
+
+
+def compiled_anew(method: Any) -> Any:
+    """Compile a method, and trace it for this object alone.
+
+    torch.compile keeps what it traced by the code of a function, which all objects of a class share. A generator
+    would take the graph of another one in this process, with the kernels that were chosen for that one; and after
+    eight of them none would be compiled.
+    """
+    shared = method.__func__
+    own = FunctionType(
+        shared.__code__.replace(),
+        shared.__globals__,
+        shared.__name__,
+        shared.__defaults__,
+        shared.__closure__,
+    )
+    return torch.compile(MethodType(own, method.__self__))
 
 
 def _graphed_step(training: Training, *, measured: bool) -> GraphedStep | None:

@@ -74,14 +74,15 @@ class GeneratorOptimizer:
     @torch.no_grad()
     def step(self, skip: Tensor, found_inf: Tensor | None = None) -> None:
         """Update the parameters; nothing at all where `skip` [] is true. `found_inf` [] is the same as float32."""
-        names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        taking = [(p, p.grad, self.state[name]) for name, p in self.parameters.items() if p.grad is not None]
         # As a function: to construct the class imports torch.compile, which takes a second and is not used.
         adam(
-            [self.parameters[name] for name in names],
-            [self.parameters[name].grad for name in names],  # type: ignore[misc]
-            *([self.state[name][key] for name in names] for key in ("exp_avg", "exp_avg_sq")),
+            [parameter for parameter, _, _ in taking],
+            [gradient for _, gradient, _ in taking],
+            [state["exp_avg"] for _, _, state in taking],
+            [state["exp_avg_sq"] for _, _, state in taking],
             [],
-            [self.state[name]["step"] for name in names],
+            [state["step"] for _, _, state in taking],
             fused=True,
             # Where this is 1, the update is skipped.
             found_inf=skip.float() if found_inf is None else found_inf,
