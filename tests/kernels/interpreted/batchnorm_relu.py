@@ -182,6 +182,7 @@ def test_saved_are_the_input_and_vectors():
     assert sorted(tensor.numel() for tensor in saved) == [5, 5, 5, 5, x.numel()]
 
 
+@pytest.mark.parametrize("share", ["several programs"], indirect=True)
 def test_opcheck():
     x, weight, bias, upstream = inputs((2, 6, 4, 3))
     running = (torch.zeros(6), torch.ones(6), torch.tensor(0))

@@ -111,9 +111,8 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_opcheck(last):
-    inputs = [x.detach() for x in logits((2, 3, 6, 6), last=last)]
+def test_opcheck():
+    inputs = [x.detach() for x in logits((2, 3, 6, 6), last=True)]
     torch.library.opcheck(OP, inputs)
     upstream = torch.randn(2, 3, 3, 6, 6), torch.randn(2)
     for gradients in (upstream, (None, upstream[1]), (upstream[0], None)):

@@ -33,9 +33,9 @@ def assert_close(ours, exact, tolerance=1e-6):
     assert torch.equal(a.abs().sum(dim=-1) == 0, b.abs().sum(dim=-1) == 0)
 
 
-@pytest.mark.parametrize("blur", ["binomial", "paper"])
-def test_against_float64(blur):
-    for line in verify.laplacian(verify.Shapes(batch=1, frames=1, size=32, blur=blur, device="cpu")):
+def test_against_float64():
+    """The paper's blur; the default one is compared so by the IR, in `make proof-share`."""
+    for line in verify.laplacian(verify.Shapes(batch=1, frames=1, size=32, blur="paper", device="cpu")):
         assert line.ok, str(line)
 
 
