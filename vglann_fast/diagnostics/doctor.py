@@ -194,14 +194,10 @@ def _versions() -> Iterator[Finding]:
     on_gpu = torch.cuda.is_available()
     advice = "older than 2.10: weights_only=True can be made to run code (CVE-2026-24747); pip install 'torch>=2.10'"
     yield _judged("torch", _numbers(torch.__version__) < (2, 10), advice, "FAIL", torch.__version__)
-    triton = _installed("triton") or "none"
-    advice = f"{triton} is older than 3.6; pip install 'triton>=3.6'"
-    fine = (
-        "not installed, optional"
-        if triton == "none"
-        else f"{triton}{'' if on_gpu else ', unused without a GPU'}"
-    )
-    yield _judged("triton", () < _numbers(triton) < (3, 6), advice, fine=fine)
+    if triton := _installed("triton"):
+        advice = f"{triton} is older than 3.6; pip install 'triton>=3.6'"
+        fine = triton if on_gpu else f"{triton}, unused without a GPU"
+        yield _judged("triton", () < _numbers(triton) < (3, 6), advice, fine=fine)
     if not on_gpu:
         return
     old = torch.cuda.get_device_capability() < (8, 0)
@@ -216,21 +212,27 @@ def _installations() -> Iterator[Finding]:
 
     cuda = _numbers(torch.version.cuda or "0")
     faiss = [name for name in FAISS if _installed(name)]
-    advice = f"{' and '.join(faiss)} share a folder and lose the GPU silently; pip uninstall all, install one"
-    yield _judged(
-        "faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss) or "not installed, optional"
-    )
+    if faiss:
+        advice = (
+            f"{' and '.join(faiss)} share a folder and lose the GPU silently; pip uninstall all, install one"
+        )
+        yield _judged("faiss alone", len(faiss) > 1, advice, "FAIL", ", ".join(faiss))
     if "faiss-gpu" in faiss:
         advice = "faiss-gpu is built for CUDA 12; pip install faiss-gpu-cu13-cuvs"
         yield _judged("faiss-gpu and CUDA", cuda >= (13,), advice)
     if "faiss-gpu-cuvs" in faiss:
         advice = "faiss-gpu-cuvs needs CUDA 13.2; faiss-gpu-cu13-cuvs is built for 13.0"
         yield _judged("faiss-gpu-cuvs and CUDA", (0, 0) < cuda < (13, 2), advice)
-    two = bool(_installed("opencv-python") and _installed("opencv-python-headless"))
-    advice = "opencv-python and opencv-python-headless share a folder; pip uninstall both, install the second"
-    yield _judged("opencv alone", two, advice)
-    advice = "the distribution pynvml is dead; pip uninstall pynvml, pip install nvidia-ml-py"
-    yield _judged("NVML", _installed("pynvml") is not None, advice)
+    opencv = [name for name in ("opencv-python", "opencv-python-headless") if _installed(name)]
+    if opencv:
+        advice = (
+            "opencv-python and opencv-python-headless share a folder; pip uninstall both, install the second"
+        )
+        yield _judged("opencv alone", len(opencv) > 1, advice, fine=opencv[0])
+    dead = _installed("pynvml") is not None
+    if dead or _installed("nvidia-ml-py"):
+        advice = "the distribution pynvml is dead; pip uninstall pynvml, pip install nvidia-ml-py"
+        yield _judged("NVML", dead, advice)
 
 
 def codecs() -> Finding:

@@ -115,7 +115,7 @@ def _wrapped_logits(
         checkpoint_activations(generator)
     if options.sync_bn:
         sync_batch_norms(generator, ranks)
-    logits = compiled_anew(generator.logits) if options.compile else generator.logits
+    logits = compiled_alone(generator.logits) if options.compile else generator.logits
     return in_precision(logits, precision, device)
 
 
@@ -124,16 +124,17 @@ def _background_logits(
 ) -> StepLogits:
     """The same for the background alone, which takes too little memory to be checkpointed."""
     logits = generator.background_logits
-    background = in_precision(compiled_anew(logits) if options.compile else logits, precision, device)
+    background = in_precision(compiled_alone(logits) if options.compile else logits, precision, device)
     return lambda z: (None, background(z))
 
 
-def compiled_anew(method: Any) -> Any:
-    """Compile a method, and trace it for this object alone.
+def compiled_alone(method: Any) -> Any:
+    """Compile a method so that this object shares no graph with others of its class.
 
-    torch.compile keeps what it traced by the code of a function, which all objects of a class share. A generator
-    would take the graph of another one in this process, with the kernels that were chosen for that one; and after
-    eight of them none would be compiled.
+    torch.compile keeps graphs by the code of a function, which all objects of a class share. Without a copy of the
+    code, a generator would take the graph of another one in this process, with the kernels that were chosen for that
+    one, and after eight of them none would be compiled. PyTorch also remembers, by file and line, which sizes vary:
+    a second training with another batch size is compiled for any size.
     """
     shared = method.__func__
     own = FunctionType(
@@ -143,6 +144,7 @@ def compiled_anew(method: Any) -> Any:
         shared.__defaults__,
         shared.__closure__,
     )
+    own.__kwdefaults__ = shared.__kwdefaults__
     return torch.compile(MethodType(own, method.__self__))
 
 

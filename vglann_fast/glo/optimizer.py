@@ -81,8 +81,9 @@ class GeneratorOptimizer:
             [gradient for _, gradient, _ in taking],
             [state["exp_avg"] for _, _, state in taking],
             [state["exp_avg_sq"] for _, _, state in taking],
-            [],
-            [state["step"] for _, _, state in taking],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for _, _, state in taking],
+            # It reads rates and counters on the device, so it can be captured in a CUDA graph.
             fused=True,
             # Where this is 1, the update is skipped.
             found_inf=skip.float() if found_inf is None else found_inf,
