@@ -1,8 +1,10 @@
 """`vglann_kernels.proof`: its arithmetic, its table, and that it finds faults where ttsem is installed."""
 
 import math
+import shutil
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +75,25 @@ def test_what_ci_repeats_is_in_the_table_and_right():
 def test_no_row_is_of_another_kernel_than_there_is():
     for name, row in ROWS.items():
         assert row.sources == proof.sources(row.op), f"{name}: run make proof"
+
+
+@pytest.mark.parametrize(
+    ("changed", "of"),
+    [
+        ("upsample_conv/tiles.py", {"upsample_conv"}),
+        ("latent_adam/rule.py", {"latent_adam"}),
+        ("laplacian/op.py", {"laplacian", "composite_laplacian"}),
+        ("launch.py", set(proof.OPS)),
+        ("nearest/reference.py", set()),
+        ("nearest/README.md", set()),
+    ],
+)
+def test_a_row_is_of_all_that_decides_what_is_launched(changed, of, tmp_path):
+    shutil.copytree(Path(proof.__file__).parent, tmp_path / "kernels")
+    with (tmp_path / "kernels" / changed).open("a") as file:
+        file.write("TILE = 16\n")
+    stale = {op for op in proof.OPS if proof.sources(op, tmp_path / "kernels") != proof.sources(op)}
+    assert stale == of
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
