@@ -131,7 +131,7 @@ def sources(op: str, folder: Path = Path(__file__).parent) -> str:
             if path.name != "reference.py":
                 text = path.read_text()
                 digest.update(text.encode())
-                # What is no folder has no modules.
+                # Modules beside the folders have no modules of their own.
                 imported = re.findall(r"^from \.\.(\w+)", text, re.MULTILINE)
                 folders += sorted(set(imported) - known - set(folders))
     return digest.hexdigest()[:8]
