@@ -153,6 +153,26 @@ def test_sectors_are_those_that_the_lanes_of_a_warp_touch(stride, loads, sectors
     assert counted.unique_bytes(load) == counted.unique_bytes(store) == 2048
 
 
+@triton.jit
+def _square_kernel(out_ptr, x_ptr, steps):
+    row, total = tl.arange(0, 64), tl.zeros([64, 64], tl.float32)
+    for step in range(steps):
+        x = tl.load(x_ptr + row[:, None] * 64 + step * 32 + tl.arange(0, 32)[None, :])
+        total = tl.dot(x, tl.trans(x), total)
+    tl.store(out_ptr + row[:, None] * 64 + row[None, :], total)
+
+
+def test_sectors_of_copies_to_shared_memory_are_counted():
+    """Two steps of 64 rows of 64 bytes; a warp copies 512 bytes at once."""
+    pytest.importorskip("ttsem", reason="make proof-share installs it")
+    counted, x = Sectors(), torch.randn(64, 64).half()
+    with semantics.executed("ttgir", 90, counted):
+        _square_kernel[(1,)](torch.zeros(64, 64), x, 2)
+    copy = ("_square_kernel", "copy")
+    assert (counted.requests[copy], counted.sectors[copy]) == (16, 256)
+    assert counted.unique_bytes(copy) == x.nbytes
+
+
 def test_the_whole_generator_by_its_kernels_is_the_one_without(monkeypatch):
     """Convolutions, norms and composite, forward and backward, on the IR; the convolutions hand over statistics."""
     pytest.importorskip("ttsem", reason="make proof-share installs it")
