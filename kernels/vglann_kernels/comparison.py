@@ -39,7 +39,7 @@ class Line:
 @dataclass(frozen=True)
 class Shapes:
     """The shapes to verify: `batch` videos of `frames` frames of `size` x `size`, latents, a database of `rows`
-    rows to search (500 in the interpreter), and the loss's options.
+    rows (500 on a CPU) that a 25th as many queries search, and the loss's options.
 
     `dtype` is the one dtype of the videos to verify; "" stands for all. `impl` is what is compared with float64:
     "triton", or "reference" alone. `seed` draws the random inputs.

@@ -273,7 +273,7 @@ def _upsample_conv() -> Iterator[Configuration]:
 
 def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
     """Yield the launches of a search at d = 100, 128 and 512."""
-    from .nearest import kernel
+    from .nearest import kernel, tiles
 
     sizes = (77, 77, 77)  # neither 1 nor a multiple of 16: no launch makes these arguments special
     for name, d, parts in (
@@ -283,12 +283,12 @@ def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
         ("wider scan d=100", 100, 2),
         ("wider scan d=512", 512, 2),
     ):
-        k = kernel.packed_columns(d, parts)
-        options = kernel.scan_options(capability, k, parts)
+        k = tiles.packed_columns(d, parts)
+        options = tiles.scan_options(capability, k, parts)
         tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
-        constants = {"K": k, "QUERIES": options["QUERIES"]}
-        if parts == 1 and k <= kernel.RESIDENT:
-            scan, values, constants["COUNT"] = kernel._scan_kernel, 2, kernel.tiles_of(k)
+        constants = {"K": k, **{name: value for name, value in options.items() if name.isupper()}}
+        if parts == 1 and k <= tiles.RESIDENT:
+            scan, values, constants["COUNT"] = kernel._scan_kernel, 2, tiles.tiles_of(k)
         else:
             scan, values, constants["PARTS"] = kernel._stepped_scan_kernel, 4, parts
         pointers = (*["*fp16"] * values, "*fp32")

@@ -117,19 +117,23 @@ def shared(case: Case) -> bool:
     return case.stage == "ttir" and case.blur in ("", BLURS[0])
 
 
-def sources(op: str) -> str:
-    """Return the sha256 (8 digits) of the kernels of an op and of the ops that it imports."""
-    folder = Path(__file__).parent
+def sources(op: str, folder: Path = Path(__file__).parent) -> str:
+    """Return the sha256 (8 digits) of what decides the launches of an op.
+
+    That is `launch.py` and all modules of the op, and of the ops that they import, except the references.
+    """
     folders, known = [op], set()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((folder / "launch.py").read_bytes())
     while folders:
         name = folders.pop()
         known.add(name)
         for path in sorted((folder / name).glob("*.py")):
-            text = path.read_text()
-            if "@triton.jit" in text:
+            if path.name != "reference.py":
+                text = path.read_text()
                 digest.update(text.encode())
-                folders += sorted(set(re.findall(r"from \.\.(\w+)\.", text)) - known - set(folders))
+                # Modules beside the folders have no modules of their own.
+                imported = re.findall(r"^from \.\.(\w+)", text, re.MULTILINE)
+                folders += sorted(set(imported) - known - set(folders))
     return digest.hexdigest()[:8]
 
 

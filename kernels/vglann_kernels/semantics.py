@@ -69,7 +69,7 @@ def hard_cases() -> list[Any]:
 def executed(stage: str, target: int, seen: Any = None) -> Iterator[Launches]:
     """Execute every launch of the block by the IR of `stage` for `target`; the device "cuda" is the CPU.
 
-    `seen(kernel, operation, addresses, mask, itemsize)` is called for each load and store.
+    `seen(kernel, operation, addresses, mask, itemsize)` is called for each load, store and asynchronous copy.
     Raises ImportError without ttsem, its `KernelFault` at an access or an operation as above, and its `Unjudged`
     where it gives an operation no meaning.
     """
@@ -124,7 +124,10 @@ def executed(stage: str, target: int, seen: Any = None) -> Iterator[Launches]:
 
         def counted(interpreter: Any, operation: Any, arguments: list[Any]) -> Any:
             results = plain(interpreter, operation, arguments)
-            values = results[0] if results else arguments[1]
+            # A copy fills shared memory, its operand 1; a store writes operand 1.
+            values = (
+                np.asarray(results[0]) if name == "tt.load" else getattr(arguments[1], "data", arguments[1])
+            )
             mask = arguments[place] if len(arguments) > place else None
             seen(latest[0].fn_name, operation, arguments[0], mask, np.asarray(values).dtype.itemsize)
             return results
@@ -134,7 +137,8 @@ def executed(stage: str, target: int, seen: Any = None) -> Iterator[Launches]:
     # A division within two rounding steps, which ttsem does not know: executed as the exact one.
     replaced = {"math.fma": fused, "tt.approx_divf": ops.OPS["arith.divf"]}
     if seen is not None:
-        replaced |= {"tt.load": access("tt.load", 1), "tt.store": access("tt.store", 2)}
+        places = {"tt.load": 1, "tt.store": 2, "ttg.async_copy_global_to_local": 2}
+        replaced |= {name: access(name, place) for name, place in places.items()}
     free = (1 << 34, 1 << 34)
     with ExitStack() as stack:
         for owner, name, value in (

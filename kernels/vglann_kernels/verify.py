@@ -8,8 +8,8 @@ dtype, the limit, and whether the kernel keeps it. Errors are relative L2, ||x -
 the reference in float64 on the same inputs. The limit is twice the reference's error plus 8 float32 rounding
 steps (1e-6): what a different order of float32 sums may cost. The gradient of an L1 loss jumps where a band of
 the difference is 0, so its values that hang on a band within float32 rounding of 0 are left out; the line says
-how many, see `undecided`. `nearest` must agree in every row, with every implementation that can run here. Exits with
-1 when a line is over its limit, with 2 when no kernel can run here.
+how many, see `undecided`. `nearest` must agree in every row, with every implementation that can run here: 400 queries
+in 10,000 rows, 20 in 500 on a CPU. Exits with 1 when a line is over its limit, with 2 when no kernel can run here.
 
 `--impl reference` compares the reference alone, in each dtype, against itself in float64: all that
 can be shown where Triton does not run. Its limit is 16 rounding steps of the case's dtype.

@@ -94,7 +94,7 @@ def test_every_launch_fuses_multiply_adds(launches):
 
 
 class TensorWork(TorchDispatchMode):
-    """Notes every operation of PyTorch's own that is a launch: allocations are none."""
+    """Notes every operation of PyTorch's own that is a launch: allocations and views are none."""
 
     def __enter__(self):
         self.names = []
@@ -102,7 +102,7 @@ class TensorWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.name()
-        if not name.startswith(("aten::empty", "aten::new_empty")):
+        if not operation.is_view and not name.startswith(("aten::empty", "aten::new_empty")):
             self.names.append(name)
         return operation(*args, **(kwargs or {}))
 
@@ -118,6 +118,23 @@ def test_the_joint_loss_is_two_launches_with_its_sums(launches, reduction, count
         )
     assert work.names == []
     assert len(launches) == count
+
+
+def test_a_launch_of_a_backward_pass_is_its_kernels_alone(launches):
+    planes = (torch.randn(2, 4, 2, 32, 32), torch.randn(2, 3, 32, 32), torch.randn(2, 3, 2, 32, 32))
+    x, vector = torch.randn(2, 5, 3, 3).contiguous(memory_format=torch.channels_last), torch.ones(5)
+    weight = torch.randn(5, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    one, mask, upstream = torch.ones(()), torch.randn(2), x.new_empty(2, 2, 6, 6)
+    with TensorWork() as work:
+        composite.composite_bwd(*planes, mask)
+        laplacian.scale_gradients([planes[2]], one, 2.0)
+        saved = (x, x, *[vector] * 4)
+        for sums in (None, batchnorm_relu.gradient_sums(*saved)):
+            batchnorm_relu.backward(*saved, sums, 1, True)
+        upsample_conv.input_gradient(upstream, weight, x, vector, vector)
+        upsample_conv_weights.weight_gradient(upstream, weight, x, vector, vector, True)
+    assert len(launches) == 9
+    assert work.names == []
 
 
 def test_triton_knows_the_option():

@@ -1,8 +1,10 @@
 """`vglann_kernels.proof`: its arithmetic, its table, and that it finds faults where ttsem is installed."""
 
 import math
+import shutil
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,25 @@ def test_no_row_is_of_another_kernel_than_there_is():
         assert row.sources == proof.sources(row.op), f"{name}: run make proof"
 
 
+@pytest.mark.parametrize(
+    ("changed", "of"),
+    [
+        ("upsample_conv/tiles.py", {"upsample_conv"}),
+        ("latent_adam/rule.py", {"latent_adam"}),
+        ("laplacian/op.py", {"laplacian", "composite_laplacian"}),
+        ("launch.py", set(proof.OPS)),
+        ("nearest/reference.py", set()),
+        ("nearest/README.md", set()),
+    ],
+)
+def test_a_row_is_of_all_that_decides_what_is_launched(changed, of, tmp_path):
+    shutil.copytree(Path(proof.__file__).parent, tmp_path / "kernels")
+    with (tmp_path / "kernels" / changed).open("a") as file:
+        file.write("TILE = 16\n")
+    stale = {op for op in proof.OPS if proof.sources(op, tmp_path / "kernels") != proof.sources(op)}
+    assert stale == of
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path):
     row = ROWS["composite bfloat16 ttir"]
     proof.write_table({str(row.case): row}, tmp_path / "table.md")
@@ -130,6 +151,26 @@ def test_sectors_are_those_that_the_lanes_of_a_warp_touch(stride, loads, sectors
     assert (counted.requests[load], counted.sectors[load]) == (loads, sectors)
     assert (counted.requests[store], counted.sectors[store]) == (4, 64)
     assert counted.unique_bytes(load) == counted.unique_bytes(store) == 2048
+
+
+@triton.jit
+def _square_kernel(out_ptr, x_ptr, steps):
+    row, total = tl.arange(0, 64), tl.zeros([64, 64], tl.float32)
+    for step in range(steps):
+        x = tl.load(x_ptr + row[:, None] * 64 + step * 32 + tl.arange(0, 32)[None, :])
+        total = tl.dot(x, tl.trans(x), total)
+    tl.store(out_ptr + row[:, None] * 64 + row[None, :], total)
+
+
+def test_sectors_of_copies_to_shared_memory_are_counted():
+    """Two steps of 64 rows of 64 bytes; a warp copies 512 bytes at once."""
+    pytest.importorskip("ttsem", reason="make proof-share installs it")
+    counted, x = Sectors(), torch.randn(64, 64).half()
+    with semantics.executed("ttgir", 90, counted):
+        _square_kernel[(1,)](torch.zeros(64, 64), x, 2)
+    copy = ("_square_kernel", "copy")
+    assert (counted.requests[copy], counted.sectors[copy]) == (16, 256)
+    assert counted.unique_bytes(copy) == x.nbytes
 
 
 def test_the_whole_generator_by_its_kernels_is_the_one_without(monkeypatch):

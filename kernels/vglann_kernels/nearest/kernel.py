@@ -17,15 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import LAUNCH
+from .tiles import RESIDENT, STEP_COLUMNS, packed_columns, tiles_of
 
 # Database rows that share one value of the scan, and rows of one program of the packing.
 GROUP_ROWS = 128
 # Rows of a query that `_decide_kernel` returns.
 KEPT_ROWS = 4
-# Packed columns up to which the queries of a program of the scan stay on chip.
-RESIDENT = 144
-# float16 pieces of |c|^2 / 2, in columns behind the row.
-HALF_COLUMNS = 2
 # Groups that a program of the scan works through.
 PER_PROGRAM = 64
 SELECT = {"GROUPS": 64, "QUERIES": 32}
@@ -34,8 +31,7 @@ GROUP = tl.constexpr(GROUP_ROWS)
 KEPT = tl.constexpr(KEPT_ROWS)
 # Columns read at once where rows are packed and distances decided.
 COLUMNS = tl.constexpr(16)
-# Columns of a step of the scan whose queries do not stay on chip.
-STEP = tl.constexpr(32)
+STEP = tl.constexpr(STEP_COLUMNS)
 # float16 ends at 65504.
 LARGEST = tl.constexpr(60000.0)
 
@@ -130,8 +126,11 @@ def _pack_kernel(
 
 @triton.jit
 def _tiles(matrix_ptr, rows, K: tl.constexpr, FIRST: tl.constexpr):
-    """Load the columns from FIRST to K of `rows` of a [.,K] matrix, in tiles 64, 32 or 16 wide."""
-    WIDTH: tl.constexpr = 64 if K - FIRST >= 64 else (32 if K - FIRST >= 32 else 16)
+    """Load the columns from FIRST to K of `rows` of a [.,K] matrix, in tiles 16, 32 or 64 wide, the widest last.
+
+    The last product of one program is the longest, so that it covers most of another's maximum on sm_90.
+    """
+    WIDTH: tl.constexpr = 16 if (K - FIRST) % 32 else (32 if (K - FIRST) % 64 else 64)
     tile = tl.load(matrix_ptr + rows[:, None] * K + (FIRST + tl.arange(0, WIDTH))[None, :])
     if FIRST + WIDTH == K:
         return (tile,)
@@ -142,21 +141,27 @@ def _tiles(matrix_ptr, rows, K: tl.constexpr, FIRST: tl.constexpr):
 @triton.jit(do_not_specialize=["groups", "padded", "per_program"])
 def _scan_kernel(
     q_ptr, c_ptr, maxima_ptr, groups, padded, per_program,
-    K: tl.constexpr, QUERIES: tl.constexpr, COUNT: tl.constexpr,
+    K: tl.constexpr, QUERIES: tl.constexpr, AT_ONCE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Set maxima[group, query] to the largest score of the group's rows; the queries' COUNT tiles stay on chip."""
+    """Set maxima[group, query] to the largest score of the group's rows.
+
+    The COUNT tiles of each AT_ONCE queries stay on chip, and are multiplied with a group one after the other.
+    """
     # float16: q [padded,K], c [groups * GROUP,K]. float32: maxima [groups,padded].
-    query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
+    query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, AT_ONCE)
     first = tl.program_id(1).to(tl.int64) * per_program
-    query_tiles = _tiles(q_ptr, query, K, 0)
+    query_tiles = ()
+    for start in tl.static_range(0, QUERIES, AT_ONCE):
+        query_tiles = query_tiles + _tiles(q_ptr, query + start, K, 0)
     for number in range(first, tl.minimum(first + per_program, groups)):
         group = tl.cast(number, tl.int64)
         rows = group * GROUP + tl.arange(0, GROUP)
         tiles = _tiles(c_ptr, rows, K, 0)
-        scores = tl.zeros([QUERIES, GROUP], tl.float32)
-        for i in tl.static_range(COUNT):
-            scores = tl.dot(query_tiles[i], tl.trans(tiles[i]), scores)
-        tl.store(maxima_ptr + group * padded + query, tl.max(scores, axis=1))
+        for start in tl.static_range(0, QUERIES, AT_ONCE):
+            scores = tl.zeros([AT_ONCE, GROUP], tl.float32)
+            for i in tl.static_range(COUNT):
+                scores = tl.dot(query_tiles[start // AT_ONCE * COUNT + i], tl.trans(tiles[i]), scores)
+            tl.store(maxima_ptr + group * padded + query + start, tl.max(scores, axis=1))
 
 
 @triton.jit(do_not_specialize=["groups", "padded", "per_program"])
@@ -301,32 +306,6 @@ class Packed:
             rows, offset, self.high, self.low, *self.numbers, len(rows), rows.shape[1], typical,
             K=k, PARTS=parts, QUERIES=queries, num_warps=4, **LAUNCH,
         )  # fmt: skip
-
-
-def packed_columns(d: int, parts: int) -> int:
-    """Return the columns of a packed row: the row, the pieces of |c|^2 / 2, and zeros up to a multiple of a step."""
-    k = -(-(d + HALF_COLUMNS) // 16) * 16
-    return k if parts == 1 and k <= RESIDENT else -(-k // STEP.value) * STEP.value
-
-
-def scan_options(capability: tuple[int, int], k: int, parts: int) -> dict[str, int]:
-    """Return queries of a program, warps and stages of the scan.
-
-    They are as many as 227 KB, or 99 KB, of shared memory and the registers hold without spilling.
-    """
-    large = capability[0] in (9, 10)
-    if parts == 2:
-        queries, warps, stages = (128, 8, 3) if large else (64, 4, 3)
-    elif k > RESIDENT:
-        queries, warps, stages = (128, 8, 3) if large else (128, 8, 2)
-    else:
-        queries, warps, stages = (256, 8, 3) if large else (128, 8, 3 if k <= 128 else 2)
-    return {"QUERIES": queries, "num_warps": warps, "num_stages": stages}
-
-
-def tiles_of(k: int) -> int:
-    """Return the number of tiles that `_tiles` makes of k columns."""
-    return k // 64 + k % 64 // 32 + k % 32 // 16
 
 
 def scan(q: Packed, c: Packed, parts: int, options: dict[str, int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..launch import device_guard
-from . import kernel, reference
+from . import kernel, reference, tiles
 from .exact import best_of_pairs, direct_distance
 
 # Groups that may hold the nearest row of a query, in the first and in the wider scan.
@@ -64,9 +64,9 @@ class _Scan:
     def __init__(self, database: Tensor, offset: Tensor, parts: int, max_groups: int, n: int) -> None:
         self.database, self.offset, self.parts, self.max_groups = database, offset, parts, max_groups
         m, d = database.shape
-        k, groups = kernel.packed_columns(d, parts), -(-m // kernel.GROUP_ROWS)
+        k, groups = tiles.packed_columns(d, parts), -(-m // kernel.GROUP_ROWS)
         capability = torch.cuda.get_device_capability(database.device) if database.is_cuda else (9, 0)
-        self.options = kernel.scan_options(capability, k, parts)
+        self.options = tiles.scan_options(capability, k, parts)
         self.tile = self.options["QUERIES"]
         for_database = groups * (kernel.GROUP_ROWS * 2 * k * parts + 16)
         for_query = 2 * k * parts + 4 * groups + 4 * max_groups + 8 * kernel.KEPT_ROWS + 24

@@ -135,8 +135,8 @@ class _UpsampleConv(torch.autograd.Function):
             if by_bias:
                 places = sums.unflatten(0, weight.shape[2:])
                 # Each output is met once by the places 1 and 2 of each dimension.
-                inner = places[(slice(1, 3),) * (x.ndim - 2)]
-                gradients[2] = inner.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype)
+                dims = tuple(range(x.ndim - 2))
+                gradients[2] = places[(slice(1, 3),) * len(dims)].sum(dim=dims).to(ctx.bias_dtype)
         wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
         present = without_second_derivative("upsample_convolution", tuple(g for g in wanted if g is not None))
         left = iter(present)

@@ -1,4 +1,4 @@
-"""The backward pass of the losses in the interpreter: data it must not move."""
+"""The backward passes in the interpreter: data they must not move."""
 
 import pytest
 import torch
@@ -6,23 +6,46 @@ from counted import Traffic
 from tiny import tiny_options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vglann_kernels import composite_laplacian_loss, laplacian_pyramid_loss, mask_composite
+from vglann_kernels import (
+    batch_norm_relu,
+    composite_laplacian_loss,
+    laplacian_pyramid_loss,
+    mask_composite,
+    upsample_convolution,
+)
 from vglann_kernels import impl as switch
+from vglann_kernels.batchnorm_relu import op as batchnorm_relu
 from vglann_kernels.laplacian import kernel
+from vglann_kernels.upsample_conv.kernel import tiles_of
 
 from vglann_fast.glo.loader import Batch
 from vglann_fast.glo.losses import glo_loss
 
 
-class NoTensorWork(TorchDispatchMode):
-    """Raises for every operation of PyTorch's own on more than one value; `detach` moves none."""
+class TensorWork(TorchDispatchMode):
+    """Notes (name, most values of a tensor) of every operation of PyTorch's own on more than one value.
+
+    Views move none. What a launcher calls is not seen: test_launch_options.py does.
+    """
+
+    def __enter__(self):
+        self.operations = []
+        return super().__enter__()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        own = operation.namespace == "vglann_kernels" or operation is torch.ops.aten.detach.default
         sizes = [leaf.numel() for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
-        assert own or max(sizes, default=0) <= 1, operation
+        if operation.namespace != "vglann_kernels" and not operation.is_view and max(sizes, default=0) > 1:
+            self.operations.append((operation.name(), max(sizes)))
         return result
+
+
+class NoTensorWork(TensorWork):
+    """Fails at its end if there was such an operation."""
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        assert self.operations == []
 
 
 def inputs(dtype=torch.float32):
@@ -53,6 +76,33 @@ def test_a_backward_pass_makes_no_tensor_beside_its_gradients():
     for loss, leaves in list(losses())[1:]:
         with NoTensorWork():
             torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("few_rows", [10**9, 0], ids=["one program", "several programs"])
+def test_the_backward_pass_of_a_norm_makes_no_tensor_beside_its_gradients(few_rows, monkeypatch):
+    monkeypatch.setattr(batchnorm_relu, "FEW_ROWS", few_rows)
+    x = torch.randn(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), *(torch.ones(5, requires_grad=True) for _ in range(2))]
+    y = batch_norm_relu(*leaves, impl="triton")
+    upstream = torch.ones_like(y)
+    with NoTensorWork():
+        torch.autograd.grad(y, leaves, upstream)
+
+
+def test_the_backward_pass_of_a_convolution_adds_up_its_sums_by_channel_and_no_more():
+    x = torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(3, 2, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    bias, scale, shift = (torch.ones(size, requires_grad=True) for size in (2, 3, 3))
+    y = upsample_convolution(x, weight, impl="triton")
+    upstream = torch.ones_like(y)
+    with NoTensorWork():
+        torch.autograd.grad(y, (x, weight), upstream)
+    leaves = (x, weight, bias, scale, shift)
+    y = upsample_convolution(*leaves[:3], scale=scale, shift=shift, impl="triton")
+    with TensorWork() as work:
+        torch.autograd.grad(y, leaves, upstream)
+    # Of scale and shift: one part a tile; of the bias: the four inner of the 16 places.
+    assert work.operations == [("aten::sum.dim_IntList", size) for size in (tiles_of(x) * 2 * 3, 4 * 2)]
 
 
 @pytest.mark.parametrize("output", [0, 1])

@@ -17,6 +17,7 @@ from vglann_kernels.composite_laplacian import kernel as composite_laplacian
 from vglann_kernels.laplacian.pyramid import Pyramid
 from vglann_kernels.latent_adam.state import LatentAdamState
 from vglann_kernels.nearest import kernel as nearest
+from vglann_kernels.nearest.tiles import scan_options
 from vglann_kernels.upsample_conv import kernel as upsample_conv
 from vglann_kernels.upsample_conv import weight_gradient as upsample_conv_weights
 from vglann_kernels.upsample_conv.tiles import weight_gradient_tiles
@@ -231,7 +232,7 @@ def test_nearest():
     assert torch.equal(far.high[-256:], near.high)
     assert torch.equal(far.numbers[:, -2:], near.numbers)
     q = nearest.Packed(queries, offset, 0, 1, 256, True)
-    options = {"QUERIES": 256, "num_warps": 8, "num_stages": 3}
+    options = scan_options((9, 0), q.high.shape[1], 1)
     per_program = nearest.PER_PROGRAM
     with only(nearest, "_scan_kernel", (1, 1), (0, (groups - 1) // per_program)):
         maxima = nearest.scan(q, far, 1, options)
