@@ -11,10 +11,11 @@ from vglann_fast.report.plots import Chart, Series, chart
 
 
 def training_charts(run: Artifacts) -> list[Chart]:
+    """Return the curves of loss and PSNR and the PSNR of each clip, as far as the run has them."""
     rows = [row for row in run.metrics if row.get("stage") == "glo"]
-    phases = _phases(rows, run.options)
+    parts = phases(rows, run.options)
     charts = [
-        curve(rows, "step", "loss", "Loss", "loss", parts=phases, log=True),
+        curve(rows, "step", "loss", "Loss", "loss", parts=parts, log=True),
         curve(
             rows,
             "step",
@@ -22,14 +23,14 @@ def training_charts(run: Artifacts) -> list[Chart]:
             "PSNR of the training batches",
             "PSNR, dB",
             levels=_levels(run),
-            parts=phases,
+            parts=parts,
         ),
         _clip_chart(run.reconstruction.record),
     ]
     return [one for one in charts if one is not None]
 
 
-def _phases(rows: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, list[dict[str, Any]]] | None:
+def phases(rows: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, list[dict[str, Any]]] | None:
     """Return the rows of each phase of a training by its name; None for a training of one phase.
 
     The loss jumps where the second begins: the foreground appears.
@@ -39,11 +40,11 @@ def _phases(rows: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, li
     except (KeyError, TypeError, VglannError):  # said elsewhere on the page
         return None
     epochs = [(number(row.get("epoch")) or 0.0, row) for row in rows]
-    phases = {
+    found = {
         "background alone": [row for epoch, row in epochs if epoch <= passes],
         "both streams": [row for epoch, row in epochs if epoch > passes],
     }
-    return phases if passes and all(phases.values()) else None
+    return found if passes and all(found.values()) else None
 
 
 def _clip_chart(record: dict[str, Any]) -> Chart | None:
@@ -88,13 +89,14 @@ def curve(
     Args:
         levels: values by name to draw as horizontal lines.
         parts: the rows by name of the line they belong to. Default: one line.
-        options: as `chart` has them.
+        options: passed to `chart`.
     """
     xs, ys = numbers(rows, x, y)
     if not xs:
         return None
     parts = parts or {y.upper() if y == "psnr" else y.replace("_", " "): rows}
     series = [Series(label, *numbers(own, x, y)) for label, own in parts.items()]
+    series = [one for one in series if one.x]
     series += [Series(label, [min(xs), max(xs)], [value] * 2) for label, value in (levels or {}).items()]
     svg = _drawn(series, x_label=x, y_label=y_label, **options)
     return Chart(title, [one.label for one in series], f"{ys[-1]:.4g}", svg) if svg else None

@@ -93,7 +93,7 @@ class CheckpointFolders:
         raise VglannError(f"{self.path} has no checkpoint that can be read: {hint}")
 
     def ids(self) -> list[str]:
-        """Return the clip ids in the newest checkpoint that has them, without its tensors; none without one."""
+        """Return the clip ids in the newest checkpoint that can be read, without its tensors; [] if there is none."""
         for folder in reversed(self.folders()):
             try:
                 return list(map(str, read_json(folder / STATE_FILE)["ids"]))

@@ -54,7 +54,8 @@ def make_study(
 
     Args:
         runs: run folders that `vglann sample` has written samples to.
-        real: clip folder; its test split is used. A run that was trained on some of these clips is warned of.
+        real: clip folder; its test split is used. A warning names runs whose newest checkpoint knows some of these
+            clips.
         pairs: pairs of each comparison, even.
         seed: draws the pairs; the ids are random whatever the seed, or the key could be computed.
 
