@@ -10,19 +10,9 @@ import math
 import pytest
 import torch
 
+from vglann_fast.experiments.convolutions import LAYERS, channels_of
 from vglann_fast.experiments.timing import DEVICE, DTYPE, SHAPES, Contender, Group
 
-# in and out channels, input grid of a video of 32 x 64 x 64
-LAYERS = {
-    "conv2": (512, 256, (2, 4, 4)),
-    "conv3": (256, 128, (4, 8, 8)),
-    "conv4": (128, 64, (8, 16, 16)),
-    "head": (64, 4, (16, 32, 32)),
-    "background conv2": (512, 256, (4, 4)),
-    "background conv3": (256, 128, (8, 8)),
-    "background conv4": (128, 64, (16, 16)),
-    "background head": (64, 3, (32, 32)),
-}
 PASSES = {"fwd": None, "dgrad": (True, False, False), "wgrad": (False, True, False)}
 CONTENDERS = {  # name -> (channels-last, cuDNN searches)
     "contiguous": (False, False),
@@ -30,12 +20,6 @@ CONTENDERS = {  # name -> (channels-last, cuDNN searches)
     "contiguous, searched": (False, True),
     "channels-last, searched": (True, True),
 }
-
-
-def channels_of(layer: str) -> tuple[int, int]:
-    """(in, out) of a layer; on a CPU an eighth of them."""
-    channels, out, _ = LAYERS[layer]
-    return (channels, out) if DEVICE == "cuda" else (channels // 8, max(1, out // 8))
 
 
 def one_pass(name: str, batch: int, which: str, channels_last: bool, searched: bool) -> Contender:

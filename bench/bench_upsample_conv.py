@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from bench_conv_layers import LAYERS, channels_of
 from vglann_kernels import upsample_convolution
 
+from vglann_fast.experiments.convolutions import LAYERS, channels_of
 from vglann_fast.experiments.timing import DEVICE, DTYPE, MODES, SHAPES, Group, in_mode
 
 NARROW = ("conv4", "head", "background conv4", "background head")

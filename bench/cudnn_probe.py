@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 import torch
-from bench_conv_layers import LAYERS
 
+from vglann_fast.experiments.convolutions import LAYERS
 from vglann_fast.experiments.timing import DEVICE, between_events, in_one_line
 
 BATCHES = (15, 256)
