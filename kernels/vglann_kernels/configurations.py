@@ -11,6 +11,29 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 INFORMATIONAL = (75, "gfx942")
 # Compiles for minutes, into spills: tabled for one target only.
 LARGE, LARGE_TARGET = "128x128", 90
+# Multiprocessors of the GPUs that bounds are computed for: RTX 4090 and H200.
+PROCESSORS: dict[int | str, int] = {89: 128, 90: 132}
+# Sizes of the launches that bounds are computed for.
+VIDEOS, FRAMES, LATENT = 256, 32, 100
+PLANES = VIDEOS * 3 * FRAMES
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch at B = 256: its programs, the trips of its loops, and its bytes.
+
+    programs: programs of the launch. units: how many of `unit`, such as planes, they do together. bytes: of all
+    tensors that the launch reads or writes, each once. loops: for each loop in the order of the machine code its
+    trips each time it is entered, 0 for a loop that usually has none, and the bytes of global memory that loads
+    and stores of a thread move in a trip, outside of inner loops, masked or not. The bytes show how many trips
+    the compiler does in one pass.
+    """
+
+    programs: int
+    unit: str
+    units: float
+    bytes: float
+    loops: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -22,6 +45,7 @@ class Configuration:
     kernel: Callable[..., Any]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    work: Work
     warps: int = 4
     stages: int = 3
 
@@ -31,19 +55,26 @@ def configurations(target: int | str) -> list[Configuration]:
 
     The search is tuned for each target. It and the convolutions are left out on the informational targets.
     """
-    compiled = [*_composite(), *_laplacian(), *_composite_laplacian(), *_latent_adam()]
+    from .product_configurations import convolutions, nearest
+
+    compiled = [
+        *_composite(),
+        *_laplacian(PROCESSORS.get(target, 132)),
+        *_composite_laplacian(),
+        *_latent_adam(),
+    ]
     compiled += [*_batchnorm_relu(), *_step_guard()]
     if target != LARGE_TARGET:
         compiled = [c for c in compiled if LARGE not in c.name]
     if target in INFORMATIONAL:
         return compiled
-    return [*compiled, *_upsample_conv(), *_nearest(divmod(int(target), 10))]
+    return [*compiled, *convolutions(), *nearest(divmod(int(target), 10))]
 
 
 def _composite() -> Iterator[Configuration]:
     from .composite import kernel
 
-    area, frames = 64 * 64, 32
+    area, frames = 64 * 64, FRAMES
     for layout, last in (("contiguous", False), ("channels-last", True)):
         pixels, warps = kernel.TILES[last]
         constants = {"PIXELS": pixels, "CHANNELS_LAST": last}
@@ -51,24 +82,19 @@ def _composite() -> Iterator[Configuration]:
         back = (1, 3) if last else (area, 1)
         forward = (*["*bf16"] * 3, "*fp32", frames, frames, area, head, *back)
         grad = (3 * frames * area, frames * area, area, 1)
-        backward = (
-            *["*bf16"] * 3,
-            "*fp32",
-            "*bf16",
-            "*bf16",
-            frames,
-            frames,
-            area,
-            head,
-            *back,
-            *back,
-            *grad,
-        )
-        for name, function, arguments in (
-            ("forward", kernel._composite_fwd_kernel, forward),
-            ("backward", kernel._composite_bwd_kernel, backward),
+        pointers = (*["*bf16"] * 3, "*fp32", "*bf16", "*bf16")
+        backward = (*pointers, frames, frames, area, head, *back, *back, *grad)
+        # Values of a pixel and frame, and of a pixel of the background.
+        for name, function, arguments, values, still in (
+            ("forward", kernel._composite_fwd_kernel, forward, 4 + 3, 3),
+            ("backward", kernel._composite_bwd_kernel, backward, 4 + 3 + 4, 3 + 3),
         ):
-            yield Configuration("composite", f"{name} bf16 {layout}", function, arguments, constants, warps)
+            moved = 2 * VIDEOS * area * (frames * values + still)
+            loops = ((frames, 2 * values * (pixels // (32 * warps))),)
+            work = Work(VIDEOS * area // pixels, "frame", VIDEOS * frames, moved, loops)
+            yield Configuration(
+                "composite", f"{name} bf16 {layout}", function, arguments, constants, work, warps
+            )
 
 
 def _pyramid(blur: str, pixels: float = 0.0) -> Any:
@@ -77,7 +103,7 @@ def _pyramid(blur: str, pixels: float = 0.0) -> Any:
     return Pyramid(3, blur, 2.0, (1.0,) * 4, (-1.0, 1.0), "mean", pixels, pixels)
 
 
-def _laplacian() -> Iterator[Configuration]:
+def _laplacian(processors: int) -> Iterator[Configuration]:
     from .laplacian import kernel
 
     for size, blur, dtype, pixels in (
@@ -90,20 +116,26 @@ def _laplacian() -> Iterator[Configuration]:
         pointers = (f"*{dtype}", "*u8", f"*{dtype}", "*fp32")
         constants = kernel.tile_options(size, _pyramid(blur, pixels))
         warps = constants.pop("num_warps")
+        moved = PLANES * size * size * (9 if dtype == "fp32" else 5)
         yield Configuration(
             "laplacian",
             f"{blur} {dtype} {size}x{size}" + (" l1 l2" if pixels else ""),
             kernel._laplacian_fwd_kernel,
             (*pointers, 0.5, 0.5, 0.5, (0.5,) * 6, (0.5,) * 6, 3, 32, *strides * 3, -1.0, 2 / 255, 0),
             {"N": size, "WITH_GRAD": True, **constants},
+            Work(PLANES, "plane", PLANES, moved),
             warps,
         )
+    # A gradient of 64x64, by programs that take blocks in turn; the second gradient is empty.
+    block = kernel.SCALE_BLOCK
+    trips, moved = PLANES * 4096 / block / (4 * processors), 4 * block // 128
     yield Configuration(
         "laplacian",
         "scaling bf16",
         kernel._scale_kernel,
         ("*bf16", "*bf16", "*fp32", 0.5, 1 << 20, 1 << 16),
-        {"BLOCK": kernel.SCALE_BLOCK},
+        {"BLOCK": block},
+        Work(4 * processors, "plane", PLANES, PLANES * 4096 * 4, ((trips, moved), (0, moved))),
     )
 
 
@@ -119,34 +151,78 @@ def _composite_laplacian() -> Iterator[Configuration]:
             constants |= {"N": size, "WITH_GRAD": True, "WITH_VIDEO": False, **layout}
             pointers = ("*bf16", "*bf16", "*u8", "*i64", "*bf16", "*bf16", *["*fp32"] * 3)
             weights = (0.5, 0.5, 0.5, (0.5,) * 6, (0.5,) * 6)
+            frames, area, tile = kernel.MAX_FRAMES, size * size, constants["T"] ** 2
+            groups, blocks = FRAMES // frames, area // (128 * warps)
+            # Logits and their gradients, clip, background, partials of its gradient.
+            moved = VIDEOS * area * (FRAMES * (8 + 8 + 3) + 6 + 12 * groups)
+            # The mask, 4 pixels of a thread; a plane: mask, background, logit, clip and gradient, then its loss.
+            mask, plane = (blocks, 4 * 6), (3, tile * 13 + 4)
+            frame = ((frames, 0), mask, plane) if size > 32 else ((frames, blocks * 24), plane)
+            loops = ((blocks, 4 * 18), *frame, (blocks, 4 * 24), (frames, 4 * 24))
             yield Configuration(
                 "composite_laplacian",
                 f"{blur} bf16 channels-last {size}x{size}",
                 kernel._composite_laplacian_kernel,
                 (*pointers, *weights, 50000, 32, 32, kernel.MAX_FRAMES, 1, 1, -1.0, 2 / 255, 0.5, 0),
                 {**constants, "PIXELS": 128 * warps},
+                Work(VIDEOS * groups, "plane", PLANES, moved, loops),
                 warps,
             )
+    block, area, groups, planes = kernel.SUM_BLOCK, 64 * 64, FRAMES // kernel.MAX_FRAMES, PLANES
+    programs, masks = area // block * 3 * VIDEOS, VIDEOS * groups
+    # Partials, several in one pass of the code and the rest of them; one program alone adds losses and masks.
+    trips = (groups, 0, planes / block / programs, masks / block / programs)
+    loops = tuple((each, block * 4 // 128) for each in trips)
+    yield Configuration(
+        "composite_laplacian",
+        "sum of parts bf16",
+        kernel._sums_kernel,
+        (*["*fp32"] * 3, "*bf16", "*fp32", groups, planes, masks, 0.5, 0.5, 1, 3),
+        {"AREA": area, "WITH_GRAD": True, "BLOCK": block},
+        Work(programs, "plane", PLANES, VIDEOS * 3 * area * (4 * groups + 2) + 4 * planes, loops),
+    )
 
 
 def _latent_adam() -> Iterator[Configuration]:
+    """Yield the launches for 256 of 50,000 rows that were not used for at least as many steps as matter."""
     from .latent_adam import kernel
 
     tables, moments = ("*fp32",) * 3, (0.5, 0.99, 0.5, 0.01, -0.7, -0.001, 1e-8)
-    logs, d, batch = (-0.7, -0.001, 1e-8, 30), {"D": 128}, {"BATCH": 256, "TERMS": 8, "D": 128}
+    rows, terms, row_bytes = 50_000, 30, 4 * LATENT
+    logs, d, batch = (-0.7, -0.001, 1e-8, terms), {"D": 128}, {"BATCH": 256, "TERMS": 8, "D": 128}
     counters = ("*i64", "*i64", "*i32")
-    lookup = ("*fp32", *tables, "*i64", "*i64", "*i64", "*fp32", 50000, 100, *logs)
+    series = (-(-terms // 8), 0)
+
+    def launch(
+        name: str, function: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
+        programs: int, units: int, moved: int, *loops: tuple[float, int],
+    ) -> Configuration:  # fmt: skip
+        work = Work(programs, "row", units, moved, loops)
+        return Configuration("latent_adam", name, function, arguments, constants, work)
+
+    lookup = ("*fp32", *tables, "*i64", "*i64", "*i64", "*fp32", rows, LATENT, *logs)
     gather = {"LAZY": True, "TERMS": 8, **d}
-    yield Configuration("latent_adam", "gather lazy", kernel._gather_kernel, lookup, gather)
-    rows = (*tables, *counters, "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments, 30)
+    read = 4 * VIDEOS * row_bytes
+    yield launch("gather lazy", kernel._gather_kernel, lookup, gather, VIDEOS, VIDEOS, read, series)
+    batched = ("*i64", "*fp32", "*fp32", "*i1", rows, VIDEOS, LATENT, *moments)
+    # The batch is compared once: without duplicates the second loop has no trip, nor has the loop within it.
+    compared = ((1, 16), (0, 4), (1, 16))
+    moved = 7 * VIDEOS * row_bytes
     for name, lazy, sphere in (("sparse sphere", False, True), ("lazy", True, False)):
-        flags = {"LAZY": lazy, "SPHERE": sphere, "BALL": False, "SKIP": True}
-        yield Configuration("latent_adam", f"step {name}", kernel._rows_step_kernel, rows, {**flags, **batch})
-    dense = (*tables, *counters[1:], "*i64", "*fp32", "*fp32", "*i1", 50000, 256, 100, *moments)
+        flags = {"LAZY": lazy, "SPHERE": sphere, "BALL": False, "SKIP": True, **batch}
+        arguments = (*tables, *counters, *batched, terms)
+        loops = (*compared, series) if lazy else compared
+        yield launch(
+            f"step {name}", kernel._rows_step_kernel, arguments, flags, VIDEOS, VIDEOS, moved, *loops
+        )
+    dense = (*tables, *counters[1:], *batched)
     constants = {"SKIP": True, "ROWS": kernel.DENSE_ROWS, **d}
-    yield Configuration("latent_adam", "step dense", kernel._dense_step_kernel, dense, constants)
-    flush = (*tables, *counters[:2], "*fp32", 100, *logs)
-    yield Configuration("latent_adam", "flush", kernel._flush_kernel, flush, {"TERMS": 8, **d})
+    moved, programs = (6 * rows + VIDEOS) * row_bytes, rows // kernel.DENSE_ROWS
+    looked_up = (VIDEOS, 12)
+    yield launch("step dense", kernel._dense_step_kernel, dense, constants, programs, rows, moved, looked_up)
+    flush = (*tables, *counters[:2], "*fp32", LATENT, *logs)
+    moved = 6 * rows * row_bytes
+    yield launch("flush", kernel._flush_kernel, flush, {"TERMS": 8, **d}, rows, rows, moved, series)
 
 
 def _batchnorm_relu() -> Iterator[Configuration]:
@@ -195,8 +271,25 @@ def _batchnorm_relu() -> Iterator[Configuration]:
                 ),
             ]
         for kind, function, arguments, constants in launches:
+            # Tensors of a pass over the rows; with all rows the statistics or sums are a first pass over its inputs.
+            tensors = {"statistics": 1, "forward": 2, "gradient sums": 2, "backward": 3}[kind]
+            # Programs that share the rows; twice as many normalize.
+            shares = max(1, 2 * parts if kind == "forward" else parts)
+            programs, trips = shares * channels // block, -(-rows // (shares * constants["ROWS"]))
+            values = 2 * constants["ROWS"] * block // (32 * kernel.WARPS)
+            loops: tuple[tuple[float, int], ...] = ((trips, tensors * values),)
+            if not parts:
+                loops = ((trips, (tensors - 1) * values), *loops)
+            work = Work(programs, "row", rows, 2 * tensors * rows * channels, loops)
             yield Configuration(
-                "batchnorm_relu", f"{kind} {name}", function, arguments, constants, kernel.WARPS, stages=1
+                "batchnorm_relu",
+                f"{kind} {name}",
+                function,
+                arguments,
+                constants,
+                work,
+                kernel.WARPS,
+                stages=1,
             )
 
 
@@ -204,102 +297,16 @@ def _step_guard() -> Iterator[Configuration]:
     from .step_guard import kernel
 
     flags = ("*i1", "*i1", "*i64", "*i64", "*i1", "*fp32", "*i32", "*i32")
-    arguments = ("*fp32", "*fp32", "*i64", None, *flags, 15, 3856)
+    batch, words = 15, 3856
+    arguments = ("*fp32", "*fp32", "*i64", None, *flags, batch, words)
+    # Indices, and words in either direction.
+    loops = ((1, 16 * kernel.BLOCK // (32 * kernel.WARPS)),) * 2
     yield Configuration(
         "step_guard",
         "15 rows",
         kernel._guard_kernel,
         arguments,
         {"overflow_ptr": None, "BLOCK": kernel.BLOCK},
+        Work(1, "step", 1, 8 * words + 16 * batch, loops),
         kernel.WARPS,
     )
-
-
-def _upsample_conv() -> Iterator[Configuration]:
-    """Yield the launches of the two narrow layers of the video stream, and some variants of them."""
-    from .upsample_conv import kernel, tiles, weight_gradient
-
-    def launch(
-        name: str, function: Any, options: dict[str, Any], arguments: tuple[Any, ...], **none: None
-    ) -> Configuration:
-        constants = {name: value for name, value in options.items() if not name.startswith("num_")}
-        tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
-        return Configuration("upsample_conv", name, function, arguments, {**constants, **none}, **tuned)
-
-    for layer, channels, outputs, grid in (
-        ("conv4", 128, 64, (8, 16, 16)),
-        ("head", 64, 4, (16, 32, 32)),
-        ("background head", 64, 3, (32, 32)),
-    ):
-        dims = len(grid)
-        depth, height, width = (1, *grid)[-3:]
-        positions = 256 * depth * height * width
-        sizes = (positions, depth, height, width, channels, outputs)
-        none = {"scale_ptr": None, "shift_ptr": None}
-        for dtype, wide in (("bf16", False), ("fp32", True)):
-            if wide and layer != "conv4":
-                continue
-            of, shape = "*" + dtype, (dims, channels, outputs, wide)
-            precise = {"PRECISION": "ieee"}
-            forward = tiles.forward_tiles(*shape) | precise
-            end = ("*fp32", None) if layer != "conv4" else (None, "*fp32")
-            bias = {"partials_ptr": None} if layer != "conv4" else {"bias_ptr": None}
-            pointers: tuple[Any, ...] = (of, of, end[0], None, None, of, end[1])
-            name = f"forward {layer} {dtype}"
-            yield launch(name, kernel._forward_kernel, forward, (*pointers, *sizes), **none, **bias)
-            if layer == "background head":
-                continue
-            if (layer, wide) == ("conv4", False):
-                pointers = (of, of, None, "*fp32", "*fp32", of, "*fp32")
-                name += " rectifying"
-                yield launch(name, kernel._forward_kernel, forward, (*pointers, *sizes), **bias)
-            backward = tiles.input_gradient_tiles(*shape) | precise
-            pointers = (of, of, of, None, None, of, None)
-            name = f"input gradient {layer} {dtype}"
-            yield launch(
-                name, kernel._input_gradient_kernel, backward, (*pointers, *sizes), **none, partials_ptr=None
-            )
-            by_weight = tiles.weight_gradient_tiles(*shape) | precise | {"SUMS": int(layer == "head")}
-            pointers = (of, of, None, None, "*fp32", positions, positions // 8, *sizes[1:])
-            name = f"weight gradient {layer} {dtype}"
-            yield launch(name, weight_gradient._weight_gradient_kernel, by_weight, pointers, **none)
-    summed = ("*fp32", "*bf16", "*fp32", 8, 128 * 64 * 64, 128 * 64 * 64)
-    tile = {"SPLITS": 8, "BLOCK": 512, "num_warps": 4, "num_stages": 1}
-    yield launch("sum of parts", weight_gradient._sum_kernel, tile, summed)
-    joined = ("*fp32", "*fp32", 256 << 11, 4096, 64, 64)
-    tile = {"PHASES": 8, "M": 128, "AT_ONCE": 128, "CHANNELS": 16, "num_warps": 4, "num_stages": 1}
-    yield launch("join statistics", kernel._join_kernel, tile, joined)
-
-
-def _nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
-    """Yield the launches of a search at d = 100, 128 and 512."""
-    from .nearest import kernel, tiles
-
-    sizes = (77, 77, 77)  # neither 1 nor a multiple of 16: no launch makes these arguments special
-    for name, d, parts in (
-        ("scan d=100", 100, 1),
-        ("scan d=128", 128, 1),
-        ("scan d=512", 512, 1),
-        ("wider scan d=100", 100, 2),
-        ("wider scan d=512", 512, 2),
-    ):
-        k = tiles.packed_columns(d, parts)
-        options = tiles.scan_options(capability, k, parts)
-        tuned = {"warps": options["num_warps"], "stages": options["num_stages"]}
-        constants = {"K": k, **{name: value for name, value in options.items() if name.isupper()}}
-        if parts == 1 and k <= tiles.RESIDENT:
-            scan, values, constants["COUNT"] = kernel._scan_kernel, 2, tiles.tiles_of(k)
-        else:
-            scan, values, constants["PARTS"] = kernel._stepped_scan_kernel, 4, parts
-        pointers = (*["*fp16"] * values, "*fp32")
-        yield Configuration("nearest", name, scan, (*pointers, *sizes), constants, **tuned)
-    packed = ("*fp32", "*fp64", "*fp16", "*fp16", *["*fp32"] * 4, *sizes)
-    for name, parts, queries in (("rows", 1, False), ("queries", 1, True), ("rows, two parts", 2, False)):
-        constants = {"K": 112, "PARTS": parts, "QUERIES": queries}
-        yield Configuration("nearest", f"pack {name}", kernel._pack_kernel, packed, constants)
-    select = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)
-    yield Configuration(
-        "nearest", "select", kernel._select_kernel, select, {"MAX_GROUPS": 16, **kernel.SELECT}
-    )
-    tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
-    yield Configuration("nearest", "decide", kernel._decide_kernel, tables, {"MAX_GROUPS": 16})

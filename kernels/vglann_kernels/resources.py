@@ -2,11 +2,12 @@
 
     python -m vglann_kernels.resources [--out FILE] [--check] [--only TEXT]
 
-writes a table with one row for each of `configurations(target)` on each target. The table of the Triton version that
-the tests pin is `kernels/RESOURCES.md`; any other version writes `kernels/RESOURCES-<version>.md` for two targets,
-for example with `PYTHONPATH=<folder with triton 3.6>`. `--check` compares with the table of the installed version
-instead and exits with 1 when a bound got worse or the table belongs to other sources. Needs triton, whose wheel
-brings the assembler and `cuobjdump`; must not run under TRITON_INTERPRET=1.
+writes a table with one row for each of `configurations(target)` on each target, and a table of `bounds` for two of
+them. The tables of the Triton version that the tests pin are in `kernels/RESOURCES.md`; any other version writes
+`kernels/RESOURCES-<version>.md` for these two targets, for example with `PYTHONPATH=<folder with triton 3.6>`.
+`--check` compares with the tables of the installed version instead and exits with 1 when a resource or a bound got
+worse or the tables belong to other sources. Needs triton, whose wheel brings the assembler and `cuobjdump`; must
+not run under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from . import bounds
 from .configurations import INFORMATIONAL, TARGETS, Configuration, configurations
+from .sass import MATRIX_UNIT, instructions_of
 
 FOLDER = Path(__file__).parents[1]
 DEFAULT_TABLE = FOLDER / "RESOURCES.md"
@@ -35,10 +38,6 @@ FEW_TARGETS = (89, 90)
 COLUMNS = (
     "op", "configuration", "target", "registers", "stack", "shared", "warps", "programs", "instructions", "mma",
 )  # fmt: skip
-# HMMA up to 89 and on 120, HGMMA on 90, UTCHMMA on 100.
-MATRIX_UNIT = re.compile(r"[HU]\w*MMA")
-# One line of a disassembly: an optional predicate, the opcode, the operands.
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)[^;]*;", re.MULTILINE)
 
 # Per multiprocessor: (warps, programs, KB of shared memory). All have 65,536 registers, given out in 256 per warp.
 MULTIPROCESSORS = {
@@ -128,6 +127,14 @@ def compile_one(configuration: Configuration, target: int | str) -> Row:
     return Row(*named, registers, stack, shared, warps, programs, len(opcodes), mma)
 
 
+def compile_bounds(configuration: Configuration, row: Row) -> bounds.Bounds | None:
+    """Return the bounds of a configuration with these resources, None for a target without; compiled once more."""
+    if row.target not in bounds.GPUS:
+        return None
+    text = cuobjdump(compile_kernel(configuration, int(row.target)).asm["cubin"], "-sass")
+    return bounds.bounds_of(configuration, row.target, text, row.programs)
+
+
 def programs_at_once(target: str, registers: int, shared: int, warps: int) -> int:
     """Return how many programs fit on a multiprocessor at once."""
     max_warps, max_programs, kilobytes = MULTIPROCESSORS[target]
@@ -151,7 +158,7 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 
 def disassembly(cubin: bytes) -> list[str]:
     """Return the opcodes of a cubin in the order of the code, such as "LDG.E.128"."""
-    return INSTRUCTION.findall(cuobjdump(cubin, "-sass"))
+    return [instruction.opcode for instruction in instructions_of(cuobjdump(cubin, "-sass"))]
 
 
 def source_hash() -> str:
@@ -179,8 +186,8 @@ def table_of(version: str) -> Path:
     return DEFAULT_TABLE if version == DEFAULT_VERSION else FOLDER / f"RESOURCES-{version}.md"
 
 
-def write_table(rows: list[Row], path: Path) -> None:
-    """Write the table as Markdown; `read_table` reads it back."""
+def write_table(rows: list[Row], limits: list[bounds.Bounds], path: Path) -> None:
+    """Write both tables as Markdown; `read_table` and `bounds.read` read them back."""
     import triton
 
     head = (
@@ -195,7 +202,7 @@ def write_table(rows: list[Row], path: Path) -> None:
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(str(getattr(row, name)) for name in COLUMNS)} |" for row in rows]
-    path.write_text(head + "\n".join(lines) + "\n")
+    path.write_text(head + "\n".join(lines) + "\n\n" + bounds.section(limits))
 
 
 def read_table(path: Path = DEFAULT_TABLE) -> tuple[str, list[Row]]:
@@ -208,19 +215,23 @@ def read_table(path: Path = DEFAULT_TABLE) -> tuple[str, list[Row]]:
     return stamp, rows
 
 
-def _job(job: tuple[str, int | str]) -> Row:
+def _job(job: tuple[str, int | str]) -> tuple[Row, bounds.Bounds | None]:
     name, target = job
     (configuration,) = (c for c in configurations(target) if f"{c.op} {c.name}" == name)
-    return compile_one(configuration, target)
+    row = compile_one(configuration, target)
+    return row, compile_bounds(configuration, row)
 
 
-def compile_all(targets: tuple[int | str, ...] = TARGETS, only: str = "") -> list[Row]:
+def compile_all(
+    targets: tuple[int | str, ...] = TARGETS, only: str = ""
+) -> tuple[list[Row], list[bounds.Bounds]]:
     """Compile every configuration whose "op name" contains `only`, for every target, in two processes."""
     compiled = {target: [f"{c.op} {c.name}" for c in configurations(target)] for target in targets}
     names = [name for name in max(compiled.values(), key=len) if only in name]
     jobs = [(name, target) for name in names for target in targets if name in compiled[target]]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_job, jobs))
+        done = list(pool.map(_job, jobs))
+    return [row for row, _ in done], [limits for _, limits in done if limits is not None]
 
 
 def worse(rows: list[Row], committed: list[Row]) -> list[str]:
@@ -264,13 +275,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and not path.is_file():
         print(f"resources: {path} does not exist; write it first, without --check", file=sys.stderr)
         return 2
-    rows = compile_all(targets_of(triton_version()), options.only)
+    rows, limits = compile_all(targets_of(triton_version()), options.only)
     if not options.check:
-        write_table(rows, path)
+        write_table(rows, limits, path)
         print(f"{len(rows)} rows written to {path}")
         return 0
     stamp, committed = read_table(path)
-    reports = worse(rows, committed)
+    reports = worse(rows, committed) + bounds.worse(limits, bounds.read(path))
     if source_hash() not in stamp:
         reports.append(f"the table is of other sources ({stamp}); write it again without --check")
     print("\n".join(reports) or f"{len(rows)} rows, none worse")

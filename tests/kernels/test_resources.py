@@ -24,7 +24,7 @@ def test_the_table_is_complete(target):
     names = [(c.op, c.name) for c in configurations(target)]
     assert [(r.op, r.configuration) for r in ROWS if r.target == str(target)] == names
     assert len(set(names)) == len(names)
-    assert len([name for op, name in names if op != "nearest"]) <= 45
+    assert len([name for op, name in names if op not in ("nearest", "upsample_conv")]) <= 40
     if target in INFORMATIONAL:
         assert not any(op in ("nearest", "upsample_conv") for op, name in names)
     assert any(LARGE in name for _, name in names) == (target == LARGE_TARGET)
@@ -100,12 +100,19 @@ def test_the_norms_and_the_guard_do_not_spill():
         assert row.mma <= 0, row
 
 
-def test_the_convolutions_do_not_spill_and_multiply_on_the_matrix_units():
+# Stack bytes. The first has x, scale and shift beside its sums, after the products.
+CONVOLUTIONS_THAT_SPILL = {
+    ("input gradient conv4 bf16 rectifying", "90"): 64,
+    ("forward background conv2 bf16", "120"): 8,
+}
+
+
+def test_the_convolutions_hardly_spill_and_multiply_on_the_matrix_units():
     """A step of a 16-bit kernel is one product of tiles; float32 is multiplied exactly, by all threads."""
     rows = [row for row in ROWS if row.op == "upsample_conv"]
     assert {row.target for row in rows} == set(map(str, TARGETS))
     for row in rows:
-        assert row.stack == 0, row
+        assert row.stack <= CONVOLUTIONS_THAT_SPILL.get((row.configuration, row.target), 0), row
         product = row.configuration.startswith(("forward", "input", "weight")) and "bf16" in row.configuration
         assert (row.mma > 0) == product, row
     # 128 x 64 x 64, 128 x 32 x 64, 128 x 128 x 64: by 16 x 8 x 16 for a warp, by 64 x N x 16 for four.
@@ -132,15 +139,20 @@ def test_a_worse_row_is_found():
 
 
 def test_compiling_again_is_no_worse():
-    """Three configurations on the target the issue measures, in a process without the interpreter."""
+    """Four configurations on the target the issue measures, in a process without the interpreter."""
     code = (
-        "from vglann_kernels import resources\n"
+        "from vglann_kernels import bounds, resources\n"
         "from vglann_kernels.configurations import configurations\n"
+        "names = ('laplacian binomial bf16 64x64', 'latent_adam step sparse sphere', 'nearest scan d=100',\n"
+        "         'step_guard 15 rows')\n"
         "if __name__ == '__main__':\n"
-        "    for name in ('laplacian binomial bf16 64x64', 'latent_adam step sparse sphere', 'nearest scan d=100'):\n"
+        "    for name in names:\n"
         "        (c,) = [c for c in configurations(90) if f'{c.op} {c.name}' == name]\n"
-        "        print(resources.compile_one(c, 90))\n"
-        "        assert not resources.worse([resources.compile_one(c, 90)], resources.read_table()[1])\n"
+        "        row = resources.compile_one(c, 90)\n"
+        "        limits = resources.compile_bounds(c, row)\n"
+        "        print(row, limits)\n"
+        "        assert not resources.worse([row], resources.read_table()[1])\n"
+        "        assert not bounds.worse([limits], bounds.read(resources.DEFAULT_TABLE))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
