@@ -2,7 +2,7 @@
 #
 #   make demo    real video in, new video out: prints the path of the report page
 #   make test    the tests               make bench   the benchmarks
-#   make lint    ruff, mypy, file sizes  make resources   registers, stack and shared memory of every kernel
+#   make lint    ruff, mypy, file sizes  make resources   registers, memory and bounds of every kernel
 #   make docs    the documentation site in build/site
 #   make hub     the kernels in build/hub, in the layout of Hugging Face's kernel-builder (kernels/README.md)
 #   make proof   every kernel by the IR that Triton compiles, without a GPU: writes kernels/PROOF.md; hours, proof-share minutes
