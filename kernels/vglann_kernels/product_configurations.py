@@ -28,15 +28,17 @@ def convolutions() -> Iterator[Configuration]:
         for dtype, rectifying in (("bf16", False), ("bf16", True), ("fp32", False)):
             if layer == "conv4" or (dtype, rectifying) == ("bf16", False):
                 yield from _passes(layer, channels, outputs, grid, dtype, rectifying)
-    # Of conv4's weights, in 8 parts.
     channels, outputs, grid = LAYERS["conv4"]
-    weights, splits, block = 64 * channels * outputs, 8, 512
+    tile = tiles.weight_gradient_tiles(len(grid), channels, outputs, False)
+    programs = 64 // tile["TAPS"] * (outputs * tile["TAPS"] // tile["N"]) * (channels // tile["M"])
+    splits = tiles.splits_of(VIDEOS * grid[0] * grid[1] * grid[2], programs, tile["P"])
+    weights, block = 64 * channels * outputs, 512
     yield Configuration(
         "upsample_conv",
         "sum of parts",
         weight_gradient._sum_kernel,
         ("*fp32", "*bf16", "*fp32", splits, weights, weights),
-        {"SPLITS": splits, "BLOCK": block},
+        {"SPLITS": tiles.power_of_2(splits), "BLOCK": block},
         Work(weights // block, "weight", weights, weights * (4 * splits + 2)),
         stages=1,
     )
@@ -175,11 +177,12 @@ def nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
     packed = ("*fp32", "*fp64", "*fp16", "*fp16", *["*fp32"] * 4, *sizes)
     queries = portion(128)
     for name, parts, is_query in (("rows", 1, False), ("queries", 1, True), ("rows, two parts", 2, False)):
-        constants = {"K": 112, "PARTS": parts, "QUERIES": is_query}
+        k = tiles.packed_columns(LATENT, parts)
+        constants = {"K": k, "PARTS": parts, "QUERIES": is_query}
         slots = queries if is_query else groups * kernel.GROUP_ROWS
         # 16 columns of a row and of the offset, which has float64; then what is packed of them.
-        loops = ((-(-LATENT // 16), 128), (112 // 16, 128 + 32 * parts))
-        moved = slots * (4 * LATENT + 2 * 112 * parts)
+        loops = ((-(-LATENT // 16), 128), (k // 16, 128 + 32 * parts))
+        moved = slots * (4 * LATENT + 2 * k * parts)
         work = Work(slots // kernel.GROUP_ROWS, "row", slots, moved, loops)
         yield Configuration("nearest", f"pack {name}", kernel._pack_kernel, packed, constants, work)
     select = ("*fp32", "*fp32", "*fp32", "*i32", "*i32", 77, 77)

@@ -275,7 +275,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and not path.is_file():
         print(f"resources: {path} does not exist; write it first, without --check", file=sys.stderr)
         return 2
-    rows, limits = compile_all(targets_of(triton_version()), options.only)
+    try:
+        rows, limits = compile_all(targets_of(triton_version()), options.only)
+    except ValueError as error:  # code that its `work` does not describe
+        print(f"resources: {error}", file=sys.stderr)
+        return 2
     if not options.check:
         write_table(rows, limits, path)
         print(f"{len(rows)} rows written to {path}")
