@@ -1,15 +1,18 @@
 #!/bin/bash
 # Measures on a machine with an NVIDIA GPU, in one call of at most nine minutes:
 #     bench/on_gpu.sh OUT [PART ...]
-# Parts, the most useful ones first; all but `layers` and `tune` if none is named:
+# Parts, the most useful ones first; if none is named, all that need no call of their own:
 #   verify    every Triton kernel against float64, in parallel processes
-#   step      the training step at 15 and at 256 videos: the GLANN-VIDEO step, bf16, kernels, CUDA graph, convolutions
+#   step      the training step at 15 and at 256 videos: the GLANN-VIDEO step, bf16, kernels, CUDA graph
 #   kernels   the kernels beside their PyTorch references (bench/kernel_groups.py)
 #   counters  hardware counters of the two losses, with ncu
 #   nearest   the search in 1,000,000 rows
 #   twin      trainings that differ in how they compute: as good to 0.3 dB (vglann_fast/experiments/parity.py)
 #   layers    a second call: every transposed convolution and BatchNorm by itself, what cuDNN can fuse, an epoch of IMLE
 #   tune      a third call: what `vglann tune` chooses for preset modern, and by how much
+#   convolutions  a fourth call: the step with the convolution kernels, too, and without them
+# The seconds that each part may take are estimates. How long the convolution kernels compile is not known at all, so
+# they have most of a call.
 #
 # OUT holds NAME.txt, what was said; *.jsonl, each result synced as soon as it is known; summary.txt, one line as each
 # command ends; tables.md, the tables. Killed at any moment it leaves what was measured. Then, anywhere,
@@ -26,8 +29,9 @@ shift
 [ $# -gt 0 ] || set -- verify step kernels counters nearest twin
 for part in "$@"; do
     case $part in
-        verify | step | kernels | counters | nearest | twin | layers | tune) ;;
-        *) echo "no part $part; choose from verify, step, kernels, counters, nearest, twin, layers, tune" >&2 && exit 1 ;;
+        verify | step | kernels | counters | nearest | twin | layers | tune | convolutions) ;;
+        *) echo "no part $part; choose from verify, step, kernels, counters, nearest, twin, layers, tune," \
+            "convolutions" >&2 && exit 1 ;;
     esac
 done
 clips=()
@@ -37,19 +41,24 @@ export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" VGLANN_KERNELS=
 python=${PYTHON:-python3}
 end=$((SECONDS + ${TOTAL:-510}))
 
-# Sizes: of verify, of the two steps, of their models, of the search, of the trainings.
+# Sizes: of verify, of the two steps and their rows, of the search, of the trainings.
 verify=(--batch 2 --frames 4)
-convolutions="bf16 kernels convolutions graph" # the last row: its kernels compile for half a minute
-step_15=(--batch 15 --steps 30 --rows author bf16 "bf16 kernels" "bf16 kernels graph" "$convolutions")
-step_256=(--batch 256 --steps 10 --rows "bf16 kernels graph" "bf16 kernels" bf16 author "$convolutions")
+step_15=(--batch 15 --steps 30)
+step_256=(--batch 256 --steps 10)
+rows_15=(author bf16 "bf16 kernels" "bf16 kernels graph")
+rows_256=("bf16 kernels graph" "bf16 kernels" bf16 author)
+convolutions=("bf16 kernels graph" "bf16 kernels convolutions graph")
 search=(--m 1000000 --d 100 --rounds 3 --checked 256 --data "unit sphere" "clusters of 0.01")
 twin=(--steps 150)
 epoch=(--preset paper)
 tune=(--minutes 5)
 if [ -n "${TINY:-}" ]; then
     verify=(--impl reference --device cpu --batch 1 --frames 1 --size 32)
-    step_15=(--batch 2 --steps 1 --width 4 --device cpu --rows author fp32)
-    step_256=(--batch 3 --steps 1 --width 4 --device cpu --rows fp32)
+    step_15=(--batch 2 --steps 1 --width 4 --device cpu)
+    step_256=(--batch 3 --steps 1 --width 4 --device cpu)
+    rows_15=(author fp32)
+    rows_256=(fp32)
+    convolutions=(fp32)
     search=(--n 20 --m 500 --d 8 --rounds 1 --data "unit sphere" --device cpu)
     twin=(--steps 2 --width 4 --batch 2 --device cpu)
     epoch=(--preset paper --n 200 --rounds 1 --device cpu)
@@ -104,10 +113,10 @@ verify() { # what takes the time is compiling, so it is spread over the cores
 }
 
 step() {
-    local file=(--same-process --json "$out/step.jsonl")
+    local step=("$python" bench/bench_glo_step.py --same-process --json "$out/step.jsonl" "${clips[@]}")
     rm -f "$out/step.jsonl"
-    run 75 step-15 "$python" bench/bench_glo_step.py "${step_15[@]}" "${file[@]}" "${clips[@]}"
-    run 60 step-256 "$python" bench/bench_glo_step.py "${step_256[@]}" "${file[@]}" "${clips[@]}"
+    run 75 step-15 "${step[@]}" "${step_15[@]}" --rows "${rows_15[@]}"
+    run 60 step-256 "${step[@]}" "${step_256[@]}" --rows "${rows_256[@]}"
 }
 
 kernels() {
@@ -145,6 +154,13 @@ layers() {
 
 tune() { # the table is in tune.txt, the measurements are in vglann-fast/tune.json
     XDG_CACHE_HOME="$out" run 420 tune "$python" -m vglann_fast tune "${tune[@]}"
+}
+
+convolutions() {
+    local step=("$python" bench/bench_glo_step.py --same-process --json "$out/convolutions.jsonl" "${clips[@]}")
+    rm -f "$out/convolutions.jsonl"
+    run 280 convolutions-15 "${step[@]}" "${step_15[@]}" --rows "${convolutions[@]}"
+    run 230 convolutions-256 "${step[@]}" "${step_256[@]}" --rows "${convolutions[@]}"
 }
 
 for part in "$@"; do

@@ -16,6 +16,7 @@ same run.
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,29 @@ FIGURES, FIXED = ("times", "share of copy"), ("floor", "what")
 FILLED = ("kernels/README.md", "docs/step.md", "kernels/vglann_kernels/*/README.md")
 
 
-def groups(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of a group -> its result. Lines of one group, which have a row each, are joined."""
-    if path.suffix != ".jsonl":
-        results = {b["name"]: b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]}
-        return {name: info for name, info in results.items() if "rows" in info}
+def groups(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Name of a group -> its result. Rows of one group, which may be in several lines and files, are joined."""
     found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for name, info in results(path):
+            rows = found.get(name, {}).get("rows", {})
+            found[name] = info | {"rows": rows | info.get("rows", {})}
+    return found
+
+
+def results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and result of each group in a file."""
+    if path.suffix != ".jsonl":
+        for benchmark in json.loads(path.read_text())["benchmarks"]:
+            if "rows" in benchmark["extra_info"]:
+                yield benchmark["name"], benchmark["extra_info"]
+        return
     for line in path.read_text().splitlines():
         try:
             info = json.loads(line)
         except ValueError:  # cut off where the writer was killed
             continue
-        rows = found.get(info["group"], {}).get("rows", {})
-        found[info["group"]] = info | {"rows": rows | info.get("rows", {})}
-    return found
+        yield info["group"], info
 
 
 def table(name: str, info: dict[str, Any]) -> str:
@@ -184,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--fill", type=Path, nargs="?", const=Path(__file__).parents[1], metavar="ROOT")
     a = parser.parse_args(arguments)
-    found = {name: info for path in a.files for name, info in groups(path).items()}
+    found = groups(a.files)
     print("\n".join(table(name, info) for name, info in found.items()))
     if a.fill:
         for path in sorted(path for pattern in FILLED for path in a.fill.glob(pattern)):

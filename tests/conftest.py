@@ -32,6 +32,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A user's cache of its own, from which measurements are read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VGLANN_TUNE")
+
+
+@pytest.fixture
 def one_thread():
     """Compute on one thread, as forked processes do: two threads sum in another order."""
     import torch

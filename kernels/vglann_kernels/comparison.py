@@ -64,14 +64,24 @@ def relative_l2(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).norm() / (exact.norm() if exact.norm() > 0 else 1))
 
 
+def error_of_sums(count: int) -> float:
+    """Return the relative error that float32 sums of `count` values may have, in whatever order.
+
+    Each addition rounds at random, so the error of a sum grows with its length as a random walk does: one value after
+    the other costs about a fifth of sqrt(count) rounding steps, and sums in blocks cost less.
+    """
+    return 0.5 * count**0.5 * torch.finfo(torch.float32).eps
+
+
 def lines(
     op: str, case: str, names: str, impl: str, run: Callable[[str, Any], list[Tensor]],
-    ignored: dict[str, Tensor] | None = None,
+    ignored: dict[str, Tensor] | None = None, extra: float = 0.0,
 ) -> Iterator[Line]:  # fmt: skip
     """`run(impl, float64 or None)` gives the quantities `names`; compares `impl`, reference and exact.
 
     `ignored` says which values of a quantity are left out. What the reference does to the others within one rounding
     step of the dtype counts as its error: where it rounds the video on the way to a loss it turns signs by itself.
+    `extra` is added to each limit, for sums of many values and for products of fewer digits than the dtype has.
     """
     exact, reference = run("reference", torch.float64), run("reference", None)
     step = max(torch.finfo(value.dtype).eps for value in reference)
@@ -84,7 +94,7 @@ def lines(
         allowed = reference_error if out is None else min(reference_error, step)
         limit = 16 * step if impl == "reference" else 2 * allowed + 8 * torch.finfo(torch.float32).eps
         left_out = 0.0 if out is None else out.double().mean().item()
-        yield Line(op, case, name, relative_l2(ours, good), reference_error, limit, left_out)
+        yield Line(op, case, name, relative_l2(ours, good), reference_error, limit + extra, left_out)
 
 
 def dtypes(shapes: Shapes) -> list[torch.dtype]:

@@ -70,15 +70,16 @@ class ImplUnavailable(RuntimeError):
 class Choice:
     """The implementation chosen for one op: `impl` is the implementation's name, `reason` one readable clause.
 
-    `op` names the layer, too, if the choice was made for one layer.
+    `layer` names the layer if the choice was made for one layer alone.
     """
 
     op: str
     impl: str
     reason: str
+    layer: str = ""
 
     def __str__(self) -> str:
-        return f"{self.op}: {self.impl} ({self.reason})"
+        return f"{f'{self.op} {self.layer}'.rstrip()}: {self.impl} ({self.reason})"
 
 
 def register(op: str, name: str, why_not: WhyNot = lambda device: None) -> None:
@@ -212,11 +213,19 @@ def resolve(
 
 
 def _automatic(op: str, device: Any, unsupported: str | None, known: dict[str, WhyNot], layer: str) -> Choice:
-    for name in (f"{op} {layer}", op):
-        preferred = _preferred.get().get(name, "")
+    usual = _usual(op, device, unsupported, known)
+    for of_layer in (layer, ""):
+        preferred = _preferred.get().get(f"{op} {of_layer}".rstrip(), "")
         refused = preferred == "triton" and unsupported
         if preferred in known and not refused and not known[preferred](device):
-            return Choice(name, preferred, "measured to be the fastest here")
+            if preferred == usual.impl:
+                return usual
+            return Choice(op, preferred, "measured to be the fastest here", of_layer)
+    return usual
+
+
+def _usual(op: str, device: Any, unsupported: str | None, known: dict[str, WhyNot]) -> Choice:
+    """Return the choice where nothing was measured."""
     if device.type == "cpu":
         return Choice(op, "reference", "CPU tensors")
     if op in ONLY_WHEN_ASKED:

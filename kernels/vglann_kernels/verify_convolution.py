@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ LAYERS = ((3, 256, 128), (3, 128, 64), (3, 64, 4), (2, 128, 64), (2, 64, 3))
 FEW_LAYERS = ((3, 16, 9), (2, 8, 3))
 # Relative L2 of values that are rounded to the dtype once.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
-NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
 
 
 def upsample_conv(shapes: Shapes) -> Iterator[Line]:
@@ -32,16 +31,16 @@ def upsample_conv(shapes: Shapes) -> Iterator[Line]:
         for dims, channels, outputs in LAYERS if on_gpu and shapes.size > 32 else FEW_LAYERS:
             case = f"{str(dtype).removeprefix('torch.')} {dims}-D {channels} to {outputs}"
             grid, few = (2, 3, 5)[-dims:], outputs < 8
-            y, given = yield from layer(shapes, case, dtype, channels, outputs, grid, rectifying=few)
-            off = relative_l2(norm(y, given), norm(y.double(), None))
+            given, upstream = _layer(shapes, dtype, channels, outputs, grid, rectifying=few)
+            y, statistics = yield from compare_layer(case, shapes.impl, given, upstream)
+            off = relative_l2(norm(y, statistics), norm(y.double(), None))
             yield Line("upsample_conv", case, "BatchNorm", off, 0.0, ROUNDING[dtype])
 
 
-def layer(
-    shapes: Shapes, case: str, dtype: torch.dtype, channels: int, outputs: int, grid: tuple[int, ...],
-    rectifying: bool = False,
-) -> Generator[Line, None, tuple[Tensor, Statistics]]:  # fmt: skip
-    """`upsample_convolution` of videos or images [batch, channels, *grid]; returns its output and statistics."""
+def _layer(
+    shapes: Shapes, dtype: torch.dtype, channels: int, outputs: int, grid: tuple[int, ...], rectifying: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return random tensors of a layer, for x [batch, channels, *grid], and a gradient by its output."""
     dims = len(grid)
     form = torch.channels_last if dims == 2 else torch.channels_last_3d
     x = torch.randn(shapes.batch, channels, *grid)
@@ -52,29 +51,42 @@ def layer(
     images = [v.to(shapes.device, dtype).contiguous(memory_format=form) for v in (x, weight, upstream)]
     scale = torch.tensor([0.5, 1.0, 2.0])[torch.randint(3, (channels,))]
     vectors = [v.to(shapes.device) for v in (torch.randn(outputs), scale, torch.zeros(channels))]
-    given = [*images[:2], *vectors][: 5 if rectifying else 3]
+    names = ("x", "weight", "bias", "scale", "shift")[: 5 if rectifying else 3]
+    return dict(zip(names, [*images[:2], *vectors], strict=False)), images[2]
 
+
+def compare_layer(
+    case: str, impl: str, given: Mapping[str, Tensor], upstream: Tensor,
+    convolve: Callable[..., tuple[Tensor, Statistics]] = upsample_convolution_statistics, extra: float = 0.0,
+) -> Generator[Line, None, tuple[Tensor, Statistics]]:  # fmt: skip
+    """Compare output, gradients and statistics of a layer with float64; returns its output and its statistics.
+
+    given: tensors by the names that `upsample_convolution_statistics` has for them. upstream: gradient by the output.
+    convolve: computes by `impl` and by the reference, such as the op under autocast. Default: the op.
+    extra: see `lines`.
+    """
     left: list[tuple[Tensor, Statistics]] = []
 
     def run(impl: str, exact: Any) -> list[Tensor]:
-        leaves = [leaf(value, exact) for value in given]
-        scaling = dict(zip(("scale", "shift"), leaves[3:], strict=False))
-        y, statistics = upsample_convolution_statistics(*leaves[:3], **scaling, impl=impl)
-        y.backward(images[2].to(y.dtype))
+        leaves = {name: leaf(value, exact) for name, value in given.items()}
+        compute = upsample_convolution_statistics if exact else convolve
+        y, statistics = compute(**leaves, impl=impl)
+        y.backward(upstream.to(y.dtype))
         left.append((y.detach(), statistics))
-        return [y, *gradients_of(*leaves)]
+        return [y, *gradients_of(*leaves.values())]
 
-    yield from lines("upsample_conv", case, " ".join(NAMES[: len(given) + 1]), shapes.impl, run)
+    names = " ".join(["y", *(f"grad_{name}" for name in given)])
+    yield from lines("upsample_conv", case, names, impl, run, extra=extra)
     # Of the last run, which was of the implementation that is compared.
     y, statistics = left[-1]
     exact_mean, exact_m2 = reference.statistics(y.double())[0]
     mean, m2 = joined_statistics(y, *statistics)
-    deviation = (exact_m2 / (y.numel() // outputs)).sqrt()
+    deviation = (exact_m2 / (y.numel() // y.shape[1])).sqrt()
     for quantity, off, limit in (
         ("mean", ((mean - exact_mean).abs() / deviation).max().item(), 1e-5),
         ("M2", relative_l2(m2, exact_m2), 2e-6),
     ):
-        yield Line("upsample_conv", case, quantity, off, 0.0, limit)
+        yield Line("upsample_conv", case, quantity, off, 0.0, limit + extra)
     return y, statistics
 
 

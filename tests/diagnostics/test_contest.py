@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from vglann_fast.diagnostics.contest import NoTime, Refused, contest
+from vglann_fast.diagnostics.contest import NoTime, Refused, Stopped, contest
 
 
 class Machine:
@@ -122,10 +122,32 @@ def test_a_default_that_cannot_run_is_replaced_without_a_factor(machine):
     assert contest({"plain": wrong}, machine.clock).choice == ""
 
 
+def refused(way):
+    """A contender that can compute, and computes something else."""
+
+    def prepare(held):
+        raise Refused("its loss differs by 0.5", way(held))
+
+    return prepare
+
+
+@pytest.mark.parametrize(("seconds", "choice"), [(1.9, "plain"), (2.0, "plain"), (1.0, "right")])
+def test_a_default_that_is_wrong_is_replaced_only_by_what_is_right_and_faster(machine, seconds, choice):
+    ways = {
+        "plain": refused(machine.way("plain", 1.9)),
+        "wrong": refused(machine.way("wrong", 0.1)),
+        "right": machine.way("right", seconds),
+    }
+    found = contest(ways, machine.clock)
+    assert (found.choice, found.left_out.keys()) == (choice, {"plain", "wrong"})
+    assert found.factors == pytest.approx({"plain": 1.0, "right": 1.9 / seconds})
+
+
 def test_a_contender_without_hope_is_timed_once(machine):
     ways = {"plain": machine.way("plain", 1.0), "crawling": machine.way("crawling", 3.0)}
     found = contest(ways, machine.clock, rounds=5)
-    assert (machine.calls["plain"], machine.calls["crawling"]) == (1 + 5, 1 + 1)
+    # The default computes once more after the other one has left.
+    assert (machine.calls["plain"], machine.calls["crawling"]) == (1 + 5 + 1, 1 + 1)
     assert found.factors["crawling"] == pytest.approx(1 / 3)
 
 
@@ -208,6 +230,53 @@ def test_a_contender_that_fails_or_is_hopeless_is_free_while_the_others_are_time
     left = ["end slow", "release 2", "end failing", "release 1", "end plain", "release 0"]
     assert holding.events == begun + left
     assert machine.order[-2:] == ["plain", "plain"]
+
+
+def test_the_first_call_after_memory_was_given_back_is_not_timed(machine):
+    released = []
+
+    def plain(held):
+        def lap(count):
+            machine.now += count + 50.0 * len(released)
+            released.clear()
+
+        return lap
+
+    ways = {"plain": plain, "slow": machine.way("slow", 3.0)}
+    found = contest(ways, machine.clock, rounds=2, release=lambda: released.append(1))
+    assert found.seconds["plain"] == pytest.approx(1.0)
+
+
+def raise_error(*given):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_device_that_computes_no_more_ends_the_contest_and_frees_all_others(machine):
+    """After such an error whatever is asked of the device raises."""
+    holding = Holding(machine)
+    ways = {
+        "plain": holding.way("plain", 1.0),
+        "failing": lambda held: raise_error,
+        "quick": holding.way("quick", 0.5),
+    }
+    with pytest.raises(Stopped, match="illegal memory access"):
+        contest(ways, machine.clock, release=raise_error)
+    assert "end plain" in holding.events
+    with pytest.raises(Stopped, match="illegal memory access"):
+        contest(ways, raise_error)
+
+
+def test_one_that_cannot_be_freed_does_not_keep_the_others(machine):
+    holding = Holding(machine)
+
+    def stuck(held):
+        held.callback(raise_error)
+        return machine.way("stuck", 1.0)(held)
+
+    ways = {"a": holding.way("a", 1.0), "stuck": stuck, "b": holding.way("b", 1.0)}
+    with pytest.raises(Stopped):
+        contest(ways, machine.clock, rounds=1, release=holding.release)
+    assert holding.events[-3:] == ["end a", "end b", "release 0"]
 
 
 def test_what_contenders_hold_is_free_when_no_time_is_left(machine):

@@ -1,15 +1,18 @@
 """`vglann doctor` and `vglann verify RUN`: what they print, and that each can end with 1."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import new_run, tiny_options
+from tuned import AN_ENTRY, CPU
 from vglann_kernels import verify
 
 from vglann_fast.cli.main import main
 from vglann_fast.diagnostics import doctor
 from vglann_fast.experiments.moving_squares import moving_squares, write_clip_folder
+from vglann_fast.runtime.measurements import Contest, machine, place, write
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +181,17 @@ def test_a_choice_that_cannot_run_is_said_after_the_rest(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "versions: " in printed.out
     assert "VGLANN_KERNELS=triton: composite: triton" in printed.err
+
+
+@pytest.mark.usefixtures("no_self_test", "own_cache")
+def test_the_doctor_says_the_default_where_the_choices_were_not_faster_together(capsys):
+    together = Contest("defaults", "defaults", {"defaults": 1.0}, {"defaults": 1.0}, {})
+    found = {**AN_ENTRY.contests, "together": together}
+    write(place(), [replace(AN_ENTRY, machine=machine(CPU), contests=found)])
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured precision")]
+    assert "fp32" in line
+    assert "bf16" not in line
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from tiny import new_run, tiny_options
+from tuned import AN_ENTRY, CPU
 from vglann_kernels.impl import implementations
 from vglann_kernels.nearest.op import IMPLEMENTATIONS
 from vglann_kernels.nearest.reference import nearest_rows as reference_rows
@@ -23,31 +24,17 @@ from vglann_fast.experiments.moving_squares import moving_squares, write_clip_fo
 from vglann_fast.glo import assemble
 from vglann_fast.glo.assemble import new_training
 from vglann_fast.glo.training import Training
-from vglann_fast.runtime.measurements import Contest, Entry, machine, place, read, write
+from vglann_fast.runtime.measurements import place, read, write
 
-CPU = torch.device("cpu")
 # A step of these is a matter of milliseconds.
 PRESET = "modern-2026a"
 TINY = {"width": 2, "latent_dim": 8, "batch_size": 3, "levels": 2}
-AN_ENTRY = Entry(
-    {**machine(CPU), "device": "Z80"},
-    {"width": 1},
-    "2026-03-01",
-    {"precision": Contest("fp32", "bf16", {"fp32": 2.0, "bf16": 1.0}, {"fp32": 1.0, "bf16": 2.0}, {})},
-)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("VGLANN_TUNE")
-    # Threads are the user's then, and are not contested.
+def alone(own_cache, monkeypatch):
+    """A cache of its own, threads that the user has set, and few rounds: the clock is exact."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch):
-    """The clock is exact, so three rounds say as much as seven."""
     monkeypatch.setattr(module, "contest", partial(contest, rounds=3))
 
 
@@ -138,6 +125,25 @@ def test_a_contender_made_wrong_is_refused_by_name_however_fast(clips, clock, mo
     assert "precision bf16 is left out" in caplog.text
 
 
+def test_a_default_that_is_wrong_stays_where_nothing_is_faster_and_the_option_that_helps_is_named(
+    clips, clock, monkeypatch, caplog
+):
+    made = []
+
+    def wrong(logits, precision, device):
+        made.append(precision)
+        # The first one is the training that the others are compared with.
+        return logits if len(made) == 1 or precision == "bf16" else lambda z: tuple(-x for x in logits(z))
+
+    monkeypatch.setattr(assemble, "in_precision", wrong)
+    tuned(clips, clock, data="mmap")
+    found = contests()["precision"]
+    assert (found.choice, found.factors["bf16"]) == ("fp32", pytest.approx(1.0))
+    (line,) = [line for line in caplog.messages if line.startswith("precision fp32")]
+    assert "differs from float32" in line
+    assert "--precision bf16" in line
+
+
 def test_a_precision_that_the_processor_emulates_is_given_up_after_a_step(clips, clock):
     clock.__init__(lambda training: 30.0 if training.precision == "bf16" else 1.0)
     tuned(clips, clock, data="mmap")
@@ -187,6 +193,19 @@ def test_a_tune_killed_half_way_leaves_what_it_has_measured_beside_the_rest(clip
     write(place(), [earlier])
     killed_after_a_contest(clips, clock)
     assert read(place()) == [earlier]
+
+
+def test_a_device_that_fails_ends_in_one_line_and_keeps_what_was_measured(clips, clock, monkeypatch):
+    """As after an illegal memory access: from then on every wait for the device raises."""
+
+    def wait():
+        if clock.now > 20:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return clock.now
+
+    with pytest.raises(VglannError, match=r"illegal memory access.*tune\.json"):
+        tuned(clips, wait, precision="fp32")
+    assert list(contests()) == ["memory_format"]
 
 
 def test_what_another_machine_has_written_meanwhile_is_kept(clips, clock):

@@ -1,29 +1,21 @@
-"""The measurements of `vglann tune` as users see them: the table, what an import keeps, and what the doctor says."""
+"""The measurements of `vglann tune` as users see them: the table, and what an import keeps."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from tuned import AN_ENTRY, CPU
 
-from vglann_fast.cli.main import main
-from vglann_fast.diagnostics import doctor, tune_file
+from vglann_fast.diagnostics import tune_file
 from vglann_fast.diagnostics.tune_file import import_, table
 from vglann_fast.runtime import measurements
-from vglann_fast.runtime.measurements import Contest, Entry, machine, place, read, write
+from vglann_fast.runtime.measurements import Contest, machine, place, read, write
 
-CPU = torch.device("cpu")
-AN_ENTRY = Entry(
-    {**machine(CPU), "device": "Z80"},
-    {"width": 1},
-    "2026-03-01",
-    {"precision": Contest("fp32", "bf16", {"fp32": 2.0, "bf16": 1.0}, {"fp32": 1.0, "bf16": 2.0}, {})},
-)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("VGLANN_TUNE")
+def imported(entry):
+    return replace(entry, imported=True)
 
 
 def test_an_import_evicts_no_measurement_of_this_machine_and_replaces_no_newer_one(tmp_path, monkeypatch):
@@ -40,13 +32,34 @@ def test_an_import_evicts_no_measurement_of_this_machine_and_replaces_no_newer_o
     write(file, [own("2026-01-31"), own("2026-01-31", width=2)])
     assert "measurements: 1, 1 of them" in import_(file, CPU)
     assert [entry for entry in read(place()) if entry.machine == machine(CPU)] == [
-        own("2026-01-31", width=2),
+        imported(own("2026-01-31", width=2)),
         own("2026-02-01"),
     ]
-    write(file, [own("2026-02-02")])
-    import_(file, CPU)
-    assert own("2026-02-02") in read(place())
-    assert own("2026-02-01") not in read(place())
+    # What was measured here stays, whatever comes later; an import is replaced by a newer one.
+    write(file, [own("2026-02-02"), own("2026-02-02", width=2)])
+    assert "measurements: 1, 1 of them" in import_(file, CPU)
+    write(file, [own("2026-01-01", width=2)])
+    assert "measurements: 0, 0 of them" in import_(file, CPU)
+    assert read(place())[1:] == [imported(own("2026-02-02", width=2)), own("2026-02-01")]
+    # Another measurement here replaces both kinds.
+    write(place(), [*read(place()), own("2026-01-01", width=2), own("2026-01-01")])
+    assert read(place())[1:] == [own("2026-01-01", width=2), own("2026-01-01")]
+
+
+def test_imports_that_fill_the_file_make_room_for_newer_ones_and_those_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(measurements, "MAX_ENTRIES", 3)
+    file = tmp_path / "file.json"
+    old, new = (
+        [replace(AN_ENTRY, machine=machine(CPU), shapes={"width": w}, when=when) for w in widths]
+        for widths, when in (((1, 2, 3), "2026-01-01"), ((4, 5), "2026-02-01"))
+    )
+    # An upgrade of PyTorch makes another machine of this one.
+    before = replace(AN_ENTRY, machine={**machine(CPU), "torch": "1.0"}, when="2025-01-01")
+    write(place(), [before])
+    for entries in (old, new, [AN_ENTRY]):
+        write(file, entries)
+        import_(file, CPU)
+    assert read(place()) == [*map(imported, new), before]
 
 
 def test_an_import_of_many_newer_ones_of_an_equal_machine_leaves_what_was_measured_here(
@@ -65,6 +78,7 @@ def test_an_import_of_many_newer_ones_of_an_equal_machine_leaves_what_was_measur
         import_(file, CPU)
         assert len(read(place())) == 3
         assert read(place())[1:] == own
+        assert read(place())[0] == imported(equal(first + 2, "2026-06-01"))
     # The next one that is measured here pushes out the imported one.
     write(place(), [*read(place()), equal(3, "2026-01-03")])
     assert read(place()) == [*own, equal(3, "2026-01-03")]
@@ -79,6 +93,13 @@ def test_an_import_for_the_gpu_leaves_what_was_measured_on_the_processor(tmp_pat
     write(file, [replace(AN_ENTRY, machine=of_gpu, shapes={"width": width}) for width in (1, 2, 3)])
     assert "measurements: 2, 2 of them" in import_(file, torch.device("cuda"))
     assert own in read(place())
+
+
+def test_the_table_has_one_line_for_a_default_that_is_wrong_and_stays():
+    precision = replace(AN_ENTRY.contests["precision"], choice="fp32", left_out={"fp32": "its loss differs"})
+    found = table(replace(AN_ENTRY, contests={"precision": precision})).splitlines()
+    (line,) = [line for line in found if "fp32" in line]
+    assert "1.00 default, chosen, its loss differs" in line
 
 
 def test_the_table_marks_as_chosen_what_a_training_takes():
@@ -98,14 +119,3 @@ def test_the_table_marks_as_chosen_what_a_training_takes():
     # Two choices that were never compared together.
     data = Contest("mmap", "resident", {"mmap": 2.0, "resident": 1.0}, {"mmap": 1.0, "resident": 2.0}, {})
     assert marked(replace(AN_ENTRY, contests={**AN_ENTRY.contests, "data": data})) == {"fp32", "mmap"}
-
-
-def test_the_doctor_says_the_default_where_the_choices_were_not_faster_together(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "self_test", lambda: doctor.Finding("self-test", "PASS"))
-    together = Contest("defaults", "defaults", {"defaults": 1.0}, {"defaults": 1.0}, {})
-    found = {**AN_ENTRY.contests, "together": together}
-    write(place(), [replace(AN_ENTRY, machine=machine(CPU), contests=found)])
-    main(["doctor"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured precision")]
-    assert "fp32" in line
-    assert "bf16" not in line

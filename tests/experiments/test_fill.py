@@ -91,6 +91,15 @@ def test_figures_reach_the_documents(root):
     assert "Measured on" not in texts["kernels/vglann_kernels/composite/README.md"]
 
 
+def test_rows_of_one_group_in_several_files_are_joined(root):
+    first, second = root / "convolutions.jsonl", root / "step.jsonl"
+    for file, name in ((first, "bf16 kernels convolutions graph"), (second, "bf16")):
+        file.write_text(json.dumps({"group": "step 15", **GPU, "rows": {name: {"ms": 2.0}}}) + "\n")
+    assert report.main([str(first), str(second), "--fill", str(root)]) == 0
+    row = row_of((root / "docs" / "step.md").read_text(), "step 15")
+    assert row[2:5] == ["2 ms", "not measured", "2 ms"]
+
+
 def test_without_results_of_a_gpu_the_documents_are_as_they_were(root):
     before = filled(root)
     assert filled(root) == before

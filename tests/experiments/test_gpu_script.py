@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -90,24 +89,34 @@ def test_the_limits_of_the_parts_are_less_than_all_they_may_take():
     text = SCRIPT.read_text()
     (total,) = map(int, re.findall(r"TOTAL:-(\d+)", text))
     limits = [int(seconds) for seconds in re.findall(r"\brun (\d+) ", text)]
-    # The checks run at the same time; `layers` is the second call, `tune` the third.
-    *first, cudnn, epoch, layers, tune = limits
+    # The checks run at the same time; `layers`, `tune` and `convolutions` are calls of their own.
+    *first, cudnn, epoch, layers, tune, convolutions_15, convolutions_256 = limits
     assert len(first) == 7
     assert sum(first) <= total
     assert cudnn + epoch + layers <= total
     assert tune <= total
+    assert convolutions_15 + convolutions_256 <= total
     assert total <= 9 * 60 - 20
     assert layers == max(limits)
 
 
-def test_the_rows_of_the_step_exist_and_are_in_its_document():
-    names = re.findall(r'--rows (.*?) "\$convolutions"\)', SCRIPT.read_text())
-    (last,) = re.findall(r'^convolutions="(.*?)"', SCRIPT.read_text(), re.MULTILINE)
-    rows = {name for line in names for name in shlex.split(line)} | {last}
-    assert len(names) == 2
-    assert rows <= ROWS.keys()
+def test_the_rows_of_the_step_exist_and_are_the_columns_of_its_document(tmp_path):
+    """With an interpreter that says what it was asked for."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    done = called(tmp_path / "out", "step", "convolutions", PYTHON=str(python), TINY="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {}
+    for name in ("step-15", "step-256", "convolutions-15", "convolutions-256"):
+        words = (tmp_path / "out" / f"{name}.txt").read_text().splitlines()
+        assert words[words.index("--batch") + 1] == name.split("-")[1]
+        rows[name] = words[words.index("--rows") + 1 :]
+    assert {row for names in rows.values() for row in names} <= ROWS.keys()
     (head,) = [line for line in (ROOT / "docs" / "step.md").read_text().splitlines() if "| group |" in line]
-    assert rows <= {cell.strip() for cell in head.split("|")}
+    columns = {cell.strip() for cell in head.split("|")} - {"", "group", "times"}
+    for size in ("15", "256"):
+        assert {*rows[f"step-{size}"], *rows[f"convolutions-{size}"]} == columns
 
 
 def test_the_counters_are_of_the_kernels_that_there_are():

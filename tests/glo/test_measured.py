@@ -34,9 +34,7 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("VGLANN_TUNE")
+def alone(own_cache, monkeypatch, caplog):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(measured, "allowed", lambda: 2)
     caplog.set_level(logging.INFO)
@@ -92,13 +90,16 @@ def test_a_resume_and_a_replay_keep_the_choices_whatever_was_measured_since(clip
     assert choices_of_run(RunDir.open(run.path), OPTIONS, CPU)["data"] == "resident"
 
 
-def test_a_choice_for_an_op_or_layer_that_does_not_exist_is_harmless(clips, tmp_path, monkeypatch):
-    names = ("upsample_conv 9d 3-3", "upsample_conv 3d 4-2", "upsample_conv 3d", "upsample_conv")
-    choices = dict.fromkeys(names, "from another version")
-    keep_choices({**choices, "fusion 3d 4-2": "triton", "data": "resident"})
+def test_a_choice_for_an_op_or_layer_that_does_not_exist_is_harmless(clips, tmp_path, monkeypatch, caplog):
+    choices = dict.fromkeys(("upsample_conv 9d 3-3", "upsample_conv 3d", "upsample_conv 3d 4-2"), "triton")
+    # Version 0.2.0 measured an implementation that is not there any more.
+    keep_choices({**choices, "upsample_conv": "narrow", "fusion 3d 4-2": "triton", "data": "resident"})
     run, training = trained(tmp_path / "run", clips)
     assert run.options["measured"]["choices"] == {**choices, "data": "resident"}
+    assert "narrow" not in caplog.text
     assert training.source.name == "resident"
+    run.options["measured"]["choices"]["upsample_conv"] = "narrow"
+    assert "upsample_conv" not in choices_of_run(run, OPTIONS, CPU)
     # What was asked for wins, for every layer.
     for kernels in ("reference", "auto,upsample_conv=reference"):
         monkeypatch.setenv("VGLANN_KERNELS", kernels)

@@ -223,7 +223,9 @@ def test_a_layer_takes_its_own_choice_where_it_can_run_and_other_layers_the_choi
 
     with switch.preferring({"upsample_conv 3d 8-4": "one", "upsample_conv 2d 8-4": "broken"}):
         assert [taken(layer) for layer in ("3d 8-4", "2d 8-4", "3d 4-4")] == ["one", "reference", "reference"]
-        assert resolve("upsample_conv", device="cpu", layer="3d 8-4").op == "upsample_conv 3d 8-4"
+        found = resolve("upsample_conv", device="cpu", layer="3d 8-4")
+        assert (found.op, found.layer) == ("upsample_conv", "3d 8-4")
+        assert str(found).startswith("upsample_conv 3d 8-4: one (")
         assert taken("3d 8-4", impl="reference") == "reference"
         with using_impl("reference"):
             assert taken("3d 8-4") == "reference"
@@ -233,6 +235,20 @@ def test_a_layer_takes_its_own_choice_where_it_can_run_and_other_layers_the_choi
         {"upsample_conv 3d 8-4": "one", "upsample_conv": "other", "upsample_conv 9d": "x"}
     ):
         assert [taken(layer) for layer in ("3d 8-4", "3d 4-4", "")] == ["one", "other", "other"]
+
+
+def test_measured_choices_that_change_nothing_are_reported_as_the_default_once(caplog, monkeypatch):
+    monkeypatch.setitem(switch.implementations("upsample_conv"), "other", lambda device: None)
+    layers = ("3d 8-4", "2d 8-4")
+    caplog.set_level(logging.INFO, logger="vglann_kernels")
+    with switch.preferring({f"upsample_conv {layer}": "reference" for layer in layers}):
+        for layer in layers:
+            switch.chosen("upsample_conv", None, torch.device("cpu"), layer=layer)
+    assert caplog.messages == ["upsample_conv: reference (CPU tensors)"]
+    # For one layer the default may be measured, and another implementation for the rest.
+    with switch.preferring({"upsample_conv": "other", "upsample_conv 3d 8-4": "reference"}):
+        found = [resolve("upsample_conv", device="cpu", layer=layer).impl for layer in layers]
+    assert found == ["reference", "other"]
 
 
 def test_a_layer_whose_kernel_does_not_take_the_arguments_falls_back(monkeypatch):

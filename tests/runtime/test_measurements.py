@@ -15,10 +15,7 @@ CPU = torch.device("cpu")
 SHAPES = {"width": 4, "sync_bn": False, "loss": "laplacian"}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("VGLANN_TUNE")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def entry(choice="bf16", shapes=None, **here):
@@ -45,6 +42,16 @@ def test_an_entry_comes_back_and_a_later_one_of_the_same_shapes_replaces_it():
     write(place(), [entry("bf16"), other, entry("fp32")])
     assert read(place()) == [other, entry("fp32")]
     assert lookup(CPU, SHAPES) == (entry("fp32"), "")
+
+
+def test_what_version_1_wrote_counts_as_measured_here():
+    write(place(), [entry(), replace(entry(device="Z80"), imported=True)])
+    assert [found.imported for found in read(place())] == [False, True]
+    content = json.loads(place().read_text())
+    for value in content["entries"]:
+        del value["imported"]
+    place().write_text(json.dumps({**content, "version": 1}))
+    assert read(place()) == [entry(), entry(device="Z80")]
 
 
 def test_choices_that_are_not_faster_together_are_the_defaults():
@@ -109,7 +116,7 @@ GOOD = ("entries", 0)
 CONTEST = (*GOOD, "contests", "precision")
 HOSTILE = [
     (("format",), "vglann-run"),
-    (("version",), 2),
+    (("version",), 3),
     (("entries",), {}),
     (("entries",), [{}] * 1001),
     ((*GOOD, "machine"), {"device": "this"}),
@@ -121,6 +128,7 @@ HOSTILE = [
     ((*GOOD, "when"), 5),
     ((*GOOD, "contests"), [1]),
     ((*GOOD, "more"), 1),
+    ((*GOOD, "imported"), 1),
     ((*GOOD, "contests", "memory_format"), None),
     ((*CONTEST, "choice"), "fp8"),
     ((*CONTEST, "choice"), "tf32"),

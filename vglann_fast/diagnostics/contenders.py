@@ -3,7 +3,8 @@
 The reference twin is a short training in float32 by plain PyTorch. A contender is the same training from the same
 seed, computed in its own way: its losses, its last gradient and the way of its latents may differ by rounding only.
 A kernel is compared with float64 at the shapes of the training first, with the limits of `vglann verify`. For a CUDA
-graph the twin is long enough to be replayed.
+graph the twin is long enough to be replayed. A layer alone is compared with float64 only, so all layers' choices
+together have a twin.
 """
 
 import tempfile
@@ -91,7 +92,7 @@ class Contenders:
             exact = replace(self.options, precision="fp32", compile=False, cuda_graph="off")
             try:
                 training, exact = self._training(exact, {}, closed)
-                self._layers, self._videos = layers_of(training.generator), training.batch_size
+                self.layers, self._videos = layers_of(training.generator), training.batch_size
                 self._right = self._observed(training, exact, {})
             except torch.OutOfMemoryError as error:
                 raise VglannError(
@@ -99,8 +100,11 @@ class Contenders:
                     f"{options.batch_size} that does not fit; try `vglann tune CLIPS` with a smaller --batch-size"
                 ) from error
 
-    def contests(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield each choice that is open, and its values; the first one is what the rules of the program take."""
+    def contests(self, chosen: Choices) -> Iterator[tuple[str, list[str]]]:
+        """Yield each choice that is open, and its values; the first one is what the rules of the program take.
+
+        chosen: the choices made so far, which grow between two yields.
+        """
         gpu, opened = self.device.type == "cuda", left_open(self.options)
         if not gpu and not threads_given():
             counts = {2**n for n in range(available().bit_length())} | {available()}
@@ -119,7 +123,10 @@ class Contenders:
             if op == "nearest" or requested(op)[0] != "auto":
                 continue
             values = _first(resolve(op, device=self.device).impl, runnable(op, self.device))
-            for name in self._layers if op == CONVOLUTION else (op,):
+            if op == CONVOLUTION and chosen.get("memory_format") == "contiguous":
+                # The kernels take channels-last tensors only.
+                values = [value for value in values if value != "triton"]
+            for name in self.layers if op == CONVOLUTION else (op,):
                 yield name, values
         if gpu and "execution" in opened:
             yield "execution", ["eager", "compile", "graph"]
@@ -130,24 +137,21 @@ class Contenders:
         name: the contest, in whose choice a contender differs from the others. In the contest of a layer the steps
         are convolutions of that layer alone. closed: what ends when the contender leaves.
         """
-        if name in self._layers:
-            layer, impl = self._layers[name], choices[name]
+        if name in self.layers:
+            layer, impl = self.layers[name], choices[name]
             return prepare_layer(layer, impl, self._videos, self.options, choices, self.device)
-        if name in VERIFIED and choices[name] != "reference":
-            self._verify(name, choices)
+        off = self._off_float64(name, choices) if name in VERIFIED and choices[name] != "reference" else ""
         training, options = self._training(self.options, choices, closed)
-        right, found = self._right, self._observed(training, options, choices)
-        for quantity, limit in zip(QUANTITIES, TOLERANCES[training.precision], strict=True):
-            error = _apart(getattr(found, quantity), getattr(right, quantity))
-            if not error <= limit:  # also NaN
-                off = f"{error:.2g} after {self._steps} steps (at most {limit:g})"
-                raise Refused(f"its {quantity} differs from float32 by {off}")
+        # One that is off computes its twin, too: if it is the default, it is timed.
+        off_twin = self._off_twin(training, options, choices)
 
         def lap(steps: int) -> None:
             with as_chosen(choices), training_numerics(options, self.device):
                 for _ in range(steps):
                     training.train_step(with_video=False)
 
+        if reason := off or off_twin:
+            raise Refused(reason, lap)
         return lap
 
     def _has(self, precision: Any) -> bool:
@@ -199,8 +203,18 @@ class Contenders:
         if self.device.type == "cpu" and 0 < TOO_SLOW * self._step_seconds < seconds > PATIENCE:
             raise Refused(f"a step takes {seconds / self._step_seconds:.0f} times as long as in float32")
 
-    def _verify(self, op: str, choices: Choices) -> None:
-        """Compare an implementation with float64. Raises `Refused` with the first quantity that is off."""
+    def _off_twin(self, training: Training, options: TrainOptions, choices: Choices) -> str:
+        """Compare a training with the reference twin; return the first quantity that is off, or ""."""
+        found = self._observed(training, options, choices)
+        for quantity, limit in zip(QUANTITIES, TOLERANCES[training.precision], strict=True):
+            error = _apart(getattr(found, quantity), getattr(self._right, quantity))
+            if not error <= limit:  # also NaN
+                off = f"{error:.2g} after {self._steps} steps (at most {limit:g})"
+                return f"its {quantity} differs from float32 by {off}"
+        return ""
+
+    def _off_float64(self, op: str, choices: Choices) -> str:
+        """Compare an implementation with float64; return the first quantity that is off, or ""."""
         precision = resolve_precision(settled(self.options, choices).precision, self.device)
         shapes = Shapes(
             batch=min(MOST_COMPARED, self.options.batch_size, len(self.clips)),
@@ -216,7 +230,8 @@ class Contenders:
         for line in verify(shapes, [op]):
             if not line.ok:
                 off = f"{line.error:.2g} off float64 (at most {line.limit:.2g})"
-                raise Refused(f"{line.case}, {line.quantity}: {off}")
+                return f"{line.case}, {line.quantity}: {off}"
+        return ""
 
 
 def runnable(op: str, device: torch.device) -> list[str]:

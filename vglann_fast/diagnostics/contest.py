@@ -15,7 +15,9 @@ and when it is too slow to be timed again.
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 from vglann_fast.errors import VglannError
 from vglann_fast.runtime.measurements import Contest
@@ -37,69 +39,105 @@ Prepare = Callable[[ExitStack], Lap]
 # Seconds, after everything that was started before has ended.
 Clock = Callable[[], float]
 
+T = TypeVar("T")
+
 
 class Refused(Exception):
-    """A contender does not compute what the reference computes; the message says what differs."""
+    """A contender does not compute what the reference computes, or cannot compute; the message says why.
+
+    lap: its computations, if it has any. By these a default that is refused is still timed.
+    """
+
+    def __init__(self, message: str, lap: Lap | None = None) -> None:
+        super().__init__(message)
+        self.lap = lap
 
 
 class NoTime(Exception):
     """The time is over before all contenders of a contest were timed often enough."""
 
 
+class Stopped(Exception):
+    """Nothing more can be measured, as after an illegal memory access on a GPU; the message says why."""
+
+
+@dataclass
+class _Contender:
+    """One contender: its computations, what it holds, and whether memory was given back since it last computed."""
+
+    held: ExitStack
+    lap: Lap | None = None
+    cold: bool = False
+
+
 class _Present:
-    """Contenders that are still timed: their laps, and all that they hold.
+    """The contenders that hold something, and the reasons of those that were left out.
 
     release: called after a contender has left, with nothing holding it any more.
     """
 
     def __init__(self, release: Callable[[], object]) -> None:
-        self.laps: dict[str, Lap] = {}
         self.left_out: dict[str, str] = {}
-        self._held: dict[str, ExitStack] = {}
+        self._contenders: dict[str, _Contender] = {}
         self._release = release
 
-    def enter(self, name: str, prepare: Prepare) -> None:
-        """Prepare a contender; one that raises is left out."""
-        self._held[name] = ExitStack()
+    def racing(self) -> list[str]:
+        """Return the names of all that are there."""
+        return list(self._contenders)
+
+    def enter(self, name: str, prepare: Prepare, *, default: bool) -> None:
+        """Prepare a contender; one that raises is left out. A default that is refused stays, if it can compute."""
+        contender = self._contenders[name] = _Contender(ExitStack())
         reason = ""
         try:
-            self.laps[name] = prepare(self._held[name])
+            contender.lap = prepare(contender.held)
         except Exception as error:  # the others may run
             reason = _reason(error)
+            if default and isinstance(error, Refused):
+                contender.lap = error.lap
         # Here the error is gone, whose traceback holds what was prepared.
         if reason:
-            self.leave(name, reason)
+            self.left_out[name] = reason
+        if contender.lap is None:
+            # Nothing may refer to it when memory is given back.
+            del contender
+            self.leave(name)
 
     def seconds(self, name: str, calls: int, clock: Clock) -> float | None:
         """Return the seconds of one call, of `calls` in a row; never 0, as a coarse clock may have it.
 
-        A contender that raises is left out, without a time.
+        A contender that raises is left out, without a time. The first call after memory was given back takes longer,
+        so it is not timed.
         """
         try:
+            contender = self._contenders[name]
+            assert contender.lap is not None
+            if contender.cold:
+                contender.lap(1)
+                contender.cold = False
             started = clock()
-            self.laps[name](calls)
+            contender.lap(calls)
             return max(1e-9, (clock() - started) / calls)
         except Exception as error:  # the others may run
-            reason = _reason(error)
-        self.leave(name, reason)
+            self.left_out[name] = _reason(error)
+        # Nothing may refer to it when memory is given back.
+        del contender
+        self.leave(name)
         return None
 
-    def leave(self, name: str, reason: str = "") -> None:
-        """Free what a contender holds. reason: the reason why it is left out, if it is."""
-        if reason:
-            self.left_out[name] = reason
-        self._drop(name)
-        self._release()
+    def leave(self, name: str) -> None:
+        """Free what a contender holds. Raises `Stopped` where memory cannot be given back."""
+        _unless_stopped(self._contenders.pop(name).held.close)
+        _unless_stopped(self._release)
+        for contender in self._contenders.values():
+            contender.cold = True
 
     def leave_all(self) -> None:
-        """Free what all contenders hold."""
-        for name in list(self._held):
-            self._drop(name)
-        self._release()
-
-    def _drop(self, name: str) -> None:
-        self.laps.pop(name, None)
-        self._held.pop(name).close()
+        """Free what all contenders hold, also after one that cannot be freed; raises `Stopped` then."""
+        with ExitStack() as ended:
+            ended.callback(_unless_stopped, self._release)
+            while self._contenders:
+                ended.callback(_unless_stopped, self._contenders.popitem()[1].held.close)
 
 
 def contest(
@@ -113,22 +151,24 @@ def contest(
 ) -> Contest:
     """Return the outcome among contenders by name, the default first.
 
-    A contender that is refused or raises is left out with its reason, and the others are timed. If the default is
-    left out, the fastest of the others is chosen, without factors. If all are left out, the choice is "".
+    A contender that is refused or raises is left out with its reason, and the others are timed. A default that is
+    refused is timed, too, since a training computes by it: only what is right and faster replaces it. If the default
+    cannot compute, the fastest of the others is chosen, without factors. If no other can either, the choice is "".
 
     deadline: on `clock`; no round begins after it. least: factor from which on the default is replaced.
     release: called whenever a contender has left; it gives memory back that nothing holds any more.
 
-    Raises `NoTime` where fewer than three rounds were held before the deadline.
+    Raises `NoTime` where fewer than three rounds were held before the deadline, and `Stopped` where the clock or
+    `release` raises.
     """
     default = next(iter(contenders))
     present = _Present(release)
     with ExitStack() as ended:
         ended.callback(present.leave_all)
         for name, prepare in contenders.items():
-            if clock() >= deadline:
+            if _unless_stopped(clock) >= deadline:
                 raise NoTime
-            present.enter(name, prepare)
+            present.enter(name, prepare, default=name == default)
         times = _timed(present, clock, rounds, deadline)
     left_out = present.left_out
     if not times:
@@ -143,14 +183,23 @@ def contest(
     return Contest(default, choice, seconds, factors, left_out)
 
 
+def failure(prepare: Prepare, release: Callable[[], object]) -> str:
+    """Return the reason why a contender would be left out of a contest, or "". Raises `Stopped` as `contest`."""
+    present = _Present(release)
+    with ExitStack() as ended:
+        ended.callback(present.leave_all)
+        present.enter("", prepare, default=False)
+    return present.left_out.get("", "")
+
+
 def _timed(present: _Present, clock: Clock, rounds: int, deadline: float) -> dict[str, list[float]]:
     """Return the seconds of a call by contender, one for each round; contenders without hope have fewer."""
+    racing = present.racing()
     # Before the rounds, one call each says how many fill a lap.
-    calls = dict.fromkeys(present.laps, 1)
-    times: dict[str, list[float]] = {name: [] for name in present.laps}
-    racing = list(present.laps)
+    calls = dict.fromkeys(racing, 1)
+    times: dict[str, list[float]] = {name: [] for name in racing}
     for number in range(rounds + 1):
-        if clock() >= deadline:
+        if _unless_stopped(clock) >= deadline:
             if number <= FEWEST_ROUNDS:
                 raise NoTime
             break
@@ -170,6 +219,14 @@ def _timed(present: _Present, clock: Clock, rounds: int, deadline: float) -> dic
         if number:
             racing = [*racing[1:], *racing[:1]]
     return times
+
+
+def _unless_stopped(call: Callable[[], T]) -> T:
+    """Return what a call returns. Raises `Stopped` where it raises: it is not a contender that fails then."""
+    try:
+        return call()
+    except Exception as error:
+        raise Stopped(_reason(error)) from error
 
 
 def _has_hope(own: list[float], times: Mapping[str, list[float]]) -> bool:

@@ -1,8 +1,8 @@
 """Transposed convolutions of a generator, each checked and timed by itself.
 
 A layer is timed as a step of the training computes it: forward pass and both gradients, for the videos of a step, on
-its own grid, in the precision and memory format of the training. An implementation is compared with float64 on the
-same grid first, by the limits of `vglann verify`.
+its own grid, in the precision and memory format of the training. The same is compared with float64 first, by limits
+that grow with the number of values in a sum.
 
 Two things are not in these times: BatchNorms read their input once less where a kernel hands them the statistics, and
 in a CUDA graph launches cost less. Whole steps have both, and so has the contest of all choices together.
@@ -10,14 +10,15 @@ in a CUDA graph launches cost less. Whole steps have both, and so has the contes
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-from vglann_kernels import upsample_convolution
-from vglann_kernels.comparison import Shapes
-from vglann_kernels.launch import channels_last_of
-from vglann_kernels.upsample_conv.op import layer_of
-from vglann_kernels.verify_convolution import layer as compared
+from torch import Tensor, nn
+from vglann_kernels import upsample_convolution, upsample_convolution_statistics
+from vglann_kernels.comparison import error_of_sums
+from vglann_kernels.upsample_conv.op import layer_name
+from vglann_kernels.verify_convolution import compare_layer
 
 from vglann_fast.diagnostics.contest import Lap, Refused
 from vglann_fast.glo.generator import TwoStreamGenerator
@@ -25,11 +26,13 @@ from vglann_fast.glo.measured import as_chosen
 from vglann_fast.glo.precision import AUTOCAST, in_precision, resolve_precision, training_numerics
 from vglann_fast.options.choices import Choices, settled
 from vglann_fast.options.training import TrainOptions
-from vglann_fast.runtime.numerics import numerics, seeded
+from vglann_fast.runtime.numerics import seeded
 
 CONVOLUTION = "upsample_conv"
 # Videos of the comparison with float64, which takes many times the memory.
 MOST_COMPARED = 16
+# Of products in TensorFloat-32, which keeps 10 bits of both factors.
+ROUNDING_OF_TF32 = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def _layers(stream: nn.Module, grid: tuple[int, ...]) -> Iterator[tuple[str, Lay
     for module in stream.modules():
         if isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
             sizes = (module.in_channels, module.out_channels)
-            yield f"{CONVOLUTION} {layer_of(module.weight)}", Layer(*sizes, grid, module.bias is not None)
+            yield f"{CONVOLUTION} {layer_name(module.weight)}", Layer(*sizes, grid, module.bias is not None)
             # The next layer reads what this one doubles.
             grid = tuple(2 * size for size in grid)
 
@@ -68,27 +71,40 @@ def prepare_layer(
     options = settled(options, choices)
     precision = resolve_precision(options.precision, device)
     dtype = AUTOCAST.get(precision, torch.float32)
-    with numerics(tf32=False), seeded(0):
-        shapes = Shapes(batch=min(MOST_COMPARED, videos), device=str(device), impl=impl)
-        for line in compared(shapes, "", dtype, layer.channels, layer.outputs, layer.grid):
-            if not line.ok:
-                raise Refused(f"{line.quantity}: {line.error:.2g} off float64 (at most {line.limit:.2g})")
-    with as_chosen(choices), training_numerics(options, device):
-        # Weights stay float32 under autocast, and what a layer reads has the dtype of the layer before.
-        x = torch.randn(videos, layer.channels, *layer.grid, device=device).to(dtype)
-        weight = torch.randn(layer.channels, layer.outputs, *[4] * len(layer.grid), device=device)
-        bias = torch.randn(layer.outputs, device=device) if layer.bias else None
-        if choices.get("memory_format") != "contiguous":
-            x, weight = (tensor.contiguous(memory_format=channels_last_of(x)) for tensor in (x, weight))
-        leaves = [leaf.requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
-        convolve = in_precision(lambda x: upsample_convolution(x, weight, bias, impl=impl), precision, device)
-        upstream = torch.randn_like(convolve(x).detach())
+    form = torch.contiguous_format
+    if choices.get("memory_format") != "contiguous":
+        form = torch.channels_last if len(layer.grid) == 2 else torch.channels_last_3d
+
+    def in_form(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).contiguous(memory_format=form)
+
+    def convolved(op: Any, *, impl: str, **leaves: Tensor) -> Any:
+        return in_precision(lambda x: op(**{**leaves, "x": x}, impl=impl), precision, device)(leaves["x"])
+
+    with as_chosen(choices), training_numerics(options, device), seeded(0):
+        given = {
+            # What a layer reads has the dtype of the layer before, and weights stay float32 under autocast.
+            "x": in_form(videos, layer.channels, *layer.grid).to(dtype),
+            "weight": in_form(layer.channels, layer.outputs, *[4] * len(layer.grid)),
+        }
+        if layer.bias:
+            given["bias"] = torch.randn(layer.outputs, device=device)
+        upstream = in_form(videos, layer.outputs, *(2 * size for size in layer.grid)).to(dtype)
+        few, gradient = {**given, "x": given["x"][:MOST_COMPARED]}, upstream[:MOST_COMPARED]
+        extra = error_of_sums(gradient[:, 0].numel()) + (ROUNDING_OF_TF32 if precision == "tf32" else 0.0)
+        convolve = partial(convolved, upsample_convolution_statistics)
+        compared = compare_layer("", impl, few, gradient, convolve, extra)
+        off = next((line for line in compared if not line.ok), None)
+    leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
 
     def lap(count: int) -> None:
         with as_chosen(choices), training_numerics(options, device):
             for _ in range(count):
-                torch.autograd.grad(convolve(x), leaves, upstream)
+                y = convolved(upsample_convolution, impl=impl, **leaves)
+                torch.autograd.grad(y, list(leaves.values()), upstream)
 
+    if off is not None:
+        raise Refused(f"{off.quantity}: {off.error:.2g} off float64 (at most {off.limit:.2g})", lap)
     # What is compiled, is compiled here.
     lap(1)
     return lap

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vglann_kernels import nearest_rows
-from vglann_kernels.impl import requested, resolve
+from vglann_kernels.impl import OPS, requested, resolve
 from vglann_kernels.verify import Shapes, verify
 
 from vglann_fast.clips.dataset import ClipSet
@@ -32,19 +32,22 @@ from vglann_fast.diagnostics.contenders import Contenders, SomeClips, runnable
 from vglann_fast.diagnostics.contest import (
     LEAST_FACTOR,
     LEAST_FACTOR_OF_PRECISION,
+    MAX_REASON,
     Clock,
     Lap,
     NoTime,
     Prepare,
     Refused,
+    Stopped,
     contest,
+    failure,
 )
 from vglann_fast.diagnostics.tune_file import readable, table
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.checkpoint import load_trained
 from vglann_fast.glo.compatibility import batch_size_for
 from vglann_fast.glo.measured import mapping_shapes, training_shapes
-from vglann_fast.options.choices import Choices
+from vglann_fast.options.choices import Choices, op_of
 from vglann_fast.options.fields import flag_of, options_from_json
 from vglann_fast.options.presets import preset
 from vglann_fast.options.training import TrainOptions
@@ -103,7 +106,7 @@ def tune(
         minutes: no round begins after these minutes, and a contest with fewer than three rounds is dropped.
 
     Returns the table of what was measured. Raises `VglannError` for a target or options that do not fit, where the
-    cache cannot be written, and where another process measures.
+    cache cannot be written, where another process measures, and where the device fails.
     """
     clock = clock or device_clock(device)
     with only_tune(), quiet("vglann_kernels", "faiss"):
@@ -113,10 +116,16 @@ def tune(
             )
         subject, before = _subject(target, name, given, device), readable()
         deadline = clock() + 60 * minutes
-        measured = [_keep(_training_entries(subject, device, clock, deadline), before)]
-        if subject.latents is not None:
-            entries = _mapping_entries(subject.latents, subject.rows, device, clock, deadline)
-            measured.append(_keep(entries, before))
+        try:
+            measured = [_keep(_training_entries(subject, device, clock, deadline), before)]
+            if subject.latents is not None:
+                entries = _mapping_entries(subject.latents, subject.rows, device, clock, deadline)
+                measured.append(_keep(entries, before))
+        except Stopped as stopped:
+            raise VglannError(
+                f"{device}: nothing more can be measured ({stopped}); {place()} keeps what was measured. "
+                "Run `vglann tune` again, with `--kernels reference` if a kernel was measured last"
+            ) from stopped
         tables = [table(entry) for entry in measured if entry is not None]
         if not tables:
             raise VglannError(
@@ -195,21 +204,52 @@ def _training_entries(
         found = _contest(name, prepared, device, clock, deadline)
         if found is not None:
             contests[name] = found
-            yield Entry(machine(device), shapes, _now(), dict(contests))
+            yield entry()
 
-    waiting = list(contenders.contests())
+    def entry() -> Entry:
+        return Entry(machine(device), shapes, _now(), dict(contests))
+
+    waiting, name = contenders.contests(chosen), ""
     try:
-        while waiting:
-            name, values = waiting[0]
+        for name, values in waiting:
             yield from hold(name, {value: {**chosen, name: value} for value in values})
             if name in contests:
                 chosen[name] = contests[name].choice
-            del waiting[0]
+            if name == list(contenders.layers)[-1] and _drop_wrong_layers(
+                contenders, chosen, contests, device
+            ):
+                yield entry()
+        name = ""
         if any(found.choice != found.default for found in contests.values()):
             yield from hold(TOGETHER, {"defaults": {}, "choices": chosen})
     except NoTime:
-        rest = ", ".join([*(name for name, _ in waiting), TOGETHER])
+        rest = ", ".join([*filter(None, [name]), *(name for name, _ in waiting), TOGETHER])
         log.warning("no time left for %s; raise --minutes. Without %s only one choice counts", rest, TOGETHER)
+
+
+def _drop_wrong_layers(
+    contenders: Contenders, chosen: dict[str, str], contests: dict[str, Contest], device: torch.device
+) -> bool:
+    """Train a twin with the layers' choices; where it is off, give all layers their defaults and return True.
+
+    Layers were compared with float64 one by one. In the contest of all choices together a wrong one would cost every
+    other choice.
+    """
+    changed = [
+        name for name in contenders.layers if name in contests and chosen[name] != contests[name].default
+    ]
+    if not changed:
+        return False
+    reason = failure(partial(contenders.prepare, chosen, ""), partial(_release, device))
+    if not reason:
+        return False
+    log.warning("the choices for %s are left out, in whole steps: %s", ", ".join(changed), reason)
+    for name in changed:
+        found = contests[name]
+        left_out = {**found.left_out, found.choice: f"in whole steps: {reason}"[:MAX_REASON]}
+        contests[name] = replace(found, choice=found.default, left_out=left_out)
+        chosen[name] = found.default
+    return True
 
 
 def _mapping_entries(
@@ -245,19 +285,19 @@ def rows_near(latents: Tensor, count: int) -> Tensor:
 
 def _search(name: str, queries: Tensor, database: Tensor, _: ExitStack) -> Lap:
     """Check an implementation of `nearest_rows` and return searches by it. Raises `Refused` where a row is wrong."""
-    shapes = Shapes(latent_dim=queries.shape[1], device=str(queries.device))
-    for line in verify(shapes, ["nearest"]):
-        if line.case.startswith(f"{name},") and not line.ok:
-            case = line.case.removeprefix(f"{name}, ")
-            raise Refused(f"{case}, {line.quantity}: {line.error:.2g} (at most {line.limit:g})")
-    right, found = (nearest_rows(queries, database, impl=impl)[0] for impl in ("reference", name))
-    if wrong := int((found != right).sum()):
-        raise Refused(f"{wrong} of {len(queries)} rows are not the nearest")
 
     def lap(searches: int) -> None:
         for _ in range(searches):
             nearest_rows(queries, database, impl=name)
 
+    shapes = Shapes(latent_dim=queries.shape[1], device=str(queries.device))
+    for line in verify(shapes, ["nearest"]):
+        if line.case.startswith(f"{name},") and not line.ok:
+            case = line.case.removeprefix(f"{name}, ")
+            raise Refused(f"{case}, {line.quantity}: {line.error:.2g} (at most {line.limit:g})", lap)
+    right, found = (nearest_rows(queries, database, impl=impl)[0] for impl in ("reference", name))
+    if wrong := int((found != right).sum()):
+        raise Refused(f"{wrong} of {len(queries)} rows are not the nearest", lap)
     return lap
 
 
@@ -271,8 +311,23 @@ def _contest(
     least = LEAST_FACTOR_OF_PRECISION if name == "precision" else LEAST_FACTOR
     found = contest(ways, clock, deadline=deadline, least=least, release=partial(_release, device))
     for contender, reason in found.left_out.items():
-        log.warning("%s %s is left out: %s", name, contender, reason)
+        if contender == found.choice:
+            log.warning(
+                "%s %s, the default, is wrong: %s; %s", name, contender, reason, _instead(name, found)
+            )
+        else:
+            log.warning("%s %s is left out: %s", name, contender, reason)
     return found if found.choice else None
+
+
+def _instead(name: str, found: Contest) -> str:
+    """Say what a user can do about a default that is wrong and was not replaced."""
+    right = [contender for contender in found.seconds if contender not in found.left_out]
+    op = op_of(name)
+    flags = {"precision": "--precision ", "data": "--data ", **{op: f"--kernels auto,{op}=" for op in OPS}}
+    if not right or op not in flags:
+        return "it stays, since nothing that is right is faster"
+    return f"it stays, since nothing that is right is faster; `{flags[op]}{right[0]}` takes what is right"
 
 
 def _release(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ def export(file: str | Path) -> str:
 def import_(file: str | Path, device: torch.device) -> str:
     """Add the measurements in a file to the cache. Raises `VglannError` for a file that is not of `tune`.
 
-    Of two for the same machine and training the newer one stays. Where there are too many, see `_joined`.
+    What was measured here stays; of two imports for the same machine and training the newer one does. Where there are
+    too many, see `_joined`.
     """
-    entries, here = _some(Path(file)), [machine(device), machine(torch.device("cpu"))]
+    entries = [replace(entry, imported=True) for entry in _some(Path(file))]
+    here = [machine(device), machine(torch.device("cpu"))]
     with only_tune():
         measurements.write(place(), _joined(entries, readable(), here))
         there = measurements.read(place())
@@ -47,23 +50,14 @@ def _joined(
 ) -> list[Entry]:
     """Return all measurements; `write` leaves out the first ones where there are too many.
 
-    here: this machine. Measurements of other machines are left out first, the oldest before the others, then imported
-    ones of machines equal to this one. What is there stays: it may have been measured here.
+    here: this machine. Imports for other machines are left out first, then imports for machines equal to this one,
+    the oldest before the others. What was measured here stays.
     """
-    stay, new = list(there), []
-    for entry in sorted(imported, key=_when):
-        same = [i for i, other in enumerate(stay) if other.measures_the_same(entry)]
-        if not same:
-            new.append(entry)
-        elif stay[same[0]].when < entry.when:
-            stay[same[0]] = entry
-    together = [*new, *stay]
-    others = sorted((entry for entry in together if entry.machine not in here), key=_when)
-    return [*others, *(entry for entry in together if entry.machine in here)]
-
-
-def _when(entry: Entry) -> str:
-    return entry.when
+    own = [entry for entry in there if not entry.imported]
+    # Of two for the same, `write` keeps the later one.
+    imports = [entry for entry in (*there, *imported) if entry.imported]
+    imports = [entry for entry in imports if not any(map(entry.measures_the_same, own))]
+    return [*sorted(imports, key=lambda entry: (entry.machine in here, entry.when)), *own]
 
 
 def table(entry: Entry) -> str:
@@ -76,7 +70,7 @@ def table(entry: Entry) -> str:
     lines = [facts, shapes, f"measured {entry.when}"]
     for name, found in entry.contests.items():
         taken = entry.choices.get(name, found.choice)
-        for contender in (*found.seconds, *found.left_out):
+        for contender in dict.fromkeys((*found.seconds, *found.left_out)):
             lines.append(f"{name:25} {contender:15} {_judged(contender, found, taken)}".rstrip())
             name = ""
     return "\n".join(lines)
@@ -89,8 +83,9 @@ def _judged(contender: str, found: Contest, taken: str) -> str:
     """
     words = ["default"] * (contender == found.default) + ["chosen"] * (contender == taken)
     words += ["fastest alone"] * (contender == found.choice != taken)
-    if contender in found.left_out:
-        return f"{'':20} {', '.join([*words, found.left_out[contender]])}"
+    words += [found.left_out[contender]] if contender in found.left_out else []
+    if contender not in found.seconds:
+        return f"{'':20} {', '.join(words)}"
     factor = f"{found.factors[contender]:6.2f}" if contender in found.factors else ""
     return f"{1e3 * found.seconds[contender]:10.3f} ms {factor:6} {', '.join(words)}"
 

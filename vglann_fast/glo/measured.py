@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vglann_kernels.impl import OPS, preferring, requested
+from vglann_kernels.impl import OPS, implementations, preferring, requested
 
 from vglann_fast.errors import VglannError
 from vglann_fast.glo.compatibility import check_compatibility
@@ -154,11 +154,16 @@ def _open(
     if requested("upsample_conv")[0] not in ("auto", "reference"):
         names.discard("memory_format")
     if options is None or not options.deterministic:
-        names |= {name for name in choices if (op := op_of(name)) in OPS and requested(op)[0] == "auto"}
+        names |= {name for name in kernels(choices) if _has(op_of(name), choices[name])}
         # A file may say any number, and more threads than processors may end the process.
         if device.type == "cpu" and not threads_given() and int(choices.get(THREADS, 1)) <= allowed():
             names.add(THREADS)
     return {name: choice for name, choice in choices.items() if name in names}
+
+
+def _has(op: str, impl: str) -> bool:
+    """Return True if the user has left the implementation of an op open, and the op has this one."""
+    return op in OPS and requested(op)[0] == "auto" and impl in implementations(op)
 
 
 def _fits(name: str, choice: str, options: TrainOptions, device: torch.device, ranks: Ranks | None) -> bool:

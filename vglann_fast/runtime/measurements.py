@@ -1,13 +1,16 @@
 """Measurements that `vglann tune` made on a machine: the file tune.json in the user's cache.
 
-    {"format": "vglann-tune", "version": 1, "entries": [{
+    {"format": "vglann-tune", "version": 2, "entries": [{
         "machine": {"device": model of the GPU or CPU, "driver", "processors": of a CPU, "torch", "triton", "faiss",
                     "vglann-fast"}: text, number or null,
         "shapes": {name: text, number or true/false}: of a training, or of a mapping,
-        "when": date and time,
+        "when": date and time, "imported": true if the entry came from a file, false if it was measured here,
         "contests": {name: {"default": what the rules of the program take, "choice": the fastest that computes right,
                             "seconds": {contender: of a step}, "factors": {contender: its speed over the default's},
                             "left_out": {contender: reason}}}}]}
+
+Version 1 had no "imported"; its entries count as measured here.
+
 
 The names of contests are the names of `options/choices.py`, and `TOGETHER`: all choices against all defaults. An
 entry counts on an equal machine and for equal shapes.
@@ -36,7 +39,7 @@ from vglann_fast.run.files import open_regular
 from vglann_fast.run.temporary import make_folder
 from vglann_fast.runtime.processors import available
 
-FORMAT, VERSION = "vglann-tune", 1
+FORMAT, VERSION = "vglann-tune", 2
 VARIABLE = "VGLANN_TUNE"
 MAX_BYTES, MAX_ENTRIES, MAX_NAMES = 4 << 20, 1000, 50
 MAX_SECONDS = 1e6
@@ -56,7 +59,7 @@ class DamagedError(VglannError):
 class Contest:
     """Contenders for one choice. `left_out` has those that were wrong, failed or were too slow to be timed.
 
-    If the default is among those, `factors` is empty.
+    A default that is wrong is timed anyway. If the default failed, `factors` is empty.
     """
 
     default: str
@@ -78,6 +81,7 @@ class Entry:
     shapes: Facts
     when: str
     contests: Mapping[str, Contest]
+    imported: bool = False
 
     @property
     def choices(self) -> dict[str, str]:
@@ -191,7 +195,7 @@ def read(path: Path) -> list[Entry]:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         value = json.loads(content)
         _expect(isinstance(value, dict) and value.get("format") == FORMAT, "not a file of `vglann tune`")
-        if value.get("version") != VERSION:
+        if value.get("version") not in (1, VERSION):
             raise VglannError(
                 f"{path}: of version {str(value.get('version'))[:20]!r}, this program reads version {VERSION}; "
                 "update it with `pip install -U vglann-fast`, or remove the file"
@@ -262,7 +266,10 @@ def _expect(condition: bool, otherwise: str) -> None:
 
 
 def _entry(value: Any) -> Entry:
-    _expect(isinstance(value, dict) and value.keys() == {"machine", "shapes", "when", "contests"}, "an entry")
+    _expect(isinstance(value, dict), "an entry")
+    imported = value.get("imported", False)
+    _expect(value.keys() - {"imported"} == {"machine", "shapes", "when", "contests"}, "an entry")
+    _expect(isinstance(imported, bool), "the origin of an entry")
     here, shapes, contests = value["machine"], value["shapes"], value["contests"]
     _expect(is_text(value["when"]), "when an entry was measured")
     for facts in (here, shapes):
@@ -271,7 +278,7 @@ def _entry(value: Any) -> Entry:
     names = {"device", "driver", "processors", "torch", "triton", "faiss", "vglann-fast"}
     _expect(here.keys() == names and is_text(here["device"]), "the machine of an entry")
     _expect(isinstance(contests, dict) and len(contests) <= MAX_NAMES, "the contests of an entry")
-    entry = Entry(here, shapes, value["when"], {name: _contest(c) for name, c in contests.items()})
+    entry = Entry(here, shapes, value["when"], {name: _contest(c) for name, c in contests.items()}, imported)
     read_choices(entry.choices)
     return entry
 

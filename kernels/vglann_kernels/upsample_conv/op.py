@@ -176,14 +176,14 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def layer_of(weight: Tensor) -> str:
-    """Return what a layer computes, as the switch names it: "3d 128-64", with its channels in and out."""
+def layer_name(weight: Tensor) -> str:
+    """Return the name of a layer in the switch: "3d 128-64" convolves videos from 128 channels to 64."""
     return f"{weight.ndim - 2}d {weight.shape[0]}-{weight.shape[1]}"
 
 
 def _implementation(x: Tensor, weight: Tensor, impl: str | None) -> str:
     """Return the name of the implementation that convolves; without values that is the reference."""
-    name = switch.chosen("upsample_conv", impl, x.device, _unsupported(x, weight), layer_of(weight))
+    name = switch.chosen("upsample_conv", impl, x.device, _unsupported(x, weight), layer_name(weight))
     return name if x.numel() > 0 and weight.numel() > 0 else "reference"
 
 
