@@ -24,7 +24,8 @@ from vglann_fast.samples.invert import invert
 instead_of_networks(MonkeyPatch(), sys.argv[1])
 reconstruction.invert = partial(invert, starts=2, steps=2)
 evaluate._BLOCK = int(sys.argv[2])
-sys.exit(max(main(["evaluate", run, *sys.argv[5:]]) for run in sys.argv[3:5]))
+runs = int(sys.argv[3])
+sys.exit(max(main(["evaluate", run, *sys.argv[4 + runs :]]) for run in sys.argv[4 : 4 + runs]))
 """
 
 
@@ -48,15 +49,16 @@ def records(run):
 
 
 @pytest.mark.parametrize(
-    ("block", "words"),
+    ("block", "modes", "words"),
     [
         # Shares of two blocks and of one; a process without a clip to invert.
-        (3, ["--invert", "2"]),
+        (3, 2, ["--invert", "2"]),
         # A process without a video of either side.
-        (64, ["--invert", "0", "-n", "2"]),
+        (64, 1, ["--invert", "0", "-n", "2"]),
     ],
 )
-def test_three_processes_find_what_one_finds(runs, tmp_path, monkeypatch, block, words):
+def test_three_processes_find_what_one_finds(runs, tmp_path, monkeypatch, block, modes, words):
+    runs = runs[:modes]
     monkeypatch.setattr(reconstruction, "invert", partial(invert, starts=2, steps=2))
     monkeypatch.setattr(evaluate, "_BLOCK", block)
     paths, words = [str(run.path) for run in runs], ["--features", "lite0", "--device", "cpu", *words]
@@ -66,7 +68,7 @@ def test_three_processes_find_what_one_finds(runs, tmp_path, monkeypatch, block,
     alone = [records(run) for run in runs]
     assert set(alone[0]) == {"reconstruction", "training-latents", "imle", "gaussian"}
 
-    started = ranks(EVALUATE, tmp_path / "cache", block, *paths, *words, folder=tmp_path, size=3)
+    started = ranks(EVALUATE, tmp_path / "cache", block, modes, *paths, *words, folder=tmp_path, size=3)
     codes = [process.wait(300) for process in started]
     assert codes == [0, 0, 0], [process.said() for process in started]
     together = [records(run) for run in runs]

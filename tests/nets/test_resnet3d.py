@@ -59,11 +59,15 @@ def test_features_and_logits(name, states, videos):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", NAMES)
 def test_distance(name, mode, states, videos):
-    """The made video first, then the real one, as he does: in train mode the running statistics remember."""
+    """The made videos first, then the real ones, as he does: in train mode the running statistics remember.
+
+    In eval mode a video does not depend on the others, so one of the two recorded is enough.
+    """
     expected = golden(f"r3d_{name.removesuffix('-3d')}_{mode}_distance")
     taps = COUNTED[name]
     network = ResNet3d.loaded(name, states[name], until=taps[-1]).train(mode == "train")
-    made, real = videos[0].clone().requires_grad_(), videos[1]
+    count = 2 if mode == "train" else 1
+    made, real = videos[0][:count].clone().requires_grad_(), videos[1][:count]
     levels = [(made, real)]
     features = network(made, taps)
     with torch.no_grad():
@@ -71,10 +75,10 @@ def test_distance(name, mode, states, videos):
     if name == "resnext101-3d":
         levels.append(levels[-1])  # the author's list names the last one twice
     loss = sum((a - b).abs().flatten(1).mean(1) for a, b in levels)
-    loss.mean().backward()
-    assert torch.allclose(loss.double(), expected["loss"], rtol=1e-5)
+    (loss.sum() / 2).backward()
+    assert torch.allclose(loss.double(), expected["loss"][:count], rtol=1e-5)
     found = made.grad[:, :, [0, 16, 31]]
-    recorded = expected["grad.frames_0_16_31"]
+    recorded = expected["grad.frames_0_16_31"][:count]
     recorded = recorded if recorded.shape == found.shape else recorded.transpose(1, 2)
     assert relative_l2(found, recorded) < GRADIENT[name, mode]
     for key in ("bn1", "layer2.0.bn2") if mode == "train" else ():
