@@ -48,7 +48,7 @@ def import_(file: str | Path, device: torch.device) -> str:
     if stay := sum(any(map(entry.measures_the_same, measured_here)) for entry in entries):
         done += (
             f"; left out: {stay}, since this machine has measured the same; "
-            f"to take the file's, remove {place()} and import again"
+            f"to take the file's, remove {place()}, with all that it holds, and import again"
         )
     return done
 
