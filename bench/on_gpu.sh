@@ -2,7 +2,7 @@
 # Measures on a machine with an NVIDIA GPU, in one call of at most nine minutes:
 #     bench/on_gpu.sh OUT [PART ...]
 # Parts, the most useful ones first; if none is named, all that need no call of their own:
-#   verify    every Triton kernel against float64, in parallel processes
+#   verify    every Triton kernel except the convolutions against float64, in parallel processes
 #   step      the training step at 15 and at 256 videos: the GLANN-VIDEO step, bf16, kernels, CUDA graph
 #   kernels   the kernels beside their PyTorch references (bench/kernel_groups.py)
 #   counters  hardware counters of the two losses, with ncu
@@ -10,9 +10,9 @@
 #   twin      trainings that differ in how they compute: as good to 0.3 dB (vglann_fast/experiments/parity.py)
 #   layers    a second call: every transposed convolution and BatchNorm by itself, what cuDNN can fuse, an epoch of IMLE
 #   tune      a third call: what `vglann tune` chooses for preset modern, and by how much
-#   convolutions  a fourth call: the step with the convolution kernels, too, and without them
+#   convolutions  a fourth call: the convolution kernels against float64, and the step with them and without them
 # The seconds that each part may take are estimates. How long the convolution kernels compile is not known at all, so
-# they have most of a call.
+# they have a call of their own.
 #
 # OUT holds NAME.txt, what was said; *.jsonl, each result synced as soon as it is known; summary.txt, one line as each
 # command ends; tables.md, the tables. Killed at any moment it leaves what was measured. Then, anywhere,
@@ -90,24 +90,22 @@ run() { # SECONDS NAME COMMAND...: output to OUT/NAME.txt; interrupted after SEC
     esac
 }
 
-run_verify() { # NAME OPTION...
-    local name=$1
-    shift
-    run 75 "verify-$name" "$python" -m vglann_kernels.verify "${verify[@]}" "$@" &
+run_verify() { # SECONDS NAME OPTION...: at the same time as what follows, up to `wait`
+    local limit=$1 name=$2
+    shift 2
+    run "$limit" "verify-$name" "$python" -m vglann_kernels.verify "${verify[@]}" "$@" &
 }
 
 verify() { # what takes the time is compiling, so it is spread over the cores
     local op dtype
-    for op in laplacian composite_laplacian upsample_conv; do
-        for dtype in bfloat16 float16 float32; do
-            run_verify "$op-$dtype" --op $op --dtype $dtype
-        done
-    done
     for op in laplacian composite_laplacian; do
-        run_verify "$op-paper" --op $op --dtype bfloat16 --blur paper
+        for dtype in bfloat16 float16 float32; do
+            run_verify 75 "$op-$dtype" --op $op --dtype $dtype
+        done
+        run_verify 75 "$op-paper" --op $op --dtype bfloat16 --blur paper
     done
     for op in composite latent_adam nearest batchnorm_relu step_guard; do
-        run_verify $op --op $op
+        run_verify 75 $op --op $op
     done
     wait
 }
@@ -157,10 +155,14 @@ tune() { # the table is in tune.txt, the measurements are in vglann-fast/tune.js
 }
 
 convolutions() {
-    local step=("$python" bench/bench_glo_step.py --same-process --json "$out/convolutions.jsonl" "${clips[@]}")
+    local dtype step=("$python" bench/bench_glo_step.py --same-process --json "$out/convolutions.jsonl" "${clips[@]}")
     rm -f "$out/convolutions.jsonl"
-    run 280 convolutions-15 "${step[@]}" "${step_15[@]}" --rows "${convolutions[@]}"
-    run 230 convolutions-256 "${step[@]}" "${step_256[@]}" --rows "${convolutions[@]}"
+    for dtype in bfloat16 float16 float32; do
+        run_verify 120 "upsample_conv-$dtype" --op upsample_conv --dtype $dtype
+    done
+    wait
+    run 220 convolutions-15 "${step[@]}" "${step_15[@]}" --rows "${convolutions[@]}"
+    run 170 convolutions-256 "${step[@]}" "${step_256[@]}" --rows "${convolutions[@]}"
 }
 
 for part in "$@"; do

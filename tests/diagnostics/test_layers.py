@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 import torch
 from tiny import new_run, tiny_options
-from tuned import CPU
-from vglann_kernels.impl import implementations, using_impl
+from tuned import AN_ENTRY, CPU
+from vglann_kernels.impl import Choice, implementations, using_impl
 from vglann_kernels.upsample_conv import op
 from vglann_kernels.upsample_conv.op import layer_name
 
 from vglann_fast.cli.main import main
 from vglann_fast.clips.dataset import ClipSet
-from vglann_fast.diagnostics import doctor
+from vglann_fast.diagnostics import contenders, doctor
 from vglann_fast.diagnostics import layers as layers_module
 from vglann_fast.diagnostics import tune as module
 from vglann_fast.diagnostics.contest import Refused, contest
@@ -26,7 +26,7 @@ from vglann_fast.glo.measured import as_chosen, choices_of_run
 from vglann_fast.glo.train import train
 from vglann_fast.glo.training import Training
 from vglann_fast.run.folder import RunDir
-from vglann_fast.runtime.measurements import place, read
+from vglann_fast.runtime.measurements import place, read, write
 
 OPTIONS = tiny_options("modern-2026a", width=2, epochs=1, precision="fp32", data="mmap")
 # The layer in which "quick" is quick.
@@ -180,6 +180,68 @@ def test_a_layer_that_is_wrong_in_whole_steps_costs_the_layers_choices_and_no_ot
     assert "whole steps" in entry.contests[name].left_out["moody"]
     assert entry.contests["together"].choice == "choices"
     assert any(name in line and "differs from float32" in line for line in caplog.messages)
+
+
+def by_default(monkeypatch, name):
+    """Make an implementation of the convolutions the default in their contests."""
+    plain = contenders.resolve
+
+    def resolve(op, **given):
+        return Choice(op, name, "a test") if op == "upsample_conv" else plain(op, **given)
+
+    monkeypatch.setattr(contenders, "resolve", resolve)
+
+
+def test_layers_whose_defaults_cannot_compute_are_not_kept_where_whole_steps_are_wrong(
+    clips, convolutions, tmp_path, monkeypatch
+):
+    convolutions.reading = 30.0
+    convolutions.add("moody", "failing")
+    by_default(monkeypatch, "failing")
+    write(place(), [AN_ENTRY])
+    run = new_run(tmp_path / "run", clips, replace(OPTIONS, data="auto"))
+    tune(run.path, name="", given={}, device=CPU, minutes=60, clock=convolutions.clock)
+    other, entry = read(place())
+    assert other == AN_ENTRY
+    assert entry.contests.keys() == {"memory_format", "data", "together"}
+    assert entry.choices["data"] == "resident"
+
+
+@pytest.mark.parametrize("ends", ["no time", "killed"])
+def test_choices_for_layers_do_not_count_before_whole_steps_were_checked(
+    ends, clips, convolutions, tmp_path, caplog
+):
+    convolutions.add("quick")
+    run = new_run(tmp_path / "run", clips, OPTIONS)
+
+    def clock():
+        # The layers of the background come after LAYER.
+        over = any(layer.startswith("2d") for layer in convolutions.taken("quick"))
+        if over and ends == "killed":
+            raise KeyboardInterrupt
+        return float("inf") if over else convolutions.now
+
+    try:
+        tune(run.path, name="", given={}, device=CPU, minutes=60, clock=clock)
+    except KeyboardInterrupt:
+        assert ends == "killed"
+    else:
+        assert f"upsample_conv {LAYER}" in caplog.text
+    (entry,) = read(place())
+    assert entry.choices == {"memory_format": "channels-last"}
+
+
+def test_a_layer_whose_default_is_wrong_and_stays_ends_the_tune_and_names_the_option(
+    clips, convolutions, tmp_path, monkeypatch, caplog
+):
+    convolutions.add("hasty")
+    by_default(monkeypatch, "hasty")
+    entry = tuned(new_run(tmp_path / "run", clips, OPTIONS), convolutions)
+    (layer,) = entry.contests.keys() - {"memory_format"}
+    assert "off float64" in entry.contests[layer].left_out["hasty"]
+    (line,) = [line for line in caplog.messages if line.startswith(layer)]
+    assert "--kernels auto,upsample_conv=reference" in line
+    assert f"upsample_conv {LAYER}" in line
 
 
 def test_kernels_are_not_tried_where_the_format_is_one_that_they_do_not_take(

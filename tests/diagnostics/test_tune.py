@@ -125,23 +125,54 @@ def test_a_contender_made_wrong_is_refused_by_name_however_fast(clips, clock, mo
     assert "precision bf16 is left out" in caplog.text
 
 
-def test_a_default_that_is_wrong_stays_where_nothing_is_faster_and_the_option_that_helps_is_named(
-    clips, clock, monkeypatch, caplog
-):
-    made = []
+@pytest.fixture
+def wrong_by_default(monkeypatch):
+    """Trainings that are wrong in all precisions except those added to the set, and except the first training."""
+    made, right = [], set()
 
-    def wrong(logits, precision, device):
+    def in_precision(logits, precision, device):
         made.append(precision)
         # The first one is the training that the others are compared with.
-        return logits if len(made) == 1 or precision == "bf16" else lambda z: tuple(-x for x in logits(z))
+        return logits if len(made) == 1 or precision in right else lambda z: tuple(-x for x in logits(z))
 
-    monkeypatch.setattr(assemble, "in_precision", wrong)
-    tuned(clips, clock, data="mmap")
+    monkeypatch.setattr(assemble, "in_precision", in_precision)
+    return right
+
+
+def test_a_default_that_is_wrong_and_stays_ends_the_tune_and_the_option_that_helps_is_named(
+    clips, clock, wrong_by_default, caplog
+):
+    wrong_by_default.add("bf16")
+    tuned(clips, clock)
+    assert list(contests()) == ["precision"]
     found = contests()["precision"]
     assert (found.choice, found.factors["bf16"]) == ("fp32", pytest.approx(1.0))
-    (line,) = [line for line in caplog.messages if line.startswith("precision fp32")]
-    assert "differs from float32" in line
+    (line,) = [line for line in caplog.messages if "differs from float32" in line]
+    assert line.startswith("precision fp32")
     assert "--precision bf16" in line
+    assert "memory_format, data" in line
+
+
+def test_a_default_that_is_wrong_and_is_replaced_ends_nothing(clips, clock, wrong_by_default):
+    wrong_by_default.add("bf16")
+    clock.__init__(
+        lambda training: (
+            {"fp32": 4.0, "bf16": 2.0}[training.precision] / (1 + (training.source.name == "resident"))
+        )
+    )
+    tuned(clips, clock)
+    assert list(contests()) == ["precision", "memory_format", "data", "together"]
+    assert (contests()["precision"].choice, contests()["data"].choice) == ("bf16", "resident")
+
+
+@pytest.mark.usefixtures("wrong_by_default")
+def test_where_nothing_is_right_no_choice_is_blamed(clips, clock, caplog):
+    tuned(clips, clock)
+    assert list(contests()) == ["precision"]
+    assert contests()["precision"].choice == "fp32"
+    (line,) = [line for line in caplog.messages if "default" in line]
+    assert line.startswith("the defaults are wrong")
+    assert "--kernels reference" in line
 
 
 def test_a_precision_that_the_processor_emulates_is_given_up_after_a_step(clips, clock):

@@ -1,5 +1,6 @@
 """The measurements of `vglann tune` as users see them: the table, and what an import keeps."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,25 @@ def test_an_import_evicts_no_measurement_of_this_machine_and_replaces_no_newer_o
     # Another measurement here replaces both kinds.
     write(place(), [*read(place()), own("2026-01-01", width=2), own("2026-01-01")])
     assert read(place())[1:] == [own("2026-01-01", width=2), own("2026-01-01")]
+
+
+def test_an_import_says_how_many_measurements_of_this_machine_stayed_and_the_way_out(tmp_path):
+    file = tmp_path / "file.json"
+    entries = [replace(AN_ENTRY, machine=machine(CPU), shapes={"width": width}) for width in (1, 2, 3)]
+    write(file, entries[:2])
+    assert "left out" not in import_(file, CPU)
+    # Version 1 did not mark imports.
+    content = json.loads(place().read_text())
+    for entry in content["entries"]:
+        del entry["imported"]
+    place().write_text(json.dumps({**content, "version": 1}))
+    write(file, [replace(entry, when="2026-11-01") for entry in entries])
+    said = import_(file, CPU)
+    assert "measurements: 1, 1 of them" in said
+    assert "left out: 2" in said
+    assert f"remove {place()}" in said
+    place().unlink()
+    assert "measurements: 3, 3 of them" in import_(file, CPU)
 
 
 def test_imports_that_fill_the_file_make_room_for_newer_ones_and_those_of_this_machine(tmp_path, monkeypatch):

@@ -179,6 +179,13 @@ def test_a_file_that_is_no_json_of_ours_is_refused(content):
     assert "tune.json" in lookup(CPU, SHAPES)[1]
 
 
+def test_a_file_of_a_newer_version_is_refused_with_all_versions_that_can_be_read():
+    place().parent.mkdir(parents=True)
+    place().write_text(json.dumps({"format": "vglann-tune", "version": 3, "entries": []}))
+    with pytest.raises(VglannError, match="reads versions 1 and 2"):
+        read(place())
+
+
 def test_a_pipe_in_its_place_blocks_nothing():
     place().parent.mkdir(parents=True)
     os.mkfifo(place())
@@ -210,4 +217,13 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with pytest.raises(VglannError, match="the disk is full"):
         write(place(), [entry("fp32")])
+    assert read(place()) == [entry()]
+
+
+def test_what_could_not_be_read_again_is_not_written():
+    write(place(), [entry()])
+    untimed = Contest("reference", "reference", {"triton": 1.0}, {}, {"reference": "out of memory"})
+    bad = replace(entry(), shapes={"width": 8}, contests={"upsample_conv 3d 8-4": untimed})
+    with pytest.raises(VglannError, match="not timed"):
+        write(place(), [entry(), bad])
     assert read(place()) == [entry()]

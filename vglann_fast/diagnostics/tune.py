@@ -6,7 +6,8 @@ choices together against the defaults. For a run with latents the search for nea
 rows in tight clusters want another implementation than rows that are spread out.
 
 The result goes to the cache after each contest, see `runtime/measurements.py`, so a tune that is killed leaves what
-it has measured. Only an earlier measurement of the same training stays until all is measured.
+it has measured. The contests of layers go there together, after a check of whole steps. Only an earlier measurement
+of the same training stays until all is measured.
 """
 
 import gc
@@ -190,66 +191,74 @@ def _of_training(clips: ClipSet | None, options: TrainOptions, frames: int = 32,
 def _training_entries(
     subject: Subject, device: torch.device, clock: Clock, deadline: float
 ) -> Iterator[Entry]:
-    """Contest the choices of a training one after the other; yield after each what is measured by then."""
+    """Contest the choices of a training one after the other; yield what is measured, whenever it has grown.
+
+    Layers are checked one by one, so their choices count after a check of whole steps with all of them. A default
+    that is wrong and stays is the end: every later contender would compute by it, and would be wrong, too.
+    """
     options, clips = subject.options, subject.clips
     contenders = Contenders(clips, options, device, clock)
     # The reference training is compared with, and not timed.
     _release(device)
     chosen: dict[str, str] = {}
     contests: dict[str, Contest] = {}
+    unchecked: dict[str, Contest] = {}
     shapes = training_shapes(options, clips.frames, clips.size, subject.batch_size)
 
-    def hold(name: str, ways: Mapping[str, Choices]) -> Iterator[Entry]:
-        prepared = {way: partial(contenders.prepare, ways[way], name) for way in ways}
-        found = _contest(name, prepared, device, clock, deadline)
-        if found is not None:
-            contests[name] = found
-            yield entry()
-
-    def entry() -> Entry:
-        return Entry(machine(device), shapes, _now(), dict(contests))
-
-    waiting, name = contenders.contests(chosen), ""
-    try:
-        for name, values in waiting:
-            yield from hold(name, {value: {**chosen, name: value} for value in values})
-            if name in contests:
-                chosen[name] = contests[name].choice
-            if name == list(contenders.layers)[-1] and _drop_wrong_layers(
-                contenders, chosen, contests, device
-            ):
-                yield entry()
-        name = ""
+    def contested() -> Iterator[tuple[str, Mapping[str, Choices]]]:
+        for name, values in contenders.contests(chosen):
+            yield name, {value: {**chosen, name: value} for value in values}
         if any(found.choice != found.default for found in contests.values()):
-            yield from hold(TOGETHER, {"defaults": {}, "choices": chosen})
+            yield TOGETHER, {"defaults": {}, "choices": chosen}
+
+    waiting, name = contested(), ""
+    try:
+        for name, ways in waiting:
+            prepared = {way: partial(contenders.prepare, choices, name) for way, choices in ways.items()}
+            measured = _contest(name, prepared, device, clock, deadline)
+            chosen |= {name: found.choice for name, found in measured.items()}
+            wrong = _wrong(measured)
+            if name in contenders.layers and not wrong:
+                unchecked |= measured
+                if name != list(contenders.layers)[-1]:
+                    continue
+                measured = _checked(unchecked, contenders, chosen, device)
+                unchecked, wrong = {}, _wrong(measured)
+            contests.update(measured)
+            if measured:
+                yield Entry(machine(device), shapes, _now(), dict(contests))
+            if wrong:
+                _warn_of_wrong_default(wrong, contests[wrong], [*unchecked, *(name for name, _ in waiting)])
+                return
     except NoTime:
-        rest = ", ".join([*filter(None, [name]), *(name for name, _ in waiting), TOGETHER])
+        rest = ", ".join(dict.fromkeys([*unchecked, name, *(name for name, _ in waiting), TOGETHER]))
         log.warning("no time left for %s; raise --minutes. Without %s only one choice counts", rest, TOGETHER)
 
 
-def _drop_wrong_layers(
-    contenders: Contenders, chosen: dict[str, str], contests: dict[str, Contest], device: torch.device
-) -> bool:
-    """Train a twin with the layers' choices; where it is off, give all layers their defaults and return True.
+def _checked(
+    layers: Mapping[str, Contest], contenders: Contenders, chosen: dict[str, str], device: torch.device
+) -> dict[str, Contest]:
+    """Train a twin with the layers' choices and return their contests; where it is off, all layers have the defaults.
 
-    Layers were compared with float64 one by one. In the contest of all choices together a wrong one would cost every
-    other choice.
+    In the contest of all choices together a wrong layer would cost every other choice. A contest is dropped where its
+    default could not compute, since its choice must have a time. chosen: all choices so far, changed likewise.
     """
-    changed = [
-        name for name in contenders.layers if name in contests and chosen[name] != contests[name].default
-    ]
+    changed = {name: found for name, found in layers.items() if found.choice != found.default}
     if not changed:
-        return False
+        return dict(layers)
     reason = failure(partial(contenders.prepare, chosen, ""), partial(_release, device))
     if not reason:
-        return False
+        return dict(layers)
     log.warning("the choices for %s are left out, in whole steps: %s", ", ".join(changed), reason)
-    for name in changed:
-        found = contests[name]
+    count = dict(layers)
+    for name, found in changed.items():
+        if found.default not in found.seconds:
+            del count[name], chosen[name]
+            continue
         left_out = {**found.left_out, found.choice: f"in whole steps: {reason}"[:MAX_REASON]}
-        contests[name] = replace(found, choice=found.default, left_out=left_out)
+        count[name] = replace(found, choice=found.default, left_out=left_out)
         chosen[name] = found.default
-    return True
+    return count
 
 
 def _mapping_entries(
@@ -264,12 +273,14 @@ def _mapping_entries(
     names = dict.fromkeys([default, *runnable("nearest", device)])
     ways = {name: partial(_search, name, queries, database) for name in names}
     try:
-        found = _contest("nearest", ways, device, clock, deadline)
+        measured = _contest("nearest", ways, device, clock, deadline)
     except NoTime:
         log.warning("no time left for nearest; raise --minutes")
         return
-    if found is not None:
-        yield Entry(machine(device), mapping_shapes(*latents.shape), _now(), {"nearest": found})
+    if measured:
+        yield Entry(machine(device), mapping_shapes(*latents.shape), _now(), measured)
+    if wrong := _wrong(measured):
+        _warn_of_wrong_default(wrong, measured[wrong], [])
 
 
 def rows_near(latents: Tensor, count: int) -> Tensor:
@@ -303,31 +314,37 @@ def _search(name: str, queries: Tensor, database: Tensor, _: ExitStack) -> Lap:
 
 def _contest(
     name: str, ways: Mapping[str, Prepare], device: torch.device, clock: Clock, deadline: float
-) -> Contest | None:
-    """Hold a contest and say how it ended."""
+) -> dict[str, Contest]:
+    """Hold a contest and say what was left out; returns it by its name, or {} where nothing could be chosen."""
     if len(ways) < 2:
-        return None
+        return {}
     log.info("%s: %s", name, ", ".join(ways))
     least = LEAST_FACTOR_OF_PRECISION if name == "precision" else LEAST_FACTOR
     found = contest(ways, clock, deadline=deadline, least=least, release=partial(_release, device))
     for contender, reason in found.left_out.items():
-        if contender == found.choice:
-            log.warning(
-                "%s %s, the default, is wrong: %s; %s", name, contender, reason, _instead(name, found)
-            )
-        else:
+        if contender != found.choice:
             log.warning("%s %s is left out: %s", name, contender, reason)
-    return found if found.choice else None
+    return {name: found} if found.choice else {}
 
 
-def _instead(name: str, found: Contest) -> str:
-    """Say what a user can do about a default that is wrong and was not replaced."""
+def _wrong(measured: Mapping[str, Contest]) -> str:
+    """Return the first contest that keeps a wrong default, or ""."""
+    return next((name for name, found in measured.items() if found.choice in found.left_out), "")
+
+
+def _warn_of_wrong_default(name: str, found: Contest, rest: Sequence[str]) -> None:
+    """Say that a default is wrong and stays, what a user can do, and what was not measured for this reason."""
     right = [contender for contender in found.seconds if contender not in found.left_out]
-    op = op_of(name)
-    flags = {"precision": "--precision ", "data": "--data ", **{op: f"--kernels auto,{op}=" for op in OPS}}
-    if not right or op not in flags:
-        return "it stays, since nothing that is right is faster"
-    return f"it stays, since nothing that is right is faster; `{flags[op]}{right[0]}` takes what is right"
+    op, reason = op_of(name), found.left_out[found.choice]
+    flags = {"precision": "--precision ", "data": "--data ", "threads": "--threads "}
+    flags |= {op: f"--kernels auto,{op}=" for op in OPS}
+    said = f"{name} {found.default}, the default, is wrong: {reason}; nothing that is right is faster"
+    if not right:
+        said = f"the defaults are wrong: {reason}; nothing in the contest of {name} is right. Try `vglann verify` "
+        said += "and `--kernels reference`"
+    elif op in flags:
+        said += f"; `{flags[op]}{right[0]}` takes what is right"
+    log.warning("%s", said + (f". Not measured: {', '.join(rest)}" if rest else ""))
 
 
 def _release(device: torch.device) -> None:

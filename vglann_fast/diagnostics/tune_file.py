@@ -38,11 +38,19 @@ def import_(file: str | Path, device: torch.device) -> str:
     entries = [replace(entry, imported=True) for entry in _some(Path(file))]
     here = [machine(device), machine(torch.device("cpu"))]
     with only_tune():
-        measurements.write(place(), _joined(entries, readable(), here))
+        before = readable()
+        measurements.write(place(), _joined(entries, before, here))
         there = measurements.read(place())
     kept = [entry for entry in entries if entry in there]
     own = sum(entry.machine in here for entry in kept)
-    return f"imported: {file}, measurements: {len(kept)}, {own} of them of this machine and its versions"
+    done = f"imported: {file}, measurements: {len(kept)}, {own} of them of this machine and its versions"
+    measured_here = [entry for entry in before if not entry.imported]
+    if stay := sum(any(map(entry.measures_the_same, measured_here)) for entry in entries):
+        done += (
+            f"; left out: {stay}, since this machine has measured the same; "
+            f"to take the file's, remove {place()}, with all that it holds, and import again"
+        )
+    return done
 
 
 def _joined(

@@ -6,11 +6,11 @@
         "shapes": {name: text, number or true/false}: of a training, or of a mapping,
         "when": date and time, "imported": true if the entry came from a file, false if it was measured here,
         "contests": {name: {"default": what the rules of the program take, "choice": the fastest that computes right,
+                            or a default that is wrong, where nothing that is right is faster,
                             "seconds": {contender: of a step}, "factors": {contender: its speed over the default's},
                             "left_out": {contender: reason}}}}]}
 
 Version 1 had no "imported"; its entries count as measured here.
-
 
 The names of contests are the names of `options/choices.py`, and `TOGETHER`: all choices against all defaults. An
 entry counts on an equal machine and for equal shapes.
@@ -39,7 +39,7 @@ from vglann_fast.run.files import open_regular
 from vglann_fast.run.temporary import make_folder
 from vglann_fast.runtime.processors import available
 
-FORMAT, VERSION = "vglann-tune", 2
+FORMAT, VERSION, OLDER = "vglann-tune", 2, 1
 VARIABLE = "VGLANN_TUNE"
 MAX_BYTES, MAX_ENTRIES, MAX_NAMES = 4 << 20, 1000, 50
 MAX_SECONDS = 1e6
@@ -195,10 +195,10 @@ def read(path: Path) -> list[Entry]:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         value = json.loads(content)
         _expect(isinstance(value, dict) and value.get("format") == FORMAT, "not a file of `vglann tune`")
-        if value.get("version") not in (1, VERSION):
+        if value.get("version") not in (OLDER, VERSION):
             raise VglannError(
-                f"{path}: of version {str(value.get('version'))[:20]!r}, this program reads version {VERSION}; "
-                "update it with `pip install -U vglann-fast`, or remove the file"
+                f"{path}: of version {str(value.get('version'))[:20]!r}, this program reads versions {OLDER} and "
+                f"{VERSION}; update it with `pip install -U vglann-fast`, or remove the file"
             )
         entries = value.get("entries")
         _expect(isinstance(entries, list) and len(entries) <= MAX_ENTRIES, "not a list of entries")
@@ -215,7 +215,8 @@ def read(path: Path) -> list[Entry]:
 def write(path: Path, entries: Iterable[Entry]) -> None:
     """Write the entries, whole or not at all; of two with equal machine and shapes the later one stays.
 
-    The first ones are left out where the file would be larger than `read` allows.
+    The first ones are left out where the file would be larger than `read` allows. Raises `VglannError` for an entry
+    that `read` would refuse: it would cost all others.
     """
     newest: list[Entry] = []
     for entry in entries:
@@ -224,6 +225,12 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     room = MAX_BYTES - _MARGIN
     for entry in reversed(newest[-MAX_ENTRIES:]):
         line = json.dumps(asdict(entry))
+        try:
+            _entry(json.loads(line))
+        except ValueError as error:
+            raise VglannError(
+                f"{path} stays as it was: a measurement could not be read again ({error}); please report this"
+            ) from error
         room -= len(line) + len(_BETWEEN)
         if room < 0:
             break
