@@ -96,7 +96,7 @@ def test_a_warning_is_exit_code_1(installed, capsys):
     ("found", "name"),
     [
         ({"triton": "3.5.1"}, "triton"),
-        ({"faiss-cpu": "1.12", "faiss-gpu": "1.12"}, "faiss alone"),
+        ({"faiss-cpu": "1.12", "faiss-gpu-cu13-cuvs": "1.15"}, "faiss alone"),
         ({"opencv-python": "4", "opencv-python-headless": "4"}, "opencv alone"),
     ],
 )

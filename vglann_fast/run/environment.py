@@ -19,7 +19,9 @@ def environment() -> dict[str, Any]:
     from vglann_kernels.impl import OPS, requested
 
     found: dict[str, Any] = {"vglann-fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "triton", "faiss-cpu", "faiss-gpu-cu13-cuvs", "safetensors"):
+    # With the build, such as 2.13.0+cu130, which the name of a wheel leaves out.
+    found["torch"] = str(torch.__version__)
+    for package in ("numpy", "triton", "faiss-cpu", "faiss-gpu-cu13-cuvs", "safetensors"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
