@@ -7,7 +7,8 @@ from typing import Any
 
 from .configurations import LATENT, VIDEOS, Configuration, Work
 
-# Channels, output channels and grid of each layer of both streams.
+# Channels in and out of each transposed convolution of the generator, and the grid that it reads: both streams of
+# variant `original`, width 64, for a video of 32 x 64 x 64.
 LAYERS = {
     "conv2": (512, 256, (2, 4, 4)),
     "conv3": (256, 128, (4, 8, 8)),
@@ -191,9 +192,10 @@ def nearest(capability: tuple[int, int]) -> Iterator[Configuration]:
     constants = {"MAX_GROUPS": 16, **kernel.SELECT}
     yield Configuration("nearest", "select", kernel._select_kernel, select, constants, work)
     tables = ("*fp32", "*fp32", "*i32", "*i32", "*i64", "*i32", 77, 77)
-    # Groups of a query among random unit rows.
+    # Groups of a query among random unit rows; queries share some of them.
     kept, columns = 1.05, (-(-LATENT // 16), 17 * 4)
+    read = groups * (1 - (1 - 1 / groups) ** (kept * queries))
     loops = ((kept, 4), columns, (kept, 4 + 8), columns)
-    work = Work(queries, "query", queries, queries * (kept * 128 + 1) * 4 * LATENT, loops)
+    work = Work(queries, "query", queries, (read * kernel.GROUP_ROWS + queries) * 4 * LATENT, loops)
     constants = {"MAX_GROUPS": 16}
     yield Configuration("nearest", "decide", kernel._decide_kernel, tables, constants, work)

@@ -16,8 +16,6 @@ twice the error.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from .configurations import TARGETS
 from .laplacian.op import TRITON_SIZES
 from .laplacian.pyramid import BLURS
 from .launch import interpreted
+from .sources import sources
 from .verify import OPS
 
 TABLE = Path(__file__).parents[1] / "PROOF.md"
@@ -115,26 +114,6 @@ def cases() -> list[Case]:
 def shared(case: Case) -> bool:
     """Return True if CI repeats this row."""
     return case.stage == "ttir" and case.blur in ("", BLURS[0])
-
-
-def sources(op: str, folder: Path = Path(__file__).parent) -> str:
-    """Return the sha256 (8 digits) of what decides the launches of an op.
-
-    That is `launch.py` and all modules of the op, and of the ops that they import, except the references.
-    """
-    folders, known = [op], set()
-    digest = hashlib.sha256((folder / "launch.py").read_bytes())
-    while folders:
-        name = folders.pop()
-        known.add(name)
-        for path in sorted((folder / name).glob("*.py")):
-            if path.name != "reference.py":
-                text = path.read_text()
-                digest.update(text.encode())
-                # Modules beside the folders have no modules of their own.
-                imported = re.findall(r"^from \.\.(\w+)", text, re.MULTILINE)
-                folders += sorted(set(imported) - known - set(folders))
-    return digest.hexdigest()[:8]
 
 
 def run(case: Case, targets: tuple[int, ...], planes: tuple[int, ...]) -> Row:

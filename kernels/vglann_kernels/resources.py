@@ -6,7 +6,8 @@ writes a table with one row for each of `configurations(target)` on each target,
 them. The tables of the Triton version that the tests pin are in `kernels/RESOURCES.md`; any other version writes
 `kernels/RESOURCES-<version>.md` for these two targets, for example with `PYTHONPATH=<folder with triton 3.6>`.
 `--check` compares with the tables of the installed version instead and exits with 1 when a resource or a bound got
-worse or the tables belong to other sources. Needs triton, whose wheel brings the assembler and `cuobjdump`; must
+worse or the tables belong to other sources. A row of bounds is "-", and the exit code 1, where the code is not what
+`work` of its configuration describes. Needs triton, whose wheel brings the assembler and `cuobjdump`; must
 not run under TRITON_INTERPRET=1.
 """
 
@@ -27,7 +28,8 @@ from typing import Any
 
 from . import bounds
 from .configurations import INFORMATIONAL, TARGETS, Configuration, configurations
-from .sass import MATRIX_UNIT, instructions_of
+from .sass import MATRIX_UNIT, CodeError, instructions_of
+from .sources import sources
 
 FOLDER = Path(__file__).parents[1]
 DEFAULT_TABLE = FOLDER / "RESOURCES.md"
@@ -39,7 +41,8 @@ COLUMNS = (
     "op", "configuration", "target", "registers", "stack", "shared", "warps", "programs", "instructions", "mma",
 )  # fmt: skip
 
-# Per multiprocessor: (warps, programs, KB of shared memory). All have 65,536 registers, given out in 256 per warp.
+# Per multiprocessor: (warps, programs, KB of shared memory). Each of its four parts has 16,384 registers, which are
+# given out in 256 per warp.
 MULTIPROCESSORS = {
     "75": (32, 16, 64),
     "80": (64, 32, 164),
@@ -49,7 +52,7 @@ MULTIPROCESSORS = {
     "100": (64, 32, 228),
     "120": (48, 24, 100),
 }
-REGISTERS, REGISTER_UNIT, RESERVED_SHARED = 65_536, 256, 1024
+PARTS, REGISTERS, REGISTER_UNIT, RESERVED_SHARED = 4, 16_384, 256, 1024
 
 
 @dataclass(frozen=True)
@@ -109,30 +112,23 @@ def compile_kernel(configuration: Configuration, target: int | str) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
-def compile_one(configuration: Configuration, target: int | str) -> Row:
-    """Compile for one target and read the resources of the result."""
+def compile_one(configuration: Configuration, target: int | str) -> tuple[Row, str]:
+    """Compile for one target; return the resources and the disassembly, "" for another vendor."""
     compiled = compile_kernel(configuration, target)
     shared, warps = compiled.metadata.shared, configuration.warps
     named = (configuration.op, configuration.name, str(target))
     if isinstance(target, str):
-        return Row(*named, -1, -1, shared, warps, -1, -1, -1)
+        return Row(*named, -1, -1, shared, warps, -1, -1, -1), ""
     cubin = compiled.asm["cubin"]
     usage = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(cubin, "--dump-resource-usage"))
     if usage is None:
         raise RuntimeError("cuobjdump printed no resource usage")
     registers, stack = int(usage[1]), int(usage[2])
-    opcodes = [opcode for opcode in disassembly(cubin) if opcode != "NOP"]
+    text = cuobjdump(cubin, "-sass")
+    opcodes = [instruction.opcode for instruction in instructions_of(text) if instruction.opcode != "NOP"]
     mma = sum(MATRIX_UNIT.match(opcode) is not None for opcode in opcodes)
     programs = programs_at_once(str(target), registers, shared, warps)
-    return Row(*named, registers, stack, shared, warps, programs, len(opcodes), mma)
-
-
-def compile_bounds(configuration: Configuration, row: Row) -> bounds.Bounds | None:
-    """Return the bounds of a configuration with these resources, None for a target without; compiled once more."""
-    if row.target not in bounds.GPUS:
-        return None
-    text = cuobjdump(compile_kernel(configuration, int(row.target)).asm["cubin"], "-sass")
-    return bounds.bounds_of(configuration, row.target, text, row.programs)
+    return Row(*named, registers, stack, shared, warps, programs, len(opcodes), mma), text
 
 
 def programs_at_once(target: str, registers: int, shared: int, warps: int) -> int:
@@ -141,7 +137,8 @@ def programs_at_once(target: str, registers: int, shared: int, warps: int) -> in
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     reserved = 0 if target == "75" else RESERVED_SHARED
     by_shared = kilobytes * 1024 // (shared + reserved) if shared + reserved else max_programs
-    return min(max_programs, max_warps // warps, REGISTERS // per_warp // warps, by_shared)
+    by_registers = REGISTERS // per_warp * PARTS
+    return min(max_programs, max_warps // warps, by_registers // warps, by_shared)
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
@@ -161,12 +158,10 @@ def disassembly(cubin: bytes) -> list[str]:
     return [instruction.opcode for instruction in instructions_of(cuobjdump(cubin, "-sass"))]
 
 
-def source_hash() -> str:
-    """Return the sha256 (16 digits) of the kernels in the table."""
+def source_hash(folder: Path = Path(__file__).parent) -> str:
+    """Return the sha256 (16 digits) of what decides the launches of all ops in the table."""
     ops = sorted({configuration.op for configuration in configurations(TARGETS[0])})
-    files = [file for op in ops for file in sorted((Path(__file__).parent / op).glob("*.py"))]
-    sources = [file.read_bytes() for file in files]
-    return hashlib.sha256(b"".join(s for s in sources if b"@triton.jit" in s)).hexdigest()[:16]
+    return hashlib.sha256("".join(sources(op, folder) for op in ops).encode()).hexdigest()[:16]
 
 
 def triton_version() -> str:
@@ -215,23 +210,32 @@ def read_table(path: Path = DEFAULT_TABLE) -> tuple[str, list[Row]]:
     return stamp, rows
 
 
-def _job(job: tuple[str, int | str]) -> tuple[Row, bounds.Bounds | None]:
+def _job(job: tuple[str, int | str]) -> tuple[Row, bounds.Bounds | None, str]:
     name, target = job
     (configuration,) = (c for c in configurations(target) if f"{c.op} {c.name}" == name)
-    row = compile_one(configuration, target)
-    return row, compile_bounds(configuration, row)
+    row, text = compile_one(configuration, target)
+    if row.target not in bounds.GPUS:
+        return row, None, ""
+    try:
+        return row, bounds.bounds_of(configuration, row.target, text, row.programs), ""
+    except CodeError as error:
+        return row, bounds.unknown(configuration, row.target), str(error)
 
 
 def compile_all(
     targets: tuple[int | str, ...] = TARGETS, only: str = ""
-) -> tuple[list[Row], list[bounds.Bounds]]:
-    """Compile every configuration whose "op name" contains `only`, for every target, in two processes."""
+) -> tuple[list[Row], list[bounds.Bounds], list[str]]:
+    """Compile every configuration whose "op name" contains `only`, for every target, in two processes.
+
+    Returns the rows of both tables, and why bounds are unknown.
+    """
     compiled = {target: [f"{c.op} {c.name}" for c in configurations(target)] for target in targets}
     names = [name for name in max(compiled.values(), key=len) if only in name]
     jobs = [(name, target) for name in names for target in targets if name in compiled[target]]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         done = list(pool.map(_job, jobs))
-    return [row for row, _ in done], [limits for _, limits in done if limits is not None]
+    limits = [limits for _, limits, _ in done if limits is not None]
+    return [row for row, _, _ in done], limits, [problem for _, _, problem in done if problem]
 
 
 def worse(rows: list[Row], committed: list[Row]) -> list[str]:
@@ -275,17 +279,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and not path.is_file():
         print(f"resources: {path} does not exist; write it first, without --check", file=sys.stderr)
         return 2
-    try:
-        rows, limits = compile_all(targets_of(triton_version()), options.only)
-    except ValueError as error:  # code that its `work` does not describe
-        print(f"resources: {error}", file=sys.stderr)
-        return 2
+    rows, limits, problems = compile_all(targets_of(triton_version()), options.only)
     if not options.check:
         write_table(rows, limits, path)
-        print(f"{len(rows)} rows written to {path}")
-        return 0
+        print("\n".join([f"{len(rows)} rows written to {path}", *problems]))
+        return 1 if problems else 0
     stamp, committed = read_table(path)
-    reports = worse(rows, committed) + bounds.worse(limits, bounds.read(path))
+    reports = problems + worse(rows, committed) + bounds.worse(limits, bounds.read(path))
     if source_hash() not in stamp:
         reports.append(f"the table is of other sources ({stamp}); write it again without --check")
     print("\n".join(reports) or f"{len(rows)} rows, none worse")

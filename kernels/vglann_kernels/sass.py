@@ -7,6 +7,7 @@ its next instruction, by the compiler's own knowledge of fixed latencies. Waitin
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 # One instruction: address, an optional predicate, opcode, operands, and on the next line the upper half.
@@ -21,6 +22,11 @@ MATRIX_UNIT = re.compile(r"[HU]\w*MMA")
 _PRODUCT = re.compile(r"HG?MMA\.(?:(\d+)x(\d+)x(\d+)|(1688|16816))\.")
 # A loop with one of these waits for other threads or for memory.
 _WAITS = re.compile(r"SYNCS\.\S*TRYWAIT|ATOM\w*\.(?:\S+\.)?CAS|NANOSLEEP")
+_DOUBLE = re.compile(r"D(?:ADD|FMA|MNMX|MUL|SETP)\b")
+
+
+class CodeError(ValueError):
+    """Machine code that this module, or `work` of a configuration, does not describe."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,18 @@ class Instruction:
             return 0
         shape = _PRODUCT.match(self.opcode)
         if shape is None:
-            raise ValueError(f"{self.opcode}: the size of this product is unknown; add it to sass.py")
+            raise CodeError(f"{self.opcode}: the size of this product is unknown; add it to sass.py")
         if shape[4]:
             return 2 * 16 * 8 * (8 if shape[4] == "1688" else 16)
         # Four warps work on one.
         return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
+
+    @property
+    def double(self) -> str:
+        """The kind of float64 work: "arithmetic", "conversion", or "" for none."""
+        if _DOUBLE.match(self.opcode):
+            return "arithmetic"
+        return "conversion" if "F64" in self.opcode.split(".")[1:] else ""
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,50 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """The instructions that a warp may run, by address, and their loops in the order of the code."""
+    """The instructions that a warp may run, by address, and their loops in the order of the code.
+
+    blocks: the basic blocks, and for each the addresses of those that may follow it, by their first addresses.
+    """
 
     instructions: dict[int, Instruction]
     loops: tuple[Loop, ...]
+    blocks: dict[int, tuple[frozenset[int], frozenset[int]]]
 
     def around(self, address: int) -> list[Loop]:
         """Return the loops that an instruction is in, the outermost first."""
         return sorted((loop for loop in self.loops if address in loop.body), key=lambda loop: -len(loop.body))
+
+    def skippable(self, entered: Collection[int]) -> set[int]:
+        """Return the addresses that one pass of the code or of the innermost loop around them may leave out.
+
+        entered: addresses of loops that run in each pass of the code around them. What leads to such a loop, and from
+        it, is not left out. A loop that waits is, together with all that is in it, where a branch leads around it.
+        """
+        skipped: set[int] = set()
+        everything = Loop(min(self.blocks), frozenset(self.instructions), False)
+        for region in (everything, *self.loops):
+            within = {start: after for start, (_, after) in self.blocks.items() if start in region.body}
+            # Where a pass ends: the branches back to its beginning, or the ends of the code.
+            ends = {start for start, after in within.items() if region.address in after}
+            if region is everything:
+                ends = {start for start in within if self._last(start).opcode == "EXIT"}
+            forward = {start: after & within.keys() - {region.address} for start, after in within.items()}
+            passed = {loop.address for loop in self.loops if loop.address in entered} & within.keys()
+            passed -= {region.address}
+            for start in within:
+                if _always(start, region.address, passed, ends, forward):
+                    continue
+                (inside, _), around = self.blocks[start], self.around(start)
+                waiting = next((loop for loop in around if loop.waits and loop.address == start), None)
+                if (around[-1] if around else everything) == region:
+                    skipped |= inside
+                elif waiting is not None:
+                    skipped |= waiting.body
+        return skipped
+
+    def _last(self, start: int) -> Instruction:
+        """Return the last instruction of a block."""
+        return self.instructions[max(self.blocks[start][0])]
 
 
 def instructions_of(text: str) -> list[Instruction]:
@@ -93,7 +142,7 @@ def code_of(text: str) -> Code:
     ends = {i for i, block in enumerate(blocks) if block[-1].opcode == "EXIT"}
     used = _reached({0}, successors) & _reached(ends, _reversed(successors))
     if 0 not in used:
-        raise ValueError("the end of this code is not reached from its beginning")
+        raise CodeError("the end of this code is not reached from its beginning")
     successors = [
         [j for j in following if j in used] if i in used else [] for i, following in enumerate(successors)
     ]
@@ -104,20 +153,44 @@ def code_of(text: str) -> Code:
         addresses = frozenset(instruction.address for instruction in body)
         loops.append(Loop(blocks[header][0].address, addresses, waits))
     executed = {instruction.address: instruction for i in sorted(used) for instruction in blocks[i]}
-    return Code(executed, tuple(loops))
+    starts = [block[0].address for block in blocks]
+    graph = {
+        starts[i]: (frozenset(n.address for n in blocks[i]), frozenset(starts[j] for j in successors[i]))
+        for i in sorted(used)
+    }
+    return Code(executed, tuple(loops), graph)
+
+
+def _always(
+    block: int, start: int, passed: set[int], ends: set[int], forward: dict[int, frozenset[int]]
+) -> bool:
+    """Return True if each way from `start` by way of all blocks `passed` to one of `ends` has this block."""
+
+    def reached(begin: int) -> set[int]:
+        seen, waiting = {begin} - {block}, [begin]
+        while waiting:
+            new = forward[waiting.pop()] - seen - {block}
+            seen |= new
+            waiting += new
+        return seen
+
+    if block == start or block in passed:
+        return True
+    first = reached(start)
+    return not passed <= first or not all(reached(begin) & ends for begin in (start, *passed))
 
 
 def _target(instruction: Instruction) -> int | None:
     """Return the address that a branch or a call goes to, None for another instruction."""
     kind = instruction.opcode.split(".")[0]
     if kind in ("BRX", "BRXU", "JMX", "JMXU"):
-        raise ValueError(f"{instruction.opcode}: targets of computed branches are unknown")
+        raise CodeError(f"{instruction.opcode}: targets of computed branches are unknown")
     # BRA.DIV leaves for a repair of warps that have diverged.
     if kind not in ("BRA", "CALL", "JMP") or instruction.opcode == "BRA.DIV":
         return None
     target = re.search(r"0x([0-9a-f]+)$", instruction.operands)
     if target is None:
-        raise ValueError(f"{instruction.opcode} {instruction.operands}: no target")
+        raise CodeError(f"{instruction.opcode} {instruction.operands}: no target")
     return int(target[1], 16)
 
 

@@ -4,9 +4,9 @@ A GPU moves memory in sectors of 32 bytes, and a load or store of a warp asks fo
 This executes the compiler's last IR above machine code (see `semantics`), where each tensor has its layout: so it is
 known which lane holds which address. An access is as wide as the addresses of a thread allow, up to 16 bytes.
 Printed per kernel: accesses of a warp; sectors of each, 16 at best with 16 bytes a lane; the bytes of all those
-sectors, which the cache next to the multiprocessor answers in part; and the bytes of different addresses. Loads that
-the compiler turns into asynchronous copies to shared memory are "copy". Scalars are not counted. Needs ttsem, as
-`proof` does.
+sectors; and the bytes of different addresses. The cache next to the multiprocessor answers a part of plain loads. It
+passes stores on, and many copies go around it. Loads that the compiler turns into asynchronous copies to shared
+memory are "copy". Scalars are not counted. Needs ttsem, as `proof` does.
 """
 
 from __future__ import annotations

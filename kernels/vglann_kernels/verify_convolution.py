@@ -10,11 +10,17 @@ from torch import Tensor
 
 from .batchnorm_relu.op import batch_norm_relu
 from .comparison import Line, Shapes, dtypes, gradients_of, leaf, lines, relative_l2
+from .product_configurations import LAYERS
 from .upsample_conv import reference
 from .upsample_conv.op import Statistics, upsample_convolution_statistics
 
-# Dimensions, channels in and out: of transposed convolutions of the generator, each of which compiles for seconds.
-LAYERS = ((3, 256, 128), (3, 128, 64), (3, 64, 4), (2, 128, 64), (2, 64, 3))
+# Some layers of the generator, each of which compiles for seconds: dimensions, channels in and out.
+SOME_LAYERS = tuple(
+    (len(grid), channels, outputs)
+    for channels, outputs, grid in map(
+        LAYERS.__getitem__, ("conv3", "conv4", "head", "background conv4", "background head")
+    )
+)
 # Without a GPU, and where planes are small: one of each kind.
 FEW_LAYERS = ((3, 16, 9), (2, 8, 3))
 # Relative L2 of values that are rounded to the dtype once.
@@ -28,7 +34,7 @@ def upsample_conv(shapes: Shapes) -> Iterator[Line]:
     """
     on_gpu = torch.device(shapes.device).type == "cuda"
     for dtype in dtypes(shapes):
-        for dims, channels, outputs in LAYERS if on_gpu and shapes.size > 32 else FEW_LAYERS:
+        for dims, channels, outputs in SOME_LAYERS if on_gpu and shapes.size > 32 else FEW_LAYERS:
             case = f"{str(dtype).removeprefix('torch.')} {dims}-D {channels} to {outputs}"
             grid, few = (2, 3, 5)[-dims:], outputs < 8
             given, upstream = _layer(shapes, dtype, channels, outputs, grid, rectifying=few)
