@@ -103,20 +103,20 @@ A launch takes at least the largest of `issue`, `latency`, `matrix` and `fp64` a
 branch may skip counts as not run, and loops that wait for other threads count once.
 
 `bytes` is less strict, for two reasons. The data sheets say 4.8 TB/s for the H200 and 1.008 TB/s for the RTX 4090,
-which copies do not reach. And what the launch before has just written need not come from memory if L2 (50 MB and 72
-MB) still holds it. At B = 256 that can be so for upsample_conv's sum of parts and joined statistics, and for the
+which copies do not reach. And what the launch before has just written need not come from memory while L2 holds it
+(50 MB, 72 MB). At B = 256 that can be so for upsample_conv's sum of parts and joined statistics, and for the
 small launches of latent_adam. The input of composite_laplacian's sum, 101 MB, is larger than L2.
 
 The time that memory takes to answer is in none of the columns. Neither is the time that L2 takes, which limits
-upsample_conv. README.md has a table of the sectors that warps ask L2 for, by `python -m vglann_kernels.sectors`.
+upsample_conv. README.md has a table of the sectors that warps ask for, by `python -m vglann_kernels.sectors`.
 
 latent_adam has a batch without duplicates. Its rows were last used so many steps ago that the lazy mode adds all
 terms of its series. nearest has 1,000,000 rows and the queries of one portion."""
 
 
 PEAKS = (
-    "The TFLOP/s are the peak for dense 16-bit products with float32 sums at this clock. NVIDIA's H200 data sheet "
-    "has 990 TFLOP/s, at a lower clock, and the white paper of the Ada architecture 165."
+    "The PFLOP/s are the peak for dense 16-bit products with float32 sums at this clock. NVIDIA's H200 data sheet "
+    "has 0.99, at a lower clock, and the white paper of the Ada architecture 0.165."
 )
 NO_LANES = {"arithmetic": 0.0, "conversion": 0.0}
 
@@ -233,8 +233,8 @@ def section(rows: list[Bounds]) -> str:
     """Return the bounds as Markdown; `read` reads the table back."""
     gpus = " ".join(
         f"Target {target} is the {gpu.name}: {gpu.multiprocessors} multiprocessors at {gpu.clock / 1e9} GHz, "
-        f"{gpu.memory / 1e12} TB/s, {gpu.matrix / 1e12:,.0f} TFLOP/s; of float64, {gpu.arithmetic} lanes a cycle and "
-        f"multiprocessor, and conversions of {gpu.conversions}."
+        f"{gpu.memory / 1e12} TB/s, {gpu.matrix / 1e15:.3g} PFLOP/s, and each cycle and multiprocessor float64 "
+        f"arithmetic of {gpu.arithmetic} lanes and conversions of {gpu.conversions}."
         for target, gpu in GPUS.items()
     )
     rates = fill(gpus + " " + PEAKS, 116)

@@ -1,6 +1,9 @@
 """The committed table of registers, stack and shared memory: complete, current, within its limits."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +20,18 @@ DEFAULTS = [row for row in DEFAULTS if not row.configuration.endswith("l1 l2")]
 
 def test_the_table_is_of_these_kernels():
     assert resources.source_hash() in STAMP, "run: python -m vglann_kernels.resources"
+
+
+@pytest.mark.parametrize(
+    ("changed", "stale"),
+    [("upsample_conv/tiles.py", True), ("launch.py", True), ("nearest/reference.py", False)],
+)
+def test_the_table_is_of_all_that_decides_what_is_launched(changed, stale, tmp_path):
+    shutil.copytree(resources.FOLDER / "vglann_kernels", tmp_path / "kernels")
+    assert resources.source_hash(tmp_path / "kernels") == resources.source_hash()
+    with (tmp_path / "kernels" / changed).open("a") as file:
+        file.write("TILE = 16\n")
+    assert (resources.source_hash(tmp_path / "kernels") != resources.source_hash()) == stale
 
 
 @pytest.mark.parametrize("target", [*TARGETS, *INFORMATIONAL])
@@ -141,24 +156,50 @@ def test_a_worse_row_is_found():
 def test_compiling_again_is_no_worse():
     """Four configurations on the target the issue measures, in a process without the interpreter."""
     code = (
-        "from vglann_kernels import bounds, resources\n"
+        "import json\n"
+        "from vglann_kernels import bounds, resources, sass\n"
         "from vglann_kernels.configurations import configurations\n"
         "names = ('laplacian binomial bf16 64x64', 'latent_adam step sparse sphere', 'nearest scan d=100',\n"
         "         'step_guard 15 rows')\n"
         "if __name__ == '__main__':\n"
         "    for name in names:\n"
         "        (c,) = [c for c in configurations(90) if f'{c.op} {c.name}' == name]\n"
-        "        row = resources.compile_one(c, 90)\n"
-        "        limits = resources.compile_bounds(c, row)\n"
+        "        row, text = resources.compile_one(c, 90)\n"
+        "        limits = bounds.bounds_of(c, '90', text, row.programs)\n"
         "        print(row, limits)\n"
         "        assert not resources.worse([row], resources.read_table()[1])\n"
         "        assert not bounds.worse([limits], bounds.read(resources.DEFAULT_TABLE))\n"
+        "        if name.startswith('laplacian'):\n"
+        "            code = [(i.opcode, i.operands, i.stall) for i in sass.instructions_of(text)]\n"
+        "            print('sums', json.dumps(code))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    (code,) = (line for line in done.stdout.splitlines() if line.startswith("sums "))
+    waits = waits_for_a_float(json.loads(code.removeprefix("sums ")))
+    # The result of a float32 sum or product is ready after 4 cycles: no wait is shorter, and many are as long.
+    assert min(waits) == 4
+    assert waits.count(4) > 100
+
+
+def waits_for_a_float(code):
+    """Return the cycles between a float32 sum or product and the next one that reads it, in straight code."""
+    waits, ready, clock = [], {}, 0
+    for opcode, operands, stall in code:
+        written, *read = re.findall(r"\bR\d+", operands) or [""]
+        if opcode.split(".")[0] in ("FADD", "FFMA", "FMUL"):
+            waits += [clock - ready.pop(register) for register in set(read) if register in ready]
+            ready[written] = clock
+        elif opcode.startswith(("BRA", "CALL", "RET", "EXIT", "BSYNC")):
+            ready.clear()
+        else:
+            # Anything else may write it, too.
+            ready = {register: time for register, time in ready.items() if register != written}
+        clock += stall
+    return waits
 
 
 @pytest.mark.parametrize(
@@ -171,10 +212,11 @@ def test_compiling_again_is_no_worse():
         ("86", 32, 0, 1, 16),
         ("90", 64, 100_000, 4, 2),
         ("75", 255, 0, 8, 1),
+        ("90", 106, 2048, 2, 8),
     ],
 )
 def test_programs_at_once(target, registers, shared, warps, programs):
-    """By NVIDIA's occupancy calculator: registers are given out in 256 a warp, shared memory with 1 KB beside it."""
+    """By NVIDIA's occupancy calculator: registers of a quarter in 256 a warp, shared memory with 1 KB beside it."""
     assert resources.programs_at_once(target, registers, shared, warps) == programs
 
 
