@@ -110,12 +110,11 @@ class Code:
             for start in within:
                 if _always(start, region.address, passed, ends, forward):
                     continue
-                (inside, _), around = self.blocks[start], self.around(start)
-                waiting = next((loop for loop in around if loop.waits and loop.address == start), None)
-                if (around[-1] if around else everything) == region:
-                    skipped |= inside
-                elif waiting is not None:
-                    skipped |= waiting.body
+                innermost = (everything, *self.around(start))[-1]
+                if innermost == region:
+                    skipped |= self.blocks[start][0]
+                elif innermost.waits and innermost.address == start:
+                    skipped |= innermost.body
         return skipped
 
     def _last(self, start: int) -> Instruction:

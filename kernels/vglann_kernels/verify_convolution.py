@@ -16,10 +16,8 @@ from .upsample_conv.op import Statistics, upsample_convolution_statistics
 
 # Some layers of the generator, each of which compiles for seconds: dimensions, channels in and out.
 SOME_LAYERS = tuple(
-    (len(grid), channels, outputs)
-    for channels, outputs, grid in map(
-        LAYERS.__getitem__, ("conv3", "conv4", "head", "background conv4", "background head")
-    )
+    (len(LAYERS[name][2]), *LAYERS[name][:2])
+    for name in ("conv3", "conv4", "head", "background conv4", "background head")
 )
 # Without a GPU, and where planes are small: one of each kind.
 FEW_LAYERS = ((3, 16, 9), (2, 8, 3))
