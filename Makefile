@@ -9,7 +9,8 @@
 #   make faults  break it on purpose: writes docs/faults.md; hours, and as root, for full disks and other users
 #
 # Without an NVIDIA driver PyTorch 2.13.0 is installed, else the newest. PyPI's wheel holds CUDA and is several times as large
-# as the one for CPUs: to take that, give TORCH_INDEX=https://download.pytorch.org/whl/cpu.
+# as the one for CPUs: to take that, give TORCH_INDEX=https://download.pytorch.org/whl/cpu. A PyTorch for GPUs brings the
+# Triton that it needs; without one the tests take the version in kernels/RESOURCES.md.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := runs/demo
 CLIPS := runs/demo-clips
 HUB ?= build/hub
-TORCH := $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
+DRIVER := $(shell command -v nvidia-smi)
+TORCH := $(if $(DRIVER),torch>=2.10,torch==2.13.0)
+TRITON := $(if $(DRIVER),,triton==3.9.0)
 # Processes that share the tests: one more than processors, since some tests wait, and four at most, since each of them
 # loads PyTorch.
 WORKERS ?= $(shell n=$$(($$(nproc) + 1)); echo $$((n < 4 ? n : 4)))
@@ -99,7 +102,7 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml | $(VENV)/torch
-	$(PIP) install -q -e '.[$*]'
+	$(PIP) install -q -e '.[$*]' $(if $(filter test,$*),$(TRITON))
 	touch $@
 
 # A folder of its own, which nothing else imports.

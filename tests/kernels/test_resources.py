@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 from vglann_kernels import resources
@@ -154,7 +155,10 @@ def test_a_worse_row_is_found():
 
 
 def test_compiling_again_is_no_worse():
-    """Four configurations on the target the issue measures, in a process without the interpreter."""
+    """Four configurations on one target, in a process without the interpreter."""
+    version = ".".join(metadata.version("triton").split(".")[:2])
+    if not resources.table_of(version).is_file():
+        pytest.skip(f"there is no table of Triton {version} to compare with")
     code = (
         "import json\n"
         "from vglann_kernels import bounds, resources, sass\n"
@@ -162,13 +166,14 @@ def test_compiling_again_is_no_worse():
         "names = ('laplacian binomial bf16 64x64', 'latent_adam step sparse sphere', 'nearest scan d=100',\n"
         "         'step_guard 15 rows')\n"
         "if __name__ == '__main__':\n"
+        "    table = resources.table_of(resources.triton_version())\n"
         "    for name in names:\n"
         "        (c,) = [c for c in configurations(90) if f'{c.op} {c.name}' == name]\n"
         "        row, text = resources.compile_one(c, 90)\n"
         "        limits = bounds.bounds_of(c, '90', text, row.programs)\n"
         "        print(row, limits)\n"
-        "        assert not resources.worse([row], resources.read_table()[1])\n"
-        "        assert not bounds.worse([limits], bounds.read(resources.DEFAULT_TABLE))\n"
+        "        assert not resources.worse([row], resources.read_table(table)[1])\n"
+        "        assert not bounds.worse([limits], bounds.read(table))\n"
         "        if name.startswith('laplacian'):\n"
         "            code = [(i.opcode, i.operands, i.stall) for i in sass.instructions_of(text)]\n"
         "            print('sums', json.dumps(code))\n"
