@@ -158,7 +158,7 @@ def test_compiling_again_is_no_worse():
     """Four configurations on one target, in a process without the interpreter."""
     version = ".".join(metadata.version("triton").split(".")[:2])
     if not resources.table_of(version).is_file():
-        pytest.skip(f"there is no table of Triton {version} to compare with")
+        pytest.skip(f"no table of Triton {version} to compare with")
     code = (
         "import json\n"
         "from vglann_kernels import bounds, resources, sass\n"
