@@ -73,8 +73,9 @@ def clock(monkeypatch):
 
 
 def tuned(target, clock, **given):
-    options = TINY if target is None or (target / "index.json").is_file() else {}
-    return tune(target, name=PRESET, given={**options, **given}, device=CPU, minutes=10, clock=clock)
+    of_clips = target is None or (target / "index.json").is_file()
+    name, options = (PRESET, TINY) if of_clips else (None, {})
+    return tune(target, name=name, given={**options, **given}, device=CPU, minutes=10, clock=clock)
 
 
 def contests(number=-1):
@@ -275,6 +276,13 @@ def run(clips, tmp_path):
     made = new_run(tmp_path / "run", clips, options)
     new_training(ClipSet.open(clips, "train"), options, made).save()
     return made.path
+
+
+@pytest.mark.parametrize("words", [["--preset", "demo"], ["--width", "8"]])
+def test_a_run_has_its_own_options(run, words, capsys):
+    """It was measured with them, whatever preset was given."""
+    assert main(["tune", str(run), *words]) == 2
+    assert f"{words[0]}: {run} is a run" in capsys.readouterr().err
 
 
 @pytest.fixture

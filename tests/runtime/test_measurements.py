@@ -101,7 +101,7 @@ def test_the_variable_hides_the_file(monkeypatch):
         (entry(torch="1.0"), "torch 1.0"),
         (entry(**{"vglann-fast": "0.0.1", "triton": None}), "vglann-fast 0.0.1, triton None"),
         (entry(processors=77), "processors 77"),
-        (entry(shapes={"width": 8}), "other shapes"),
+        (entry(shapes={"width": 8}), "other shapes only (width 8)"),
     ],
 )
 def test_a_file_of_another_machine_version_or_shape_is_said_in_one_line(there, reason):

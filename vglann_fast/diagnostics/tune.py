@@ -92,7 +92,7 @@ def device_clock(device: torch.device) -> Clock:
 def tune(
     target: str | Path | None,
     *,
-    name: str,
+    name: str | None,
     given: Mapping[str, Any],
     device: torch.device,
     minutes: float,
@@ -102,7 +102,7 @@ def tune(
 
     Args:
         target: run folder, clip folder, or None for clips of noise of 32 frames of 64 x 64.
-        name: preset of a training on clips.
+        name: preset of a training on clips. Default: modern.
         given: its options that differ from the preset.
         minutes: no round begins after these minutes, and a contest with fewer than three rounds is dropped.
 
@@ -160,13 +160,15 @@ def _write(entry: Entry) -> None:
         raise
 
 
-def _subject(target: str | Path | None, name: str, given: Mapping[str, Any], device: torch.device) -> Subject:
+def _subject(
+    target: str | Path | None, name: str | None, given: Mapping[str, Any], device: torch.device
+) -> Subject:
     if target is None or not (Path(target) / "options.json").is_file():
         clips = None if target is None else ClipSet.open(target, "train")
-        return _of_training(clips, replace(preset(name).train, **given))
+        return _of_training(clips, replace(preset(name or "modern").train, **given))
     run = RunDir.open(target)
-    if given:
-        flags = ", ".join(map(flag_of, given))
+    if name or given:
+        flags = ", ".join([*(["--preset"] if name else []), *map(flag_of, given)])
         raise VglannError(f"{flags}: {target} is a run and has its options; leave them out, or give CLIPS")
     options: TrainOptions = options_from_json(TrainOptions, run.options["train"])
     clips = open_clips(run) if has_clips(run) else None

@@ -112,5 +112,5 @@ def _some(path: Path) -> Sequence[Entry]:
     """Return the entries of a file. Raises `VglannError` where there are none."""
     entries = measurements.read(path)
     if not entries:
-        raise VglannError(f"{path}: nothing was measured there; run `vglann tune`, or give another file")
+        raise VglannError(f"{path}: nothing was measured there; run `vglann tune RUN`, or give another file")
     return entries

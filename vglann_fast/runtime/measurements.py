@@ -163,7 +163,11 @@ def lookup(device: Any, shapes: Facts) -> tuple[Entry | None, str]:
         if entry.shapes == shapes:
             return entry, ""
     if of_machine:
-        return None, f"{place()} has other shapes only"
+        alike = max(of_machine, key=lambda entry: sum(shapes.get(n) == v for n, v in entry.shapes.items()))
+        other = ", ".join(
+            f"{name} {value}" for name, value in alike.shapes.items() if shapes.get(name) != value
+        )
+        return None, f"{place()} has other shapes only ({other})"
     same_device = [entry for entry in entries if entry.machine["device"] == here["device"]]
     if not same_device:
         return None, f"{place()} is of another machine ({entries[-1].machine['device']})"

@@ -109,8 +109,7 @@ def _tune(a: Namespace) -> None:
         print(tune_file.import_(a.import_from, device))
     else:
         given = given_options(a, TrainOptions)
-        name = a.preset or "modern"
-        print(tune.tune(a.target, name=name, given=given, device=device, minutes=a.minutes))
+        print(tune.tune(a.target, name=a.preset, given=given, device=device, minutes=a.minutes))
 
 
 @command(
