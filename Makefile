@@ -22,9 +22,8 @@ HUB ?= build/hub
 DRIVER := $(shell command -v nvidia-smi)
 TORCH := $(if $(DRIVER),torch>=2.10,torch==2.13.0)
 TRITON := $(if $(DRIVER),,triton==3.9.0)
-# Processes that share the tests: one more than processors, since some tests wait, and four at most, since each of them
-# loads PyTorch.
-WORKERS ?= $(shell n=$$(($$(nproc) + 1)); echo $$((n < 4 ? n : 4)))
+# Processes that share the tests: as many as processors, and four at most, since each of them loads PyTorch.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 TORCH_ARGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 .PHONY: demo test bench lint docs resources proof proof-share hub faults clean

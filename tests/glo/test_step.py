@@ -83,12 +83,12 @@ def test_twin_training_is_equal_to_rounding_over_30_steps(clips, tmp_path, prese
 
 
 def test_twins_with_both_phases_and_muon_are_equal_to_rounding(clips, tmp_path):
-    """10 passes of 2 steps for the background, then 15 full ones."""
+    """10 passes of 2 steps for the background, then 5 full ones."""
     changes = {"epochs": 25, "data": "resident", "optimizer": "muon", "background_share": 0.02, "ema": 0.9}
     changes["loss"] = "laplacian:1,l2:2"
     fast = training_of(clips, tmp_path / "fast", torch.float64, **changes)
     twin = ReferenceTwin(training_of(clips, tmp_path / "reference", torch.float64, **changes))
-    assert_twins(fast, twin, 50, 1e-8)
+    assert_twins(fast, twin, 30, 1e-8)
     averages = [one.average.generator.stem.weight for one in (fast, twin.training)]
     torch.testing.assert_close(*averages, atol=1e-6, rtol=0)
 
