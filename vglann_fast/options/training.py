@@ -65,7 +65,7 @@ class TrainOptions:
     latent_dim: int = option(100, "length of a latent", group=MODEL, metavar="NUMBERS")
 
     loss: str = option(
-        "laplacian", f"{', '.join(LOSSES)}, or a sum like laplacian:1,lite0:0.1", group=LOSS, metavar="SUM"
+        "laplacian", f"{', '.join(LOSSES)}, or a sum like l1:1,lite0:0.1", group=LOSS, metavar="SUM"
     )
     levels: int = option(3, "of the Laplacian pyramid, 1 to 5", group=LOSS, metavar="BANDS")
     mask_weight: float = option(
@@ -102,7 +102,7 @@ class TrainOptions:
 
     precision: Precision = option(
         "auto",
-        "of the generator; auto: as `vglann tune` measured, else bf16 on GPUs from compute capability 8.0",
+        "of the generator; auto: as measured, else bf16 on recent GPUs",
         group=MACHINE,
         machine=True,
     )

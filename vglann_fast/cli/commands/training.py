@@ -31,7 +31,6 @@ from vglann_fast.run.environment import launched
     "train",
     "train the generator and one latent per clip (GLO)",
     "vglann train clips --out run",
-    "vglann train clips --out run --preset demo --epochs 350",
     "vglann train --resume run --lr-generator 0.0005",
     "vglann train --config run.yaml --out other-run",
     "torchrun --nproc-per-node 8 -m vglann_fast train clips --out run",
